@@ -1,0 +1,39 @@
+"""The one exception root. Each message says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class RankscopeError(Exception):
+    """Root of every error that bad input can cause; the command line prints it as one sentence."""
+
+
+class FormatError(RankscopeError):
+    """A file that is missing, damaged, or not what its name or its neighbours promise."""
+
+
+class ShapeError(RankscopeError):
+    """Matrices that do not fit each other, or a number of directions that does not exist."""
+
+
+class NonFiniteError(RankscopeError):
+    """A weight that holds NaN or infinity; a spectrum of it would mean nothing."""
+
+
+class ConfigError(RankscopeError):
+    """A setting that is unknown, missing, or contradicts another."""
+
+
+class TrainingError(RankscopeError):
+    """A training run or a study that cannot go on."""
+
+
+@contextmanager
+def located(where: object) -> Iterator[None]:
+    """Put ``where: `` before the message of an error raised inside, keeping its class."""
+    try:
+        yield
+    except RankscopeError as error:
+        raise type(error)(f"{where}: {error}") from error

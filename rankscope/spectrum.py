@@ -1,0 +1,442 @@
+"""Singular values of an update, what they measure, and what noise or rounding alone would measure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from operator import attrgetter
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from rankscope.errors import NonFiniteError, RankscopeError, ShapeError
+from rankscope.updates import LowRank, Update
+
+Array = NDArray[np.float64]
+
+CLUSTER_GAP = 0.01
+"""Singular values closer than 1 % are a cluster: their own vectors are arbitrary up to a rotation."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Spectrum:
+    """Singular values of an update, with what is needed to know how far they can be trusted.
+
+    ``values``: float64, largest first; fewer than exist where the decomposition was truncated.
+    ``energy``: the exact ‖·‖²_F, so that what a truncation left out is known.
+    ``shape``: (out, in). ``eps``: relative precision of the dtype the SVD was computed in.
+    ``nominal_rank``: LoRA's r, None for a full update. ``stored``: dtype on disk.
+    ``rounding``: root mean square of the rounding error per entry that storage can have left.
+
+    Each measure is a property of type float (counts: int), 0 for a zero update. Singular values that
+    are themselves rounding, at or below √max(out, in)·eps·σ₁, count as zero everywhere: √n·eps is the
+    probabilistic error bound of Higham & Mary (SIAM J. Sci. Comput. 2019); n·eps, the worst case, is kept for
+    ``numerical_rank`` alone because convention has it so. Over the σ that are left, for every spectrum,
+    1 ≤ stable ≤ participation ≤ energy-entropy ≤ entropy ≤ ``nonzero``.
+    On a truncated spectrum, a measure that the missing tail could change raises RankscopeError.
+
+    Raises:
+        NonFiniteError: NaN or infinity among the values.
+        ShapeError: values that are not sorted, not a vector, or more than min(out, in).
+    """
+
+    values: Array
+    energy: float
+    shape: tuple[int, int]
+    eps: float = 2.0**-52
+    nominal_rank: int | None = None
+    stored: str = "float64"
+    rounding: float = 0.0
+
+    def __post_init__(self) -> None:
+        values = np.array(self.values, dtype=np.float64)
+        if values.ndim != 1 or not 1 <= len(values) <= min(self.shape):
+            raise ShapeError(f"{self.shape} has 1 to {min(self.shape)} singular values, not {values.shape}")
+        if not (np.isfinite(values).all() and math.isfinite(self.energy)):
+            raise NonFiniteError("the singular values overflow; scale the weights down")
+        if values[-1] < 0 or (np.diff(values) > 0).any():
+            raise ShapeError("singular values must be non-negative and sorted, largest first")
+        values.flags.writeable = False
+        object.__setattr__(self, "values", values)
+
+    @classmethod
+    def of(cls, update: Update) -> Spectrum:
+        """All singular values of an update."""
+        values = update.singular_values().double().cpu().numpy()
+        if isinstance(update, LowRank):
+            # The Gram energy of factors loses its digits where they cancel; the singular values do not.
+            energy, stored, rounding = float(values @ values), update.B.dtype, 0.0
+        else:
+            energy, stored, rounding = update.energy, update.stored, update.rounding
+        name = str(stored).removeprefix("torch.")
+        eps = relative_precision(update, float(values[0]))
+        return cls(values, energy, update.shape, eps, update.nominal_rank, name, rounding)
+
+    def top(self, k: int) -> Spectrum:
+        """The k largest singular values, with the energy of all.
+
+        Raises:
+            ShapeError: k < 1.
+        """
+        if k < 1:
+            raise ShapeError(f"a spectrum keeps at least one singular value, not {k}")
+        return replace(self, values=self.values[:k])
+
+    @property
+    def limit(self) -> int:
+        """How many singular values can differ from zero."""
+        return min(*self.shape, self.nominal_rank or min(self.shape))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every singular value that can differ from zero is here."""
+        return len(self.values) >= self.limit
+
+    @property
+    def missing_energy(self) -> float:
+        """Σσ² of the singular values that a truncation left out; 0 for a complete spectrum."""
+        return 0.0 if self.complete else max(0.0, self.energy - float(self.values @ self.values))
+
+    @property
+    def precision(self) -> float:
+        """√max(out, in)·eps: what rounding adds to a singular value, relative to σ₁."""
+        return math.sqrt(max(self.shape)) * self.eps
+
+    @cached_property
+    def ratios(self) -> Array:
+        """σ/σ₁, zero where σ is rounding. Dividing first keeps subnormal and huge scales in range."""
+        first = self.values[0]
+        ratios: Array = self.values / first if first > 0 else np.zeros_like(self.values)
+        return np.where(ratios > self.precision, ratios, 0.0)
+
+    def _require(self, determined: bool, name: str) -> None:
+        if not determined:
+            kept, energy = len(self.values), self.energy or 1.0
+            raise RankscopeError(
+                f"{name} cannot be told from the top {kept} of {self.limit} singular values, which leave out "
+                f"{self.missing_energy / energy:.1%} of the energy; keep more of them"
+            )
+
+    @property
+    def _tail_known(self) -> bool:
+        return self.complete or self.ratios[-1] == 0
+
+    def _relative_energy(self) -> float:
+        """‖·‖²_F/σ₁², with the part that a truncation left out."""
+        kept = float(self.ratios @ self.ratios)
+        return kept if self._tail_known else max(kept, self.energy / self.values[0] / self.values[0])
+
+    # -- measures -----------------------------------------------------------------------------------------------
+
+    @property
+    def nonzero(self) -> int:
+        """#{σ that are not rounding}: σ > σ₁·√max(out, in)·eps."""
+        self._require(self._tail_known, "the number of non-zero singular values")
+        return int(np.count_nonzero(self.ratios))
+
+    @property
+    def numerical_rank(self) -> int:
+        """#{σ > σ₁·max(out, in)·eps}, eps of the dtype the SVD was computed in (numpy and torch convention).
+
+        Where half-precision storage left rounding, σ must pass that floor's Marchenko–Pastur edge too.
+        """
+        cutoff = max(self.values[0] * max(self.shape) * self.eps, _noise_edge(self.rounding, self.shape))
+        self._require(self.complete or self.values[-1] <= cutoff, "numerical_rank")
+        return int(np.count_nonzero(self.values > cutoff))
+
+    @property
+    def entropy_rank(self) -> float:
+        """exp(−Σ p ln p), p = σ/Σσ. Roy & Vetterli, EUSIPCO 2007 (``erank``)."""
+        self._require(self._tail_known, "entropy_rank")
+        return _exp_entropy(self.ratios)
+
+    @property
+    def energy_entropy_rank(self) -> float:
+        """exp(−Σ p ln p), p = σ²/Σσ²: another number than ``entropy_rank``, which weighs by σ."""
+        self._require(self._tail_known, "energy_entropy_rank")
+        return _exp_entropy(self.ratios**2)
+
+    @property
+    def stable_rank(self) -> float:
+        """Σσ²/σ₁². Rudelson & Vershynin, J. ACM 2007. Needs σ₁ and the energy only."""
+        return self._relative_energy()
+
+    @property
+    def participation_ratio(self) -> float:
+        """(Σσ²)²/Σσ⁴."""
+        self._require(self._tail_known, "participation_ratio")
+        energies = self.ratios**2
+        return float(energies.sum() ** 2 / (energies @ energies)) if energies[0] else 0.0
+
+    @property
+    def nuclear_rank(self) -> float:
+        """Σσ/σ₁, the nuclear norm over the spectral norm. ((Σσ)²/Σσ² also goes by this name; this is not it.)"""
+        self._require(self._tail_known, "nuclear_rank")
+        return float(self.ratios.sum())
+
+    @property
+    def k90(self) -> int:
+        """Fewest k with Σ_{l≤k}σ² ≥ .9·Σσ². Biderman et al. 2024 use .9."""
+        return self.energy_rank(0.90)
+
+    @property
+    def k95(self) -> int:
+        """Fewest k with Σ_{l≤k}σ² ≥ .95·Σσ²."""
+        return self.energy_rank(0.95)
+
+    @property
+    def k99(self) -> int:
+        """Fewest k with Σ_{l≤k}σ² ≥ .99·Σσ²."""
+        return self.energy_rank(0.99)
+
+    def energy_rank(self, share: float) -> int:
+        """Fewest k with Σ_{l≤k}σ² ≥ share·Σσ²; shares closer than the precision of σ² are equal.
+
+        Raises:
+            RankscopeError: the share is outside (0, 1], or a truncated spectrum stops before it.
+        """
+        if not 0 < share <= 1:
+            raise RankscopeError(f"a share of the energy lies above 0 and up to 1, not at {share}")
+        if not self.ratios[0]:
+            return 0
+        reached = np.cumsum(self.ratios**2) >= (share - 2 * self.precision) * self._relative_energy()
+        self._require(bool(reached[-1]), f"k{100 * share:g}")
+        return int(np.argmax(reached)) + 1
+
+    def measures(self) -> dict[str, float | int]:
+        """Every measure of ``MEASURES`` by its name; one that a missing tail could change is left out."""
+        found: dict[str, float | int] = {}
+        for name, measure in MEASURES.items():
+            try:
+                found[name] = measure(self)
+            except RankscopeError:
+                continue
+        return found
+
+    # -- gaps ---------------------------------------------------------------------------------------------------
+
+    @property
+    def gaps(self) -> Array:
+        """(σ_k − σ_{k+1})/σ_k at every cut k = 1, 2, …; 0 where σ_k is zero, NaN where σ_{k+1} is not known."""
+        return relative_gaps(self.ratios, 0.0 if self._tail_known else math.nan)
+
+    def in_cluster(self, k: int) -> bool:
+        """Whether a cut after σ_k falls between values closer than ``CLUSTER_GAP``: the top-k subspace is arbitrary.
+
+        Raises:
+            ShapeError: there is no cut k.
+            RankscopeError: a truncation left out σ_{k+1}.
+        """
+        if not 1 <= k <= len(self.values):
+            raise ShapeError(f"there is no cut {k} in a spectrum of {len(self.values)} singular values")
+        self._require(not math.isnan(self.gaps[k - 1]), f"the gap at cut {k}")
+        return bool(self.gaps[k - 1] < CLUSTER_GAP)
+
+    # -- how it looks -------------------------------------------------------------------------------------------
+
+    def _summary(self) -> dict[str, str]:
+        kept = f"{len(self.values)} of {self.limit}" if not self.complete else str(len(self.values))
+        found = self.measures()
+        shown = {name: found.get(name, "?") for name in ("stable_rank", "entropy_rank", "k90")}
+        return {
+            "shape": f"{self.shape[0]} × {self.shape[1]}",
+            "nominal rank": str(self.nominal_rank or "none (full)"),
+            "singular values": kept,
+            **{name.replace("_", " "): f"{x:.4g}" if isinstance(x, float) else str(x) for name, x in shown.items()},
+        }
+
+    def __repr__(self) -> str:
+        parts = list(self._summary().items())
+        return f"Spectrum({parts[0][1]}, " + ", ".join(f"{name} {value}" for name, value in parts[1:]) + ")"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in self._summary().items())
+        return f"<table>{rows}</table>"
+
+
+MEASURES: dict[str, Callable[[Spectrum], float | int]] = {
+    name: attrgetter(name)
+    for name in (
+        "numerical_rank",
+        "entropy_rank",
+        "energy_entropy_rank",
+        "stable_rank",
+        "participation_ratio",
+        "nuclear_rank",
+        "k90",
+        "k95",
+        "k99",
+    )
+}
+"""The measures by the names they have in the JSON form."""
+
+
+def relative_precision(update: Update, first: float) -> float:
+    """Precision of an update's σ relative to σ₁ = ``first``: the dtype's, more where factors cancel.
+
+    A product is computed to eps·max_l ‖b_l‖‖a_l‖ over its r rank-one terms: after x + (−x), nothing is left but that.
+    """
+    if not isinstance(update, LowRank) or first == 0:
+        return update.eps
+    columns = vector_norm(update.left, dim=0) * vector_norm(update.right, dim=1)
+    return update.eps * max(1.0, float(columns.max()) / first)
+
+
+def relative_gaps(values: Array, beyond: float) -> Array:
+    """(σ_k − σ_{k+1})/σ_k for k = 1 … len(values), with ``beyond`` as the σ after the last; 0 where σ_k = 0."""
+    following = np.append(values[1:], beyond)
+    gaps: Array = np.divide(values - following, values, out=np.zeros_like(values), where=values > 0)
+    return gaps
+
+
+def _exp_entropy(weights: Array) -> float:
+    kept = weights[weights > 0]
+    if not len(kept):
+        return 0.0
+    p = kept / kept.sum()
+    return float(np.exp(-(p @ np.log(p))))
+
+
+# -- noise: Marchenko–Pastur -----------------------------------------------------------------------------------------
+
+
+def mp_quantile(levels: Array, beta: float) -> Array:
+    """Quantiles of σ²/(n·variance) of an m × n noise matrix, β = m/n ≤ 1, as both grow (Marchenko & Pastur 1967).
+
+    With λ = 1 + β − 2√β·cos t the density has no singularity, and integrates to the closed form
+    π·F(t) = t + (1 − 1/β)·arg(1/(1 − √β·e^{it})) + sin t/√β, which is inverted by bisection.
+    """
+    root = math.sqrt(beta)
+    low, high = np.zeros_like(levels), np.full_like(levels, math.pi)
+    for _ in range(60):
+        t = (low + high) / 2
+        angle = np.arctan2(root * np.sin(t), 1 - root * np.cos(t))
+        below = t + (1 - 1 / beta) * angle + np.sin(t) / root < math.pi * levels
+        low, high = np.where(below, t, low), np.where(below, high, t)
+    quantiles: Array = (1 - root) ** 2 + 4 * root * np.sin((low + high) / 4) ** 2
+    return quantiles
+
+
+@lru_cache(maxsize=64)
+def noise_spectrum(shape: tuple[int, int]) -> Spectrum:
+    """Spectrum of a noise matrix with independent entries of variance 1: σ_l at the quantile 1 − (l − ½)/min(out, in).
+
+    Closed form and deterministic; exact as the shape grows, within about 2 % from 64 × 64 on.
+    """
+    m, n = sorted(shape)
+    levels = 1 - (np.arange(m) + 0.5) / m
+    values = np.sqrt(n * mp_quantile(levels, m / n))
+    return Spectrum(values, float(values @ values), shape)
+
+
+def noise_measures(shape: tuple[int, int]) -> dict[str, float | int]:
+    """Every measure of a noise matrix of this shape (out, in): what no signal at all would read."""
+    return noise_spectrum((int(shape[0]), int(shape[1]))).measures()
+
+
+@lru_cache(maxsize=64)
+def _mp_median(beta: float) -> float:
+    return float(mp_quantile(np.array([0.5]), beta)[0])
+
+
+def gd_omega(beta: float) -> float:
+    """ω(β), the optimal hard threshold in units of the median σ. Gavish & Donoho, IEEE Trans. Inf. Theory 2014."""
+    known = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
+    return known / math.sqrt(_mp_median(beta))
+
+
+def _noise_edge(per_entry: float, shape: tuple[int, int]) -> float:
+    """Largest σ of noise with this root mean square per entry."""
+    return per_entry * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
+
+
+def _median(spectrum: Spectrum) -> float | None:
+    """Median σ, or None where it says nothing of noise."""
+    full = spectrum.nominal_rank is None and len(spectrum.values) == min(spectrum.shape) > 1
+    median = float(np.median(spectrum.values))
+    return median if full and median > spectrum.values[0] * spectrum.precision else None
+
+
+def mp_edge(spectrum: Spectrum) -> float | None:
+    """σ̂(√out + √in), the largest σ of the noise that the median σ suggests: σ̂² = median(σ²)/(n·μ_β).
+
+    None where the median says nothing of noise: an update of known low rank, one whose median is zero, a truncated
+    spectrum, or a single singular value, which cannot be told from its own noise.
+    """
+    median = _median(spectrum)
+    if median is None:
+        return None
+    m, n = sorted(spectrum.shape)
+    return _noise_edge(median / math.sqrt(n * _mp_median(m / n)), spectrum.shape)
+
+
+def mp_count(spectrum: Spectrum) -> int | None:
+    """#{σ > mp_edge}: singular values that noise does not explain. None where ``mp_edge`` is."""
+    edge = mp_edge(spectrum)
+    return None if edge is None else int(np.count_nonzero(spectrum.values > edge))
+
+
+def gd_count(spectrum: Spectrum) -> int | None:
+    """#{σ > ω(β)·median(σ)}: those worth keeping for the least squared error. None where ``mp_edge`` is."""
+    median = _median(spectrum)
+    if median is None:
+        return None
+    m, n = sorted(spectrum.shape)
+    return int(np.count_nonzero(spectrum.values > gd_omega(m / n) * median))
+
+
+# -- rounding floor --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RoundingFloor:
+    """What storing the tuned weight in ``dtype`` can have added to an update.
+
+    ``norm``: its Frobenius norm. ``edge``: its largest σ. ``share``: norm/‖update‖ (0 for a zero update; above 1
+    where storage wiped out most of the update). ``above``: #{σ > edge}. ``measures``: those of the spectrum with
+    the noise shrunk away.
+    """
+
+    dtype: str
+    norm: float
+    edge: float
+    share: float
+    above: int
+    measures: dict[str, float | int]
+
+
+def rounding_floor(spectrum: Spectrum) -> RoundingFloor | None:
+    """The rounding floor of a full update from half-precision files; None where storage was exact enough.
+
+    Raises:
+        RankscopeError: a truncated spectrum that does not reach down to the floor's edge.
+    """
+    if spectrum.rounding <= 0:
+        return None
+    out, into = spectrum.shape
+    edge = _noise_edge(spectrum.rounding, spectrum.shape)
+    spectrum._require(spectrum.complete or spectrum.values[-1] <= edge, "the number of σ above the rounding floor")
+    norm = spectrum.rounding * math.sqrt(out * into)
+    total = math.sqrt(spectrum.energy)
+    above = int(np.count_nonzero(spectrum.values > edge))
+    measures = without_noise(spectrum, spectrum.rounding).measures()
+    return RoundingFloor(spectrum.stored, norm, edge, norm / total if total else 0.0, above, measures)
+
+
+def without_noise(spectrum: Spectrum, per_entry: float) -> Spectrum:
+    """The spectrum after optimal shrinkage of noise with a known root mean square per entry.
+
+    η(y) = √((y² − β − 1)² − 4β)/y for y > 1 + √β, else 0, with y = σ/(per_entry·√max(out, in)): the least
+    asymptotic squared error of any rule. Gavish & Donoho, IEEE Trans. Inf. Theory 2017.
+    """
+    m, n = sorted(spectrum.shape)
+    beta, unit = m / n, per_entry * math.sqrt(n)
+    y = np.maximum(spectrum.values / unit, 1 + math.sqrt(beta))
+    shrunk = unit * np.sqrt(np.maximum((y**2 - beta - 1) ** 2 - 4 * beta, 0.0)) / y
+    values = np.zeros(m)
+    values[: len(shrunk)] = np.where(spectrum.values > _noise_edge(per_entry, spectrum.shape), shrunk, 0.0)
+    return replace(spectrum, values=values, energy=float(values @ values), rounding=0.0)

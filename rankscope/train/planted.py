@@ -1,0 +1,98 @@
+"""A task whose answer is known: a linear teacher that is the base plus an update of chosen rank.
+
+A transformer's weights are not identifiable from what it computes (many updates do the same), so a
+rank planted there could not be asked back. Here inputs are white and the loss is the squared error,
+so by Eckart & Young a student of rank r can reach noise² + Σ_{l>r} σ_l² / out and no less, and the
+update of full fine-tuning is the planted one plus Gaussian noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rankscope.train.config import generator
+from rankscope.train.tasks import Batch, Split, Task
+
+
+class Planted(nn.Module):
+    """Two linear maps side by side; inputs (batch, first.in + second.in), outputs likewise."""
+
+    SHAPES = ((64, 96), (96, 64))
+
+    def __init__(self) -> None:
+        super().__init__()
+        (m, n), (p, q) = self.SHAPES
+        self.first = nn.Linear(n, m, bias=False)
+        self.second = nn.Linear(q, p, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.split((self.first.in_features, self.second.in_features), dim=-1)
+        return torch.cat((self.first(left), self.second(right)), dim=-1)
+
+
+class PlantedTask(Task):
+    """Learn a teacher = base + planted update from noisy outputs.
+
+    Each map's update has ``rank`` singular values from 2 down to 1, evenly spaced.
+    """
+
+    metric = "loss"
+    higher_is_better = False
+    steps = 400
+    lrs = (1e-2,)
+    full_lrs = (3e-3,)
+
+    def __init__(self, rank: int, noise: float, count: int = 8192) -> None:
+        self.rank, self.noise = rank, noise
+        self.base = {name: self._draw(name, shape) for name, shape in zip(("first", "second"), Planted.SHAPES, strict=True)}
+        self.updates = {name: self._plant(name, weight.shape) for name, weight in self.base.items()}
+        width = sum(shape[1] for shape in Planted.SHAPES)
+        self.inputs = {split: torch.randn(count, width, generator=generator("planted", split)) for split in ("train", "validation", "test")}
+        self.outputs = {split: self._teach(x, split) for split, x in self.inputs.items()}
+
+    @property
+    def singular_values(self) -> Tensor:
+        """σ of each planted update."""
+        return torch.linspace(2.0, 1.0, self.rank)
+
+    def floor(self, rank: int) -> float:
+        """The smallest expected loss that an update of this rank can reach."""
+        missed = float(self.singular_values[rank:].square().sum()) * len(self.base)
+        return self.noise**2 + missed / sum(shape[0] for shape in Planted.SHAPES)
+
+    def _draw(self, name: str, shape: tuple[int, int]) -> Tensor:
+        return torch.randn(shape, generator=generator("planted", "base", name)) / shape[1] ** 0.5
+
+    def _plant(self, name: str, shape: torch.Size) -> Tensor:
+        source = generator("planted", "update", name)
+        left, _ = torch.linalg.qr(torch.randn(shape[0], self.rank, generator=source))
+        right, _ = torch.linalg.qr(torch.randn(shape[1], self.rank, generator=source))
+        return left * self.singular_values @ right.T
+
+    def _teach(self, x: Tensor, split: str) -> Tensor:
+        teacher = Planted()
+        weights = {f"{name}.weight": self.base[name] + self.updates[name] for name in self.base}
+        teacher.load_state_dict(weights)
+        with torch.no_grad():
+            y: Tensor = teacher(x)
+        return y + self.noise * torch.randn(y.shape, generator=generator("planted", "noise", split))
+
+    def model(self, seed: int) -> nn.Module:
+        student = Planted()
+        student.load_state_dict({f"{name}.weight": weight for name, weight in self.base.items()})
+        return student
+
+    def batch(self, seed: int, index: int, size: int) -> Batch:
+        rows = torch.randint(len(self.inputs["train"]), (size,), generator=generator(seed, "order", index))
+        return {"x": self.inputs["train"][rows], "y": self.outputs["train"][rows]}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return (model(batch["x"]) - batch["y"]).square().mean()
+
+    def evaluate(self, model: nn.Module, split: Split, device: torch.device) -> dict[str, float]:
+        batch = {"x": self.inputs[split].to(device), "y": self.outputs[split].to(device)}
+        return {"loss": float(self.loss(model, batch))}
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"base": "planted", "data": f"rank {self.rank}, noise {self.noise:g}, {len(self.inputs['train'])} rows"}

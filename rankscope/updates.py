@@ -1,0 +1,276 @@
+"""The change of one weight, shape (out, in): kept as factors, or held as a matrix."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rankscope.errors import NonFiniteError, ShapeError
+from rankscope.linalg import (
+    SVD,
+    dense_singular_values,
+    dense_svd,
+    product_singular_values,
+    product_svd,
+    ulp,
+    working_dtype,
+)
+
+
+class Update(ABC):
+    """The change of one weight. Everything but ``dense()`` works without multiplying factors out."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @property
+    @abstractmethod
+    def eps(self) -> float:
+        """Relative precision that the singular values are computed with."""
+
+    @property
+    @abstractmethod
+    def energy(self) -> float:
+        """‖·‖²_F."""
+
+    @abstractmethod
+    def singular_values(self) -> Tensor:
+        """All singular values that can differ from zero, largest first."""
+
+    @abstractmethod
+    def svd(self) -> SVD:
+        """Thin SVD (U, s, Vt)."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The matrix (out, in) in float32: the only method that forms it."""
+
+    @abstractmethod
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """update · other, other (in, k), in the working precision."""
+
+    @property
+    @abstractmethod
+    def T(self) -> Update:  # noqa: N802 (the name numpy and torch use)
+        """The transposed update."""
+
+    @abstractmethod
+    def __mul__(self, factor: float) -> Update: ...
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Update:
+        """The same update on another device."""
+
+    @property
+    def nominal_rank(self) -> int | None:
+        """LoRA's r; None for an update that was not made as a product."""
+        return None
+
+    @property
+    def norm(self) -> float:
+        """‖·‖_F."""
+        return math.sqrt(self.energy)
+
+    def __neg__(self) -> Update:
+        return self * -1.0
+
+    def inner(self, other: Update) -> float:
+        """⟨self, other⟩ = tr(selfᵀ · other), never forming a product of factors.
+
+        Raises:
+            ShapeError: the shapes differ.
+        """
+        check_same_shape(self, other)
+        if isinstance(other, LowRank):
+            return float(((self @ other.right.T) * other.left).sum())
+        if isinstance(self, LowRank):
+            return other.inner(self)
+        return float((self.dense().double() * other.dense().double()).sum())
+
+
+@dataclass(frozen=True, repr=False)
+class LowRank(Update):
+    """scale · B · A, with B (out, r) and A (r, in); only ``dense()`` multiplies them out.
+
+    Half-precision factors are upcast before anything is computed from them.
+
+    Raises:
+        ShapeError: B and A are not matrices, do not share r, or have an empty side.
+        NonFiniteError: a factor or the scale holds NaN or infinity.
+    """
+
+    B: Tensor
+    A: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+            raise ShapeError(
+                f"B {tuple(self.B.shape)} and A {tuple(self.A.shape)} do not multiply; expected (out, r) and (r, in)"
+            )
+        if 0 in self.B.shape or 0 in self.A.shape:
+            raise ShapeError(f"B {tuple(self.B.shape)} and A {tuple(self.A.shape)} have an empty side")
+        if not math.isfinite(self.scale):
+            raise NonFiniteError(f"the scale is {self.scale}")
+        for name, factor in (("B", self.B), ("A", self.A)):
+            check_finite(factor, name)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.B.device
+
+    @property
+    def nominal_rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def left(self) -> Tensor:
+        """scale · B in the working precision."""
+        return self.B.to(working_dtype(self.device)) * self.scale
+
+    @property
+    def right(self) -> Tensor:
+        """A in the working precision."""
+        return self.A.to(working_dtype(self.device))
+
+    @property
+    def eps(self) -> float:
+        return torch.finfo(working_dtype(self.device)).eps
+
+    @property
+    def energy(self) -> float:
+        # The Gram route squares the condition number, which the sum of squares does not feel.
+        return max(0.0, float(((self.left.T @ self.left) * (self.right @ self.right.T)).sum()))
+
+    def singular_values(self) -> Tensor:
+        return product_singular_values(self.left, self.right)
+
+    def svd(self) -> SVD:
+        return product_svd(self.left, self.right)
+
+    def dense(self) -> Tensor:
+        return (self.left @ self.right).float()
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return self.left @ (self.right @ other.to(self.right.dtype))
+
+    @property
+    def T(self) -> LowRank:  # noqa: N802
+        return LowRank(self.A.T, self.B.T, self.scale)
+
+    def __mul__(self, factor: float) -> LowRank:
+        return replace(self, scale=self.scale * factor)
+
+    def __add__(self, other: LowRank) -> LowRank:
+        """The exact sum, of rank r₁ + r₂."""
+        check_same_shape(self, other)
+        return LowRank(torch.cat((self.left, other.left), dim=1), torch.cat((self.right, other.right), dim=0))
+
+    def to(self, device: torch.device | str) -> LowRank:
+        return LowRank(self.B.to(device), self.A.to(device), self.scale)
+
+    def __repr__(self) -> str:
+        return f"LowRank({self.shape[0]} × {self.shape[1]}, r={self.nominal_rank}, scale={self.scale:g})"
+
+
+@dataclass(frozen=True, repr=False)
+class Dense(Update):
+    """An update held as a matrix in float32 that remembers how coarsely it was stored.
+
+    ``stored`` is the dtype of the tuned weight on disk and ``rounding`` the root mean square
+    of the error per entry that rounding to it can have left (0 for float32 and finer).
+
+    Raises:
+        ShapeError: not a matrix, or one with an empty side.
+        NonFiniteError: the matrix holds NaN or infinity.
+    """
+
+    matrix: Tensor
+    stored: torch.dtype = torch.float32
+    rounding: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.matrix.ndim != 2 or 0 in self.matrix.shape:
+            raise ShapeError(f"an update is a matrix (out, in), not {tuple(self.matrix.shape)}")
+        check_finite(self.matrix, "the update")
+        object.__setattr__(self, "matrix", self.matrix.float())
+
+    @classmethod
+    def difference(cls, tuned: Tensor, base: Tensor) -> Dense:
+        """tuned − base, both cast to float32 first; the rounding floor is that of ``tuned``'s dtype.
+
+        Rounding to a dtype errs uniformly by up to half a unit in the last place, ulp/√12 rms.
+        """
+        if tuned.shape != base.shape:
+            raise ShapeError(f"the tuned weight {tuple(tuned.shape)} and the base {tuple(base.shape)} differ in shape")
+        rounding = 0.0
+        if torch.finfo(tuned.dtype).eps > torch.finfo(torch.float32).eps:
+            rounding = math.sqrt(float(ulp(tuned, tuned.dtype).double().square().mean()) / 12)
+        return cls(tuned.float() - base.float(), tuned.dtype, rounding)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    @property
+    def eps(self) -> float:
+        return torch.finfo(torch.float32).eps
+
+    @property
+    def energy(self) -> float:
+        return float(torch.linalg.vector_norm(self.matrix, dtype=working_dtype(self.device)) ** 2)
+
+    def singular_values(self) -> Tensor:
+        return dense_singular_values(self.matrix)
+
+    def svd(self) -> SVD:
+        return dense_svd(self.matrix)
+
+    def dense(self) -> Tensor:
+        return self.matrix
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return self.matrix.to(other.dtype) @ other
+
+    @property
+    def T(self) -> Dense:  # noqa: N802
+        return replace(self, matrix=self.matrix.T)
+
+    def __mul__(self, factor: float) -> Dense:
+        return replace(self, matrix=self.matrix * factor, rounding=self.rounding * abs(factor))
+
+    def to(self, device: torch.device | str) -> Dense:
+        return replace(self, matrix=self.matrix.to(device))
+
+    def __repr__(self) -> str:
+        return f"Dense({self.shape[0]} × {self.shape[1]}, stored as {str(self.stored).removeprefix('torch.')})"
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Raise NonFiniteError, with a count, where a tensor holds NaN or infinity."""
+    if not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise NonFiniteError(f"{what} {tuple(tensor.shape)} holds {bad} values that are NaN or infinite")
+
+
+def check_same_shape(a: Update, b: Update) -> None:
+    if a.shape != b.shape:
+        raise ShapeError(f"updates of shape {a.shape} and {b.shape} cannot be compared; are they of the same weight?")
