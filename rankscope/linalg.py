@@ -44,7 +44,8 @@ def product_svd(left: Tensor, right: Tensor) -> SVD:
 
 def product_singular_values(left: Tensor, right: Tensor) -> Tensor:
     """Singular values of left · right, largest first, min(out, r, in) of them."""
-    return torch.linalg.svdvals(product_core(left, right)[1])
+    values: Tensor = torch.linalg.svdvals(product_core(left, right)[1])
+    return values
 
 
 def dense_svd(matrix: Tensor) -> SVD:
@@ -57,7 +58,8 @@ def dense_svd(matrix: Tensor) -> SVD:
 
 def dense_singular_values(matrix: Tensor) -> Tensor:
     """All singular values, largest first, in the tall orientation."""
-    return torch.linalg.svdvals(matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T)
+    values: Tensor = torch.linalg.svdvals(matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T)
+    return values
 
 
 def ulp(weight: Tensor, stored: torch.dtype) -> Tensor:
@@ -66,4 +68,5 @@ def ulp(weight: Tensor, stored: torch.dtype) -> Tensor:
     _, exponent = torch.frexp(weight.float())
     # frexp has its mantissa in [.5, 1): the leading bit is worth 2^(exponent - 1).
     spacing = torch.ldexp(torch.full_like(weight, info.eps, dtype=torch.float32), exponent - 1)
-    return spacing.clamp(min=info.smallest_normal * info.eps)
+    # Zero has no leading bit (frexp says 2^-1): its neighbours are the smallest subnormals.
+    return spacing.masked_fill(weight == 0, 0.0).clamp(min=info.smallest_normal * info.eps)

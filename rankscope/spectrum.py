@@ -9,17 +9,19 @@ from functools import cached_property, lru_cache
 from operator import attrgetter
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from rankscope.errors import NonFiniteError, RankscopeError, ShapeError
-from rankscope.updates import LowRank, Update
-
-Array = NDArray[np.float64]
+from rankscope.noise import Array, gd_omega, mp_median, mp_quantile, noise_edge, shrink
+from rankscope.updates import Dense, LowRank, Update
 
 CLUSTER_GAP = 0.01
 """Singular values closer than 1 % are a cluster: their own vectors are arbitrary up to a rotation."""
+
+SMALLEST_ENERGY = 1e-290
+"""Below this, squares lose their digits to underflow: a truncated spectrum no longer knows what it left out."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,12 +68,20 @@ class Spectrum:
     @classmethod
     def of(cls, update: Update) -> Spectrum:
         """All singular values of an update."""
-        values = update.singular_values().double().cpu().numpy()
-        if isinstance(update, LowRank):
-            # The Gram energy of factors loses its digits where they cancel; the singular values do not.
-            energy, stored, rounding = float(values @ values), update.B.dtype, 0.0
-        else:
-            energy, stored, rounding = update.energy, update.stored, update.rounding
+        return cls.from_values(update, update.singular_values())
+
+    @classmethod
+    def from_values(cls, update: Update, s: Tensor) -> Spectrum:
+        """The spectrum of an update whose singular values ``s``, all or the largest, are known already."""
+        values = s.double().cpu().numpy()
+        stored, rounding, energy = torch.float32, 0.0, update.energy
+        if isinstance(update, Dense):
+            stored, rounding = update.stored, update.rounding
+        elif isinstance(update, LowRank):
+            stored = update.B.dtype
+            if len(values) >= min(*update.shape, update.nominal_rank):
+                # The Gram energy of factors loses its digits where they cancel; the singular values do not.
+                energy = float(values @ values)
         name = str(stored).removeprefix("torch.")
         eps = relative_precision(update, float(values[0]))
         return cls(values, energy, update.shape, eps, update.nominal_rank, name, rounding)
@@ -113,6 +123,11 @@ class Spectrum:
         ratios: Array = self.values / first if first > 0 else np.zeros_like(self.values)
         return np.where(ratios > self.precision, ratios, 0.0)
 
+    @property
+    def cutoff(self) -> float:
+        """σ at or below this do not count towards the numerical rank; see there."""
+        return max(float(self.values[0]) * max(self.shape) * self.eps, noise_edge(self.rounding, self.shape))
+
     def _require(self, determined: bool, name: str) -> None:
         if not determined:
             kept, energy = len(self.values), self.energy or 1.0
@@ -128,9 +143,10 @@ class Spectrum:
     def _relative_energy(self) -> float:
         """‖·‖²_F/σ₁², with the part that a truncation left out."""
         kept = float(self.ratios @ self.ratios)
-        return kept if self._tail_known else max(kept, self.energy / self.values[0] / self.values[0])
-
-    # -- measures -----------------------------------------------------------------------------------------------
+        if self._tail_known:
+            return kept
+        self._require(self.energy > SMALLEST_ENERGY, "the energy, which underflows,")
+        return max(kept, self.energy / float(self.values[0]) ** 2)
 
     @property
     def nonzero(self) -> int:
@@ -144,9 +160,8 @@ class Spectrum:
 
         Where half-precision storage left rounding, σ must pass that floor's Marchenko–Pastur edge too.
         """
-        cutoff = max(self.values[0] * max(self.shape) * self.eps, _noise_edge(self.rounding, self.shape))
-        self._require(self.complete or self.values[-1] <= cutoff, "numerical_rank")
-        return int(np.count_nonzero(self.values > cutoff))
+        self._require(self.complete or self.values[-1] <= self.cutoff, "numerical_rank")
+        return int(np.count_nonzero(self.values > self.cutoff))
 
     @property
     def entropy_rank(self) -> float:
@@ -217,8 +232,6 @@ class Spectrum:
                 continue
         return found
 
-    # -- gaps ---------------------------------------------------------------------------------------------------
-
     @property
     def gaps(self) -> Array:
         """(σ_k − σ_{k+1})/σ_k at every cut k = 1, 2, …; 0 where σ_k is zero, NaN where σ_{k+1} is not known."""
@@ -236,42 +249,26 @@ class Spectrum:
         self._require(not math.isnan(self.gaps[k - 1]), f"the gap at cut {k}")
         return bool(self.gaps[k - 1] < CLUSTER_GAP)
 
-    # -- how it looks -------------------------------------------------------------------------------------------
-
     def _summary(self) -> dict[str, str]:
-        kept = f"{len(self.values)} of {self.limit}" if not self.complete else str(len(self.values))
         found = self.measures()
-        shown = {name: found.get(name, "?") for name in ("stable_rank", "entropy_rank", "k90")}
+        shown = {name: found.get(name) for name in ("stable_rank", "entropy_rank", "k90")}
         return {
             "shape": f"{self.shape[0]} × {self.shape[1]}",
             "nominal rank": str(self.nominal_rank or "none (full)"),
-            "singular values": kept,
-            **{name.replace("_", " "): f"{x:.4g}" if isinstance(x, float) else str(x) for name, x in shown.items()},
+            "singular values": f"{len(self.values)} of {self.limit}",
+            **{name.replace("_", " "): "unknown" if x is None else f"{x:.4g}" for name, x in shown.items()},
         }
 
     def __repr__(self) -> str:
-        parts = list(self._summary().items())
-        return f"Spectrum({parts[0][1]}, " + ", ".join(f"{name} {value}" for name, value in parts[1:]) + ")"
+        return f"Spectrum({', '.join(f'{name} {value}' for name, value in self._summary().items())})"
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in self._summary().items())
         return f"<table>{rows}</table>"
 
 
-MEASURES: dict[str, Callable[[Spectrum], float | int]] = {
-    name: attrgetter(name)
-    for name in (
-        "numerical_rank",
-        "entropy_rank",
-        "energy_entropy_rank",
-        "stable_rank",
-        "participation_ratio",
-        "nuclear_rank",
-        "k90",
-        "k95",
-        "k99",
-    )
-}
+_NAMES = "numerical_rank entropy_rank energy_entropy_rank stable_rank participation_ratio nuclear_rank k90 k95 k99"
+MEASURES: dict[str, Callable[[Spectrum], float | int]] = {name: attrgetter(name) for name in _NAMES.split()}
 """The measures by the names they have in the JSON form."""
 
 
@@ -301,26 +298,6 @@ def _exp_entropy(weights: Array) -> float:
     return float(np.exp(-(p @ np.log(p))))
 
 
-# -- noise: Marchenko–Pastur -----------------------------------------------------------------------------------------
-
-
-def mp_quantile(levels: Array, beta: float) -> Array:
-    """Quantiles of σ²/(n·variance) of an m × n noise matrix, β = m/n ≤ 1, as both grow (Marchenko & Pastur 1967).
-
-    With λ = 1 + β − 2√β·cos t the density has no singularity, and integrates to the closed form
-    π·F(t) = t + (1 − 1/β)·arg(1/(1 − √β·e^{it})) + sin t/√β, which is inverted by bisection.
-    """
-    root = math.sqrt(beta)
-    low, high = np.zeros_like(levels), np.full_like(levels, math.pi)
-    for _ in range(60):
-        t = (low + high) / 2
-        angle = np.arctan2(root * np.sin(t), 1 - root * np.cos(t))
-        below = t + (1 - 1 / beta) * angle + np.sin(t) / root < math.pi * levels
-        low, high = np.where(below, t, low), np.where(below, high, t)
-    quantiles: Array = (1 - root) ** 2 + 4 * root * np.sin((low + high) / 4) ** 2
-    return quantiles
-
-
 @lru_cache(maxsize=64)
 def noise_spectrum(shape: tuple[int, int]) -> Spectrum:
     """Spectrum of a noise matrix with independent entries of variance 1: σ_l at the quantile 1 − (l − ½)/min(out, in).
@@ -336,22 +313,6 @@ def noise_spectrum(shape: tuple[int, int]) -> Spectrum:
 def noise_measures(shape: tuple[int, int]) -> dict[str, float | int]:
     """Every measure of a noise matrix of this shape (out, in): what no signal at all would read."""
     return noise_spectrum((int(shape[0]), int(shape[1]))).measures()
-
-
-@lru_cache(maxsize=64)
-def _mp_median(beta: float) -> float:
-    return float(mp_quantile(np.array([0.5]), beta)[0])
-
-
-def gd_omega(beta: float) -> float:
-    """ω(β), the optimal hard threshold in units of the median σ. Gavish & Donoho, IEEE Trans. Inf. Theory 2014."""
-    known = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
-    return known / math.sqrt(_mp_median(beta))
-
-
-def _noise_edge(per_entry: float, shape: tuple[int, int]) -> float:
-    """Largest σ of noise with this root mean square per entry."""
-    return per_entry * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
 
 
 def _median(spectrum: Spectrum) -> float | None:
@@ -371,7 +332,7 @@ def mp_edge(spectrum: Spectrum) -> float | None:
     if median is None:
         return None
     m, n = sorted(spectrum.shape)
-    return _noise_edge(median / math.sqrt(n * _mp_median(m / n)), spectrum.shape)
+    return noise_edge(median / math.sqrt(n * mp_median(m / n)), spectrum.shape)
 
 
 def mp_count(spectrum: Spectrum) -> int | None:
@@ -387,9 +348,6 @@ def gd_count(spectrum: Spectrum) -> int | None:
         return None
     m, n = sorted(spectrum.shape)
     return int(np.count_nonzero(spectrum.values > gd_omega(m / n) * median))
-
-
-# -- rounding floor --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -418,7 +376,7 @@ def rounding_floor(spectrum: Spectrum) -> RoundingFloor | None:
     if spectrum.rounding <= 0:
         return None
     out, into = spectrum.shape
-    edge = _noise_edge(spectrum.rounding, spectrum.shape)
+    edge = noise_edge(spectrum.rounding, spectrum.shape)
     spectrum._require(spectrum.complete or spectrum.values[-1] <= edge, "the number of σ above the rounding floor")
     norm = spectrum.rounding * math.sqrt(out * into)
     total = math.sqrt(spectrum.energy)
@@ -428,15 +386,7 @@ def rounding_floor(spectrum: Spectrum) -> RoundingFloor | None:
 
 
 def without_noise(spectrum: Spectrum, per_entry: float) -> Spectrum:
-    """The spectrum after optimal shrinkage of noise with a known root mean square per entry.
-
-    η(y) = √((y² − β − 1)² − 4β)/y for y > 1 + √β, else 0, with y = σ/(per_entry·√max(out, in)): the least
-    asymptotic squared error of any rule. Gavish & Donoho, IEEE Trans. Inf. Theory 2017.
-    """
-    m, n = sorted(spectrum.shape)
-    beta, unit = m / n, per_entry * math.sqrt(n)
-    y = np.maximum(spectrum.values / unit, 1 + math.sqrt(beta))
-    shrunk = unit * np.sqrt(np.maximum((y**2 - beta - 1) ** 2 - 4 * beta, 0.0)) / y
-    values = np.zeros(m)
-    values[: len(shrunk)] = np.where(spectrum.values > _noise_edge(per_entry, spectrum.shape), shrunk, 0.0)
+    """The spectrum after optimal shrinkage of noise with this root mean square per entry (``noise.shrink``)."""
+    values = np.zeros(min(spectrum.shape))
+    values[: len(spectrum.values)] = shrink(spectrum.values, per_entry, spectrum.shape)
     return replace(spectrum, values=values, energy=float(values @ values), rounding=0.0)

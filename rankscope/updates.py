@@ -20,6 +20,9 @@ from rankscope.linalg import (
     working_dtype,
 )
 
+LARGEST_ENTRY = 1e140
+"""Squared and summed over a matrix, the entries of a product must still be float64 numbers."""
+
 
 class Update(ABC):
     """The change of one weight. Everything but ``dense()`` works without multiplying factors out."""
@@ -122,8 +125,9 @@ class LowRank(Update):
             raise ShapeError(f"B {tuple(self.B.shape)} and A {tuple(self.A.shape)} have an empty side")
         if not math.isfinite(self.scale):
             raise NonFiniteError(f"the scale is {self.scale}")
-        for name, factor in (("B", self.B), ("A", self.A)):
-            check_finite(factor, name)
+        largest = max(1.0, abs(self.scale) * check_finite(self.B, "B")) * max(1.0, check_finite(self.A, "A"))
+        if largest > LARGEST_ENTRY:
+            raise NonFiniteError(f"scale · B · A reaches {largest:.3g}, too large to square; check the scale and dtype")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -206,8 +210,8 @@ class Dense(Update):
     def __post_init__(self) -> None:
         if self.matrix.ndim != 2 or 0 in self.matrix.shape:
             raise ShapeError(f"an update is a matrix (out, in), not {tuple(self.matrix.shape)}")
-        check_finite(self.matrix, "the update")
         object.__setattr__(self, "matrix", self.matrix.float())
+        check_finite(self.matrix, "the update, as float32,")
 
     @classmethod
     def difference(cls, tuned: Tensor, base: Tensor) -> Dense:
@@ -248,7 +252,8 @@ class Dense(Update):
         return self.matrix
 
     def __matmul__(self, other: Tensor) -> Tensor:
-        return self.matrix.to(other.dtype) @ other
+        working = working_dtype(self.device)
+        return self.matrix.to(working) @ other.to(working)
 
     @property
     def T(self) -> Dense:  # noqa: N802
@@ -264,11 +269,16 @@ class Dense(Update):
         return f"Dense({self.shape[0]} × {self.shape[1]}, stored as {str(self.stored).removeprefix('torch.')})"
 
 
-def check_finite(tensor: Tensor, what: str) -> None:
-    """Raise NonFiniteError, with a count, where a tensor holds NaN or infinity."""
-    if not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
+def check_finite(tensor: Tensor, what: str) -> float:
+    """The largest magnitude; raises NonFiniteError, with a count, where a tensor holds NaN or infinity."""
+    values = tensor.detach()
+    values = values.float() if values.element_size() == 1 else values  # torch finds no extremes in float8
+    low, high = values.aminmax()
+    largest = float(torch.maximum(-low, high))
+    if not math.isfinite(largest):
+        bad = int((~torch.isfinite(values)).sum())
         raise NonFiniteError(f"{what} {tuple(tensor.shape)} holds {bad} values that are NaN or infinite")
+    return largest
 
 
 def check_same_shape(a: Update, b: Update) -> None:

@@ -1,0 +1,75 @@
+"""The command line: a skin over the library, and the only place that prints or exits.
+
+Commands are imported when they are run, so that ``rankscope --help`` loads neither torch nor matplotlib.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from rankscope.errors import RankscopeError
+
+COMMANDS = {
+    "train": "Train LoRA at many ranks, and full fine-tuning beside it.",
+    "spectrum": "Singular spectra and effective ranks of adapters or of a tuned checkpoint.",
+    "compare": "Overlap, angles and distance of two adapters or updates, with chance levels.",
+}
+
+
+class LazyGroup(click.Group):
+    """Finds the command NAME as ``rankscope.cli.NAME:command``."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"rankscope.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="rankscope")
+def cli() -> None:
+    """Test the low-intrinsic-rank hypothesis of LoRA on any model.
+
+    \b
+    Examples:
+      rankscope train                           the embedded task, ranks 1 to 64 and full fine-tuning
+      rankscope spectrum study/runs/lora-r8*    what rank an adapter really has
+      rankscope compare adapterA adapterB       do two adapters learn the same directions?
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line. Exit codes: 0 done, 1 the data or the run failed, 2 wrong usage, 130 interrupted."""
+    try:
+        code = cli.main(args=args, prog_name="rankscope", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        code = 130
+    except RankscopeError as error:
+        if "--debug" in (sys.argv[1:] if args is None else args):
+            raise
+        click.echo(f"rankscope: {one_line(str(error))}", err=True)
+        code = 1
+    except BrokenPipeError:
+        # The reader (head, less) has gone; Python would complain again when it closes stdout.
+        sys.stderr.close()
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def one_line(message: str) -> str:
+    return " ".join(message.split())

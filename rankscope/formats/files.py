@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,6 +40,12 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -59,7 +65,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with reading(path):
-            self._file = safe_open(path, framework="pt")
+            self._file = cast(Any, safe_open(path, framework="pt"))
             self.metadata: dict[str, str] = dict(self._file.metadata() or {})
             self.infos = {name: self._info(name) for name in self._file.keys()}  # noqa: SIM118 (not a mapping)
 
@@ -123,7 +129,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Call ``write`` on a neighbour of ``path``, then put it in place; nothing half-written is left."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
     except OSError as error:
         raise FormatError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -131,7 +137,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         write(Path(name))
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise FormatError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
     finally:
         Path(name).unlink(missing_ok=True)

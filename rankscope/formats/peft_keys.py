@@ -24,7 +24,7 @@ def factor_keys(module: str, kind: Kind = "linear") -> FactorKeys:
     """Keys that PEFT stores the factors of ``module`` under (full dotted path within the model).
 
     "linear" (also GPT-2's Conv1D): A (r, in), B (out, r). "embedding": A (r, vocabulary), B (dim, r), keys
-    without ``.weight``. "conv": A (r, in/groups, kh, kw), B (out, r/groups, 1, 1), keys as for "linear".
+    without ``.weight``. "conv": A (r, in, kh, kw), B (out, r/groups, 1, 1), keys as for "linear".
     """
     if kind == "embedding":
         return FactorKeys(f"{PREFIX}{module}.lora_embedding_A", f"{PREFIX}{module}.lora_embedding_B")
@@ -34,3 +34,31 @@ def factor_keys(module: str, kind: Kind = "linear") -> FactorKeys:
 def magnitude_key(module: str) -> str:
     """Key of DoRA's magnitude vector."""
     return f"{PREFIX}{module}.lora_magnitude_vector"
+
+
+class ParsedKey(NamedTuple):
+    """A LoRA tensor's key taken apart: module path, part (``lora_A`` …), adapter name or "", leaf or ""."""
+
+    module: str
+    part: str
+    adapter: str
+    leaf: str
+
+
+_LORA_KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(?P<tail>.+))?")
+
+
+def parse_key(key: str) -> ParsedKey | None:
+    """What a key says, with or without a live adapter name (``lora_A.default.weight``); None where it is no factor."""
+    match = _LORA_KEY.fullmatch(key)
+    if match is None:
+        return None
+    adapter, _, leaf = ("." + (match["tail"] or "")).rpartition(".")
+    if leaf not in ("weight", "bias"):
+        adapter, leaf = f"{adapter}.{leaf}", ""
+    return ParsedKey(bare_module(match["module"]), match["part"], adapter.strip("."), leaf)
+
+
+def bare_module(name: str) -> str:
+    """The path within the model: without the wrapper that PEFT puts in front."""
+    return name.removeprefix(PREFIX)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeVar, get_args
 
@@ -118,13 +118,12 @@ def is_named(name: str, path: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def select_names(names: str | Sequence[str], paths: Iterable[str], what: str) -> list[str]:
+def select_names(names: str | Sequence[str], paths: Sequence[str], what: str, shown: Sequence[str]) -> list[str]:
     """The paths, in order, that a regular expression or a sequence of names picks.
 
     Raises:
-        ConfigError: nothing is picked, or one of the names picks nothing; some paths that exist are shown.
+        ConfigError: nothing is picked, or one of the names picks nothing; the message gives last parts of ``shown``.
     """
-    paths = list(paths)
     if isinstance(names, str):
         found = [path for path in paths if re.fullmatch(names, path)]
         idle = [] if found else [names]
@@ -132,7 +131,7 @@ def select_names(names: str | Sequence[str], paths: Iterable[str], what: str) ->
         found = [path for path in paths if any(is_named(name, path) for name in names)]
         idle = [name for name in names if not any(is_named(name, path) for path in paths)]
     if idle:
-        known = sorted({path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()})
-        some = ", ".join((known or paths)[:20]) or "none"
-        raise ConfigError(f"{what} {idle[0]!r} matches no module of the model; modules are called {some}")
+        known = list(dict.fromkeys(path.rpartition(".")[2] for path in shown))
+        some = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
+        raise ConfigError(f"{what} {idle[0]!r} matches no module of the model; it has {some or 'none'}")
     return found

@@ -13,6 +13,7 @@ import msgspec
 import torch
 
 from rankscope.errors import ConfigError
+from rankscope.formats.interface import usable_device
 
 
 class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -149,9 +150,4 @@ def resolve_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} is not available ({str(error).splitlines()[0]}); try --device auto") from error
-    return device
+    return usable_device(name)

@@ -1,0 +1,86 @@
+"""A study on the terminal and as pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from rankscope.train.results import MEASURE, Row, baseline, rows
+from rankscope.train.study import Study
+
+HEADER = ("method", "lr", "seed", "trainable", "validation", "test", "entropy", "stable", "k90", "s/step")
+
+
+def print_study(study: Study, as_json: bool) -> None:
+    """The table of runs on stdout, or the same as JSON."""
+    found = rows(study)
+    if as_json:
+        described = {
+            "schema": "rankscope.study-table/1",
+            "study": str(study.folder),
+            "metric": study.metric,
+            "higher_is_better": study.higher_is_better,
+            "runs": [row.to_json() for row in found],
+        }
+        click.echo(json.dumps(described, indent=2, allow_nan=False))
+        return
+    from rankscope.cli.common import print_table
+
+    way = "higher" if study.higher_is_better else "lower"
+    print_table(HEADER, [_cells(row) for row in found], left=1)
+    click.echo(
+        f"\nvalidation, test: {study.metric} ({way} is better); * the best rate of its method, rank and seed by "
+        "validation.\nentropy, stable, k90: effective ranks of the update, median over layers.",
+        err=True,
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    run, cost = row.record.run, row.record.cost
+
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    several = "*" if row.best and run.lr is not None else ""
+    return (
+        run.label,
+        number(run.lr, "g") + several,
+        str(run.seed),
+        f"{cost.trainable:,}" if cost else "0",
+        number(row.chosen_by, ".4f") if row.score is not None else row.record.status,
+        number(row.score, ".4f"),
+        *(number(row.ranks.get(name), ".1f") for name in ("entropy_rank", "stable_rank", "k90")),
+        number(cost.seconds_per_step if cost else None, ".3f"),
+    )
+
+
+def write_plots(study: Study) -> list[Path]:
+    """``spectra.png`` and ``performance.png`` in the study's folder; those that its runs allow."""
+    from rankscope import plots
+    from rankscope.analysis.spectra import spectrum
+
+    trained = [record for record in study.best() if record.run.method != "base"]
+    first = [record for record in trained if record.run.seed == study.config.seeds[0]]
+    if not first:
+        return []
+    measured = [spectrum(study.store(record.run)) for record in first]
+    written = [study.folder / "spectra.png", study.folder / "performance.png"]
+    plots.save(plots.plot_spectra(measured), written[0])
+    figure = plots.plot_performance(
+        points(study), metric=study.metric, measure=MEASURE, baseline=baseline(study), higher_is_better=study.higher_is_better
+    )
+    plots.save(figure, written[1])
+    return written
+
+
+def points(study: Study) -> list[plots.PerformancePoint]:  # type: ignore[name-defined]  # noqa: F821
+    """Each run at its best rate as a point of the performance plot."""
+    from rankscope.plots import PerformancePoint
+
+    return [
+        PerformancePoint(run.label, run.method, run.rank, row.ranks[MEASURE], row.score, run.seed)  # type: ignore[arg-type]
+        for row in rows(study)
+        if row.best and row.ranks and (run := row.record.run).method != "base"
+    ]

@@ -1,0 +1,220 @@
+"""Full checkpoints: one file, a folder, or shards behind an index. Headers first, one tensor at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from rankscope.errors import FormatError
+from rankscope.formats.files import TensorFile, TensorInfo, read_json
+from rankscope.formats.interface import examples
+from rankscope.formats.names import WEIGHT, pair
+from rankscope.formats.peft_keys import OLD_WEIGHTS_NAME, WEIGHTS_NAME
+from rankscope.formats.pickled import PickledFile, open_tensors
+
+INDEX_SUFFIX = ".index.json"
+UPDATES_NAME = "update.safetensors"
+NOT_CHECKPOINTS = {WEIGHTS_NAME, OLD_WEIGHTS_NAME, UPDATES_NAME}
+# In the order transformers prefers them; then whatever single file or index the folder has (diffusers' names).
+FOLDER_PATTERNS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "*.safetensors.index.json",
+    "*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+# transformers' Conv1D stores (in, out): the modules and the model types that use it (pytorch_utils.Conv1D).
+CONV1D_NAME = re.compile(r"(?:^|\.)(?:c_attn|q_attn|c_proj|c_fc)\.weight$")
+CONV1D_WIDENS = re.compile(r"(?:^|\.)(?:c_attn|c_fc)\.weight$")
+CONV1D_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
+
+
+class Checkpoint:
+    """Every tensor of a model on disk: ``infos`` now, tensors one at a time.
+
+    ``conv1d`` says whether GPT-2's projections are stored (in, out); None where nothing tells.
+
+    Raises:
+        FormatError: nothing there that is a checkpoint, a damaged file, or an index that lies.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.infos: dict[str, TensorInfo] = {}
+        self._files: dict[str, TensorFile | PickledFile] = {}
+        source = checkpoint_file(path)
+        for file in _open_files(source):
+            self.infos.update(file.infos)
+            self._files.update(dict.fromkeys(file.infos, file))
+        if not self.infos:
+            raise FormatError(f"{path}: holds no tensors")
+        self.conv1d = _stores_conv1d(self.infos, source.parent / "config.json")
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored: (rows, columns, …), stored dtype."""
+        return self._files[name].read(name)
+
+    def matrix_shape(self, name: str) -> tuple[int, int]:
+        """(out, in) of ``matrix(name)``, from the header."""
+        rows, *rest = self.infos[name].shape or (1,)
+        columns = 1
+        for size in rest:
+            columns *= size
+        return (columns, rows) if self._transposed(name) else (rows, columns)
+
+    def matrix(self, name: str) -> Tensor:
+        """The weight as (out, in): Conv1D turned round, convolution kernels flattened; stored dtype."""
+        tensor = self.read(name)
+        flat = tensor.reshape(tensor.shape[0], -1)
+        return flat.T if self._transposed(name) else flat
+
+    def _transposed(self, name: str) -> bool:
+        return bool(self.conv1d) and len(self.infos[name].shape) == 2 and CONV1D_NAME.search(name) is not None
+
+
+class BaseWeights:
+    """The pre-trained weights (out, in) behind updates whose own file does not hold them.
+
+    ``shapes`` maps module paths to (out, in) of their updates. ``fan_in_fan_out`` decides for square weights
+    of which the checkpoint itself does not tell how they are stored.
+
+    Raises:
+        FormatError: the base has no weight for any module, or one that does not fit its update.
+    """
+
+    def __init__(self, base: Path, shapes: Mapping[str, tuple[int, int]], fan_in_fan_out: bool = False) -> None:
+        self._checkpoint = Checkpoint(base)
+        wanted = {module + WEIGHT: module for module in shapes}
+        pairing = pair(wanted, self._checkpoint.infos)
+        if not pairing.pairs:
+            raise FormatError(
+                f"{base}: has no weight for any of the layers {examples(list(shapes))}; it holds "
+                f"{examples(pairing.only_b)}; is this the base that was tuned?"
+            )
+        self._tensors = {wanted[ours]: theirs for ours, theirs in pairing.pairs}
+        self._turned = {
+            module: self._turn(module, tensor, shapes[module], fan_in_fan_out)
+            for module, tensor in self._tensors.items()
+        }
+
+    def _turn(self, module: str, tensor: str, shape: tuple[int, int], fan_in_fan_out: bool) -> bool:
+        """Whether the checkpoint's matrix must still be transposed to fit its update."""
+        reason = not_a_matrix(self._checkpoint.infos[tensor], stacks=True)
+        if reason:
+            raise FormatError(f"{self._checkpoint.path}: {tensor} cannot serve as base weight ({reason})")
+        found = self._checkpoint.matrix_shape(tensor)
+        if found not in (shape, shape[::-1]):
+            raise FormatError(
+                f"{self._checkpoint.path}: {tensor} is {found[0]} × {found[1]}, but the update of {module} is "
+                f"{shape[0]} × {shape[1]}; is this the base that was tuned?"
+            )
+        if found[0] != found[1]:
+            return found != shape
+        return fan_in_fan_out and self._checkpoint.conv1d is None
+
+    def __contains__(self, module: str) -> bool:
+        return module in self._tensors
+
+    def matrix(self, module: str) -> Tensor | None:
+        """The weight (out, in) in its stored dtype; None where the base has none."""
+        if module not in self._tensors:
+            return None
+        weight = self._checkpoint.matrix(self._tensors[module])
+        return weight.T if self._turned[module] else weight
+
+
+def not_a_matrix(info: TensorInfo, stacks: bool = False) -> str | None:
+    """Why a tensor is no matrix to analyse, or None. ``stacks`` lets three dimensions pass (Conv1d kernels)."""
+    stored = str(info.dtype).removeprefix("torch.")
+    if not info.dtype.is_floating_point:
+        return f"stored as {stored}: not a floating-point weight; dequantize it first"
+    if info.dtype.itemsize == 1:
+        return f"stored as {stored}: eight bits mean nothing without their scales; dequantize it first"
+    if len(info.shape) < 2:
+        return "one-dimensional: no spectrum"
+    if len(info.shape) == 3 and not stacks:
+        return f"three-dimensional {info.shape}: a stack of matrices is not read"
+    return f"empty {info.shape}" if 0 in info.shape else None
+
+
+def checkpoint_file(path: Path) -> Path:
+    """The file, or the index of the shards, that ``path`` means.
+
+    Raises:
+        FormatError: nothing there, or more than one that it could be.
+    """
+    if not path.exists():
+        raise FormatError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return path
+    for pattern in FOLDER_PATTERNS:
+        found = sorted(file for file in path.glob(pattern) if file.name not in NOT_CHECKPOINTS)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise FormatError(
+                f"{path}: holds {len(found)} weight files and no index ({found[0].name}, {found[1].name}, …); "
+                "give the one that is meant"
+            )
+    raise FormatError(
+        f"{path}: holds no weights; looked for model.safetensors, model.safetensors.index.json, "
+        "any single .safetensors file and pytorch_model.bin"
+    )
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds anything that ``checkpoint_file`` would look at."""
+    return any(file.name not in NOT_CHECKPOINTS for pattern in FOLDER_PATTERNS for file in folder.glob(pattern))
+
+
+def _open_files(source: Path) -> Iterator[TensorFile | PickledFile]:
+    if not source.name.endswith(INDEX_SUFFIX):
+        yield open_tensors(source)
+        return
+    weight_map = read_json(source).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise FormatError(f"{source}: has no weight_map from tensor names to shard names; it is not an index")
+    for shard in sorted(set(weight_map.values())):
+        file = open_tensors(_inside(source, shard))
+        missing = [name for name, where in weight_map.items() if where == shard and name not in file.infos]
+        if missing:
+            raise FormatError(f"{source}: says that {missing[0]} is in {shard}, which does not hold it")
+        yield file
+
+
+def _inside(index: Path, shard: str) -> Path:
+    """The shard's path, refused where it leads out of the index's folder.
+
+    The hub's cache is a folder of links into ``blobs/`` two levels up: that one way out is allowed.
+    """
+    folder = index.parent
+    refused = FormatError(f"{index}: names the shard {shard!r}, which is outside its folder; refused")
+    try:
+        target, home = (folder / shard).resolve(), folder.resolve()
+        if Path(shard).is_absolute() or ".." in Path(shard).parts or not shard:
+            raise refused
+        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+        if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
+            raise refused
+    except (OSError, ValueError, RuntimeError) as error:  # a name with a null byte; a loop of links
+        raise refused from error
+    return folder / shard
+
+
+def _stores_conv1d(infos: dict[str, TensorInfo], config: Path) -> bool | None:
+    """Whether the projections that Conv1D is used for are stored (in, out).
+
+    c_attn and c_fc always widen, so their shape tells, whatever the configuration says: nanoGPT uses the
+    same names for ordinary layers. The model type decides only where no such weight is present.
+    """
+    for name, info in infos.items():
+        if CONV1D_WIDENS.search(name) and len(info.shape) == 2 and info.shape[0] != info.shape[1]:
+            return info.shape[1] > info.shape[0]
+    if config.is_file() and any(CONV1D_NAME.search(name) for name in infos):
+        return True if read_json(config).get("model_type") in CONV1D_TYPES else None
+    return None

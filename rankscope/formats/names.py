@@ -1,0 +1,75 @@
+"""Names of weights: their order, and which name of one file means which name of another."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+WEIGHT = ".weight"
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts ``layers.2`` before ``layers.10``."""
+    # isdecimal would accept digits of other scripts, which is fine: so does int.
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name))
+
+
+class Pairing(NamedTuple):
+    """``pairs`` of (name in a, name in b), and what has no partner; each in natural order."""
+
+    pairs: list[tuple[str, str]]
+    only_a: list[str]
+    only_b: list[str]
+
+
+def pair(names_a: Iterable[str], names_b: Iterable[str]) -> Pairing:
+    """Partners among two lists of dotted names.
+
+    Equal names are partners. Among the rest, one wrapper in front of one side (``bert.``,
+    ``transformer.``, ``base_model.model.``) is found: the prefix that pairs most names. Where two prefixes
+    pair equally many, as ``encoder.`` and ``decoder.`` would, nothing says which is meant and neither is used.
+    """
+    a, b = set(names_a), set(names_b)
+    pairs = [(name, name) for name in a & b]
+    rest_a, rest_b = a - b, b - a
+    of_a, of_b = _prefixes(rest_a, rest_b), _prefixes(rest_b, rest_a)
+    best = _only_best(
+        [(count, 0, prefix) for prefix, count in of_a.items()] + [(count, 1, prefix) for prefix, count in of_b.items()]
+    )
+    if best is not None:
+        side, prefix = best
+        if side == 0:
+            found = [(prefix + name, name) for name in rest_b if prefix + name in rest_a]
+        else:
+            found = [(name, prefix + name) for name in rest_a if prefix + name in rest_b]
+        pairs += found
+    rest_a -= {one for one, _ in pairs}
+    rest_b -= {other for _, other in pairs}
+    pairs.sort(key=lambda names: natural_key(names[0]))
+    return Pairing(pairs, sorted(rest_a, key=natural_key), sorted(rest_b, key=natural_key))
+
+
+def _prefixes(long: set[str], short: set[str]) -> Counter[str]:
+    """How many names of ``long`` are a name of ``short`` behind each prefix."""
+    counts: Counter[str] = Counter()
+    for name in long:
+        for dot in re.finditer(r"\.", name):
+            if name[dot.end() :] in short:
+                counts[name[: dot.end()]] += 1
+    return counts
+
+
+def _only_best(candidates: list[tuple[int, int, str]]) -> tuple[int, str] | None:
+    """(side, prefix) with the highest count, or None where there is none or a tie."""
+    candidates.sort(reverse=True)
+    if not candidates or (len(candidates) > 1 and candidates[0][0] == candidates[1][0]):
+        return None
+    return candidates[0][1:]
+
+
+def module_names(tensors: Iterable[str]) -> dict[str, str]:
+    """Module path of each tensor name: without ``.weight``, unless that name is a tensor's already."""
+    names = set(tensors)
+    return {name: bare if (bare := name.removesuffix(WEIGHT)) == name or bare not in names else name for name in names}

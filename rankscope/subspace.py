@@ -1,0 +1,245 @@
+"""Subspaces spanned by the top singular directions of updates: overlap, angles, distances, chance levels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankscope.errors import ShapeError
+from rankscope.linalg import working_dtype
+from rankscope.noise import Array
+from rankscope.spectrum import CLUSTER_GAP, Spectrum
+from rankscope.updates import Update
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Subspace:
+    """The top k singular directions of an update, in the output space (left) or the input space (right).
+
+    ``basis``: (d, k), orthonormal columns in the working precision, strongest direction first; the caller vouches
+    for orthonormality, ``of`` and ``pair`` see to it. ``gaps``: (k,), (σ_i − σ_{i+1})/σ_i at the cut after
+    direction i, NaN where it is not known.
+
+    Raises:
+        ShapeError: not a matrix with 1 ≤ k ≤ d, gaps that do not fit it, or an unknown side.
+    """
+
+    basis: Tensor
+    side: Side
+    gaps: Array = field(default_factory=lambda: np.empty(0))
+
+    def __post_init__(self) -> None:
+        if self.basis.ndim != 2 or not 1 <= self.basis.shape[1] <= self.basis.shape[0]:
+            raise ShapeError(f"a basis is (d, k) with 1 ≤ k ≤ d, not {tuple(self.basis.shape)}")
+        if self.side not in get_args(Side):
+            raise ShapeError(f"a side is 'left' or 'right', not {self.side!r}")
+        gaps = self.gaps if len(self.gaps) else np.full(self.k, np.nan)
+        if gaps.shape != (self.k,):
+            raise ShapeError(f"{self.k} directions have {self.k} cuts, not {gaps.shape}")
+        object.__setattr__(self, "gaps", gaps)
+        object.__setattr__(self, "basis", self.basis.to(working_dtype(self.basis.device)))
+
+    @classmethod
+    def of(cls, update: Update, side: Side, k: int | None = None) -> Subspace:
+        """The top k left or right singular directions, all that are above rounding where k is None or larger.
+
+        Raises:
+            ShapeError: k < 1, an unknown side, or an update without a direction (zero, or rounding alone).
+        """
+        if side not in get_args(Side):
+            raise ShapeError(f"a side is 'left' or 'right', not {side!r}")
+        left, right = cls.pair(update, k)
+        return left if side == "left" else right
+
+    @classmethod
+    def pair(cls, update: Update, k: int | None = None) -> tuple[Subspace, Subspace]:
+        """Left and right directions from one SVD; as ``of``."""
+        if k is not None and k < 1:
+            raise ShapeError(f"a subspace has at least one direction, not {k}")
+        svd = update.svd()
+        spectrum = Spectrum.from_values(update, svd.s)
+        rank = int(np.count_nonzero(spectrum.values > spectrum.cutoff))
+        if rank == 0:
+            cause = "is zero" if not spectrum.values[0] else "does not rise above rounding"
+            raise ShapeError(f"an update {update.shape} that {cause} has no directions to compare")
+        kept = min(k or rank, rank)
+        return cls._side(svd.U, "left", kept, spectrum), cls._side(svd.Vt.T, "right", kept, spectrum)
+
+    @classmethod
+    def _side(cls, vectors: Tensor, side: Side, k: int, spectrum: Spectrum) -> Subspace:
+        return cls(orthonormal(vectors[:, :k]), side, spectrum.gaps[:k])
+
+    @property
+    def dim(self) -> int:
+        """The ambient dimension d."""
+        return self.basis.shape[0]
+
+    @property
+    def k(self) -> int:
+        """How many directions span it."""
+        return self.basis.shape[1]
+
+    @property
+    def in_cluster(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """(k,): whether the cut after direction i falls among values closer than ``CLUSTER_GAP``, where the span of
+        the top i is arbitrary."""
+        return np.less(self.gaps, CLUSTER_GAP)
+
+    def top(self, k: int) -> Subspace:
+        """The span of the first k directions, at most all of them.
+
+        Raises:
+            ShapeError: k < 1.
+        """
+        if k < 1:
+            raise ShapeError(f"a subspace has at least one direction, not {k}")
+        return replace(self, basis=self.basis[:, :k], gaps=self.gaps[:k])
+
+    def __repr__(self) -> str:
+        return f"Subspace({self.side}, k={self.k} of dimension {self.dim})"
+
+
+def orthonormal(vectors: Tensor) -> Tensor:
+    """Orthonormal in the working precision, (d, k) → (d, k), spanning the same first i columns for every i.
+
+    Singular vectors that were computed in float32 are orthonormal to 1e-7 only; angles need better.
+    """
+    working = working_dtype(vectors.device)
+    if vectors.dtype == working:
+        return vectors.contiguous()
+    q, r = torch.linalg.qr(vectors.to(working))
+    signed: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(working)
+    return signed
+
+
+def _check_pair(a: Subspace, b: Subspace) -> None:
+    if a.side != b.side:
+        raise ShapeError(f"a {a.side} and a {b.side} subspace lie in different spaces; compare one side at a time")
+    if a.dim != b.dim:
+        raise ShapeError(f"subspaces of dimension {a.dim} and {b.dim} cannot be compared; are they of the same weight?")
+
+
+def overlap(a: Subspace, b: Subspace) -> Array:
+    """φ(i, j) = ‖U_iᵀV_j‖²_F / min(i, j) in [0, 1] for all i ≤ k_a, j ≤ k_b: (k_a, k_b) (Hu et al. 2021, §7.2).
+
+    Raises:
+        ShapeError: the sides or the ambient dimensions differ.
+    """
+    _check_pair(a, b)
+    squared = (a.basis.T @ b.basis).double().cpu().numpy() ** 2
+    sums = squared.cumsum(axis=0).cumsum(axis=1)
+    grid: Array = np.minimum(sums / _smaller(*sums.shape), 1.0)
+    return grid
+
+
+def _smaller(i_max: int, j_max: int) -> Array:
+    """min(i, j) for i = 1 … i_max, j = 1 … j_max."""
+    smaller: Array = np.minimum.outer(np.arange(1.0, i_max + 1), np.arange(1.0, j_max + 1))
+    return smaller
+
+
+def angles(a: Subspace, b: Subspace) -> Array:
+    """Principal angles in radians, ascending, min(k_a, k_b) of them (Björck & Golub 1973).
+
+    cos θ_l = σ_l(UᵀV) is blind below √eps; there θ comes from sin θ_l, the singular values of V − UUᵀV
+    (Knyazev & Argentati 2002), so that tiny angles are right to rounding.
+
+    Raises:
+        ShapeError: the sides or the ambient dimensions differ.
+    """
+    _check_pair(a, b)
+    U, V = (a.basis, b.basis) if a.k >= b.k else (b.basis, a.basis)
+    product = U.T @ V
+    cosines = torch.linalg.svdvals(product).clamp(max=1)
+    sines = torch.linalg.svdvals(V - U @ product).clamp(max=1).flip(0)
+    theta = torch.where(cosines.square() >= 0.5, sines.arcsin(), cosines.arccos())
+    found: Array = theta.double().cpu().numpy()
+    return found
+
+
+def distances(a: Subspace, b: Subspace) -> dict[str, float]:
+    """Distances from the p = min(k_a, k_b) principal angles θ; 0 for equal subspaces, or one inside the other.
+
+    ``projection`` √(p − Σcos²θ); ``geodesic`` √Σθ²; ``chordal`` ‖sin θ‖, the same number as projection, by the
+    name Conway, Hardin & Sloane 1996 give it; ``fubini_study`` arccos Πcos θ; ``procrustes`` √(2(p − ‖UᵀV‖_*)),
+    which is the least ‖U − VQ‖_F over orthogonal Q where k_a = k_b (Edelman, Arias & Smith 1998 for all).
+
+    Raises:
+        ShapeError: the sides or the ambient dimensions differ.
+    """
+    theta = angles(a, b)
+    sin2 = np.sin(theta) ** 2
+    with np.errstate(divide="ignore"):  # a right angle makes the product of cosines zero, its logarithm −∞
+        log_cos2 = float(np.log1p(-sin2).sum())
+    chordal = float(np.sqrt(sin2.sum()))
+    return {
+        "projection": chordal,
+        "geodesic": float(np.sqrt((theta**2).sum())),
+        "chordal": chordal,
+        # tan = √(1 − Πcos²)/Πcos: arccos alone would lose every angle below 1e-8.
+        "fubini_study": float(np.arctan2(np.sqrt(-np.expm1(log_cos2)), np.exp(log_cos2 / 2))),
+        "procrustes": float(2 * np.sqrt((np.sin(theta / 2) ** 2).sum())),
+    }
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Chance:
+    """What two independent, uniformly random subspaces would overlap, beside a measured grid; all (k_a, k_b).
+
+    ``expected``: E φ = max(i, j)/d. ``sd``: standard deviation of φ. ``z``: (φ − expected)/sd. ``p``: probability
+    of at least this φ. Cells that leave nothing to chance (i = d or j = d) have sd 0, z 0, p 1.
+    """
+
+    expected: Array
+    sd: Array
+    z: Array
+    p: Array
+
+    def __repr__(self) -> str:
+        rows, columns = self.z.shape
+        return f"Chance({rows} × {columns}, largest z {self.z.max():.3g}, least p {self.p.min():.3g})"
+
+
+def chance(grid: Array, d: int) -> Chance:
+    """The chance level of every cell of an overlap grid of subspaces in dimension d.
+
+    S = φ·min(i, j) has E S = ij/d and Var S = 2ij(d − i)(d − j)/(d²(d − 1)(d + 2)). p is the upper tail of the Beta
+    with these moments on the support [max(0, i + j − d), min(i, j)] of S: exact for i = 1, and right in the tail,
+    where a normal law is too optimistic. Each p is of its own cell: looking at a whole grid for the least p needs a
+    correction.
+
+    Raises:
+        ShapeError: not a grid, or more directions than dimensions.
+    """
+    from scipy.special import betaincc
+
+    if grid.ndim != 2 or not 1 <= max(grid.shape) <= d:
+        raise ShapeError(f"a grid {grid.shape} of overlaps does not fit into dimension {d}")
+    i, j = np.arange(1.0, grid.shape[0] + 1)[:, None], np.arange(1.0, grid.shape[1] + 1)[None, :]
+    smaller = np.minimum(i, j)
+    expected = np.maximum(i, j) / d
+    # max(d − 1, 1): in one dimension the numerator is zero.
+    variance = 2 * i * j * (d - i) * (d - j) / (d**2 * max(d - 1, 1) * (d + 2))
+    free = variance > 0
+    sd = np.sqrt(variance) / smaller
+    z = np.divide(grid - expected, sd, out=np.zeros_like(expected), where=free)
+    p = np.ones_like(expected)
+    a, b, low, width = (x[free] for x in _beta(i, j, d, variance))
+    p[free] = betaincc(a, b, np.clip((grid[free] * smaller[free] - low) / width, 0.0, 1.0))
+    return Chance(expected, sd, z, p)
+
+
+def _beta(i: Array, j: Array, d: int, variance: Array) -> tuple[Array, Array, Array, Array]:
+    """Parameters a, b and support (low, width) of the Beta with the mean ij/d and the variance of S."""
+    low = np.maximum(0.0, i + j - d)
+    width = np.minimum(i, j) - low
+    with np.errstate(divide="ignore", invalid="ignore"):  # degenerate cells, which the caller leaves out
+        mean = (i * j / d - low) / width
+        total = mean * (1 - mean) * width**2 / variance - 1
+    return mean * total, (1 - mean) * total, low, width

@@ -1,0 +1,196 @@
+"""A study: the folder that a sweep leaves, made, taken up again, and read."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from rankscope.errors import ConfigError, FormatError, RankscopeError, TrainingError, located
+from rankscope.formats.files import read_json, write_json
+from rankscope.formats.interface import Store
+from rankscope.formats.store import open as open_store
+from rankscope.train.config import RESUMABLE, StudyConfig, make_config, resolve_device
+from rankscope.train.loop import Listener, Loop, evaluate_base
+from rankscope.train.runs import Record, Run, grid
+from rankscope.train.tasks import Task, make_task
+
+SCHEMA = "rankscope.study/1"
+
+
+class Study:
+    """A study on disk: its settings and the runs that have ended.
+
+    Raises:
+        FormatError: the folder is not a study, or a file of it is damaged.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.description = read_json(self.folder / "study.json")
+        for key in ("config", "metric", "higher_is_better"):
+            if key not in self.description:
+                raise FormatError(f"{self.folder / 'study.json'}: holds no {key!r}; is this a study of rankscope?")
+        self.config = make_config(self.description["config"], str(self.folder / "study.json"))
+        self.metric: str = self.description["metric"]
+        self.higher_is_better: bool = self.description["higher_is_better"]
+        folders = sorted(path.parent for path in self.folder.glob("runs/*/run.json"))
+        self.records = sorted((Record.read(path) for path in folders), key=_order)
+
+    def score(self, record: Record, split: str = "test") -> float:
+        """The study's metric of a run that is done."""
+        return record.metrics[split][self.metric]
+
+    def done(self) -> list[Record]:
+        return [record for record in self.records if record.status == "done"]
+
+    def best(self) -> list[Record]:
+        """Of each method, rank and seed the run at its best rate, chosen on the validation split."""
+        chosen: dict[tuple[str, int], Record] = {}
+        for record in self.done():
+            key = (record.run.label, record.run.seed)
+            if key not in chosen or self._better(record, chosen[key]):
+                chosen[key] = record
+        return list(chosen.values())
+
+    def _better(self, a: Record, b: Record) -> bool:
+        difference = self.score(a, "validation") - self.score(b, "validation")
+        return difference > 0 if self.higher_is_better else difference < 0
+
+    def path(self, run: Run) -> Path:
+        return self.folder / "runs" / run.name
+
+    def store(self, run: Run) -> Store:
+        """The updates that a run learned: its adapter, or the update of full fine-tuning."""
+        return open_store(self.path(run))
+
+    def __repr__(self) -> str:
+        return f"Study({str(self.folder)!r}, {len(self.records)} runs, {self.metric})"
+
+
+def _order(record: Record) -> tuple[int, int, float, int]:
+    run = record.run
+    return ("base", "lora", "full").index(run.method), run.rank or 0, run.lr or 0.0, run.seed
+
+
+def train(
+    config: StudyConfig, folder: Path | str, listener: Listener, stop: Callable[[], bool] = lambda: False
+) -> Study:
+    """Train every run of the study that has not ended yet.
+
+    Args:
+        folder: a new folder, or that of the same study: it is taken up where it was left.
+        listener: is told of each step, evaluation and end.
+        stop: asked before each step; where it says yes the state is saved and ``Interrupted`` raised.
+
+    Raises:
+        ConfigError: the folder holds a study with other settings, or something else.
+        TrainingError: another process is at work on this study.
+        Interrupted: ``stop`` said so.
+    """
+    folder = Path(folder)
+    device = resolve_device(config.device)
+    task = make_task(config)
+    _describe(folder, config, task, device)
+    with locked(folder):
+        _sweep_leftovers(folder)
+        for run in grid(config, task):
+            target = folder / "runs" / run.name
+            if (target / "run.json").exists():
+                continue
+            with located(run.name):
+                if run.method == "base":
+                    evaluate_base(task, config, run, target, device)
+                else:
+                    Loop(task, config, run, target, device, listener).train(stop)
+    return Study(folder)
+
+
+def _describe(folder: Path, config: StudyConfig, task: Task, device: torch.device) -> None:
+    """Write study.json, or check that the one there is of the same study."""
+    path = folder / "study.json"
+    fingerprint = task.fingerprint()
+    if path.exists():
+        _check_same(Study(folder), config, fingerprint)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not a study; choose another folder with -o")
+    description = {
+        "schema": SCHEMA,
+        "config": msgspec.to_builtins(config),
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "fingerprint": fingerprint,
+        "versions": versions(),
+        "machine": machine(device),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+    write_json(path, description)
+
+
+def _check_same(study: Study, config: StudyConfig, fingerprint: Mapping[str, str]) -> None:
+    for key in msgspec.structs.asdict(config):
+        old, new = getattr(study.config, key), getattr(config, key)
+        if key not in RESUMABLE and old != new:
+            raise ConfigError(
+                f"{study.folder} is a study with {key} = {old!r}, not {new!r}; "
+                "give it the same settings to go on with it, or choose another folder with -o"
+            )
+    for key, value in study.description.get("fingerprint", {}).items():
+        if fingerprint.get(key) != value:
+            raise ConfigError(
+                f"{study.folder} was begun with another {key} ({value}, now {fingerprint.get(key)}); "
+                "its runs could not be compared: choose another folder with -o"
+            )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers."""
+    return {name: version(name) for name in ("rankscope", "torch", "numpy")} | {"python": platform.python_version()}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a reader must know to judge times."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": str(device), "processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the study for this process; the lock goes with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no advisory locks, the second process is not noticed
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TrainingError(f"{folder}: another process is training this study; wait for it or stop it") from error
+        yield
+
+
+def _sweep_leftovers(folder: Path) -> None:
+    """Remove what a killed process was writing; the names are ours alone (see ``write_atomic``)."""
+    for path in folder.glob("runs/**/.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+class Silent:
+    """A listener that says nothing."""
+
+    def started(self, run: Run, steps: int, at: int) -> None: ...
+
+    def stepped(self, run: Run, step: int) -> None: ...
+
+    def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def ended(self, record: Record) -> None: ...

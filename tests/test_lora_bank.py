@@ -1,0 +1,448 @@
+"""Banks: N adapters on one model behave as each would alone; what attaches also comes off."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rankscope.errors import ConfigError, ShapeError
+from rankscope.lora import AdapterSpec, Bank
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Net(nn.Module):
+    """Tokens (batch, 6) -> logits (batch, 7), with a layer of each kind on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(9, 12)
+        self.conv = nn.Conv2d(2, 4, 3, padding=1, groups=2)
+        self.norm = nn.LayerNorm(36)
+        self.up = nn.Linear(6 * 24, 10)
+        self.block = nn.Sequential(nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 8))
+        self.out = nn.Linear(8, 7)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.emb(tokens).reshape(len(tokens), 2, 6, 6)
+        x = self.conv(x).flatten(1)
+        return self.out(self.block(torch.relu(self.up(x))))
+
+
+def make_net() -> Net:
+    torch.manual_seed(7)
+    return Net().double()
+
+
+SPECS = (
+    AdapterSpec(2, 4.0, ["emb", "conv", "up", "0", "out"]),
+    AdapterSpec(4, 6.0, ["emb", "up", "0", "2"], dropout=0.3),
+    AdapterSpec(6, 2.0, ["conv", "up", "out"], dropout=0.5, rslora=True, init="gaussian"),
+)
+
+
+def fill(bank: Bank, i: int, seed: int) -> None:
+    """Random factors for adapter i of the bank, the same ones for the same seed."""
+    source = generator(seed)
+    for name, (A, B) in bank.factors(i).items():
+        draws = [0.3 * torch.randn(factor.shape, generator=source, dtype=torch.float64) for factor in (A, B)]
+        bank.layers[name].set_factors(i, *draws)
+
+
+def alone(i: int) -> tuple[Net, Bank]:
+    net = make_net()
+    bank = Bank.attach(net, SPECS[i], generator(i))
+    fill(bank, 0, seed=20 + i)
+    return net, bank
+
+
+def together() -> tuple[Net, Bank]:
+    net = make_net()
+    bank = Bank.attach(net, SPECS, [generator(i) for i in range(3)])
+    for i in range(3):
+        fill(bank, i, seed=20 + i)
+    return net, bank
+
+
+def gradients(bank: Bank, i: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Gradients of the factors of adapter i, read through the same cutting as the factors."""
+    reader = copy.deepcopy(dict(bank.layers))
+    for name, layer in bank.layers.items():
+        for half in ("A", "B"):
+            gradient = getattr(layer, half).grad
+            getattr(reader[name], half).data = torch.zeros(()) if gradient is None else gradient.clone()
+    return {name: reader[name].factors(i) for name, layer in bank.layers.items() if layer.slots[i].rank}
+
+
+def test_initial_factors_do_not_depend_on_the_neighbours() -> None:
+    bank = Bank.attach(make_net(), SPECS, [generator(i) for i in range(3)])
+    reverse = Bank.attach(make_net(), SPECS[::-1], [generator(i) for i in (2, 1, 0)])
+    for i, spec in enumerate(SPECS):
+        single = Bank.attach(make_net(), spec, generator(i)).factors()
+        for other in (bank.factors(i), reverse.factors(2 - i)):
+            assert single.keys() == other.keys()
+            for name, (A, B) in single.items():
+                assert torch.equal(A, other[name][0])
+                assert torch.equal(B, other[name][1])
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_chunks_of_a_batch_are_as_each_adapter_alone(mode: str) -> None:
+    tokens = torch.randint(9, (12, 6), generator=generator(3))
+    net, bank = together()
+    net.train(mode == "train")
+    bank.select(None)
+    output = net(tokens)
+    weight = torch.randn(output.shape, generator=generator(4), dtype=output.dtype)
+    (output * weight).sum().backward()
+    for i, part in enumerate((slice(0, 4), slice(4, 8), slice(8, 12))):
+        single_net, single = alone(i)
+        single_net.train(mode == "train")
+        # Rounding only: everything is float64, and drop-out masks must be the very same.
+        torch.testing.assert_close(output[part], expected := single_net(tokens[part]), rtol=1e-11, atol=1e-11)
+        (expected * weight[part]).sum().backward()
+        wanted = gradients(single, 0)
+        for name, pair in gradients(bank, i).items():
+            for mine, theirs in zip(pair, wanted[name], strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+                assert mine.abs().max() > 0
+
+
+def test_dropout_masks_differ_between_adapters_and_from_call_to_call() -> None:
+    net = nn.Sequential(nn.Linear(50, 3)).train()
+    specs = [AdapterSpec(2, 2.0, ["0"], dropout=0.5)] * 2
+    bank = Bank.attach(net, specs, [generator(0), generator(1)])
+    A, B = torch.ones(2, 50), torch.ones(3, 2)
+    for i in range(2):
+        bank.layers["0"].set_factors(i, A, B)
+    x = torch.ones(2, 50)
+    bank.select(None)
+    first, second = net(x), net(x)
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, second)
+    # Inverted dropout keeps the mean: 2 · 50 with a deviation of 2 · √50 at p = .5.
+    base = net[0].base_layer(x)
+    many = torch.stack([net(x) - base for _ in range(400)])
+    assert many.mean().item() == pytest.approx(100, abs=4 * 2 * 50**0.5 / 800**0.5)
+    net.eval()
+    torch.testing.assert_close(net(x) - base, torch.full((2, 3), 100.0))
+
+
+def test_select_sends_every_row_through_one_adapter() -> None:
+    tokens = torch.randint(9, (5, 6), generator=generator(3))
+    net, bank = together()
+    net.eval()
+    assert bank.selected == 0
+    for i in (0, 1, 2, 1):
+        bank.select(i)
+        torch.testing.assert_close(net(tokens), alone(i)[0].eval()(tokens), rtol=1e-11, atol=1e-11)
+
+
+def test_padding_stays_zero_under_adamw_with_weight_decay() -> None:
+    net, bank = together()
+    bank.select(None)
+    optimizer = torch.optim.AdamW(bank.trainable_parameters(), lr=0.1, weight_decay=0.5)
+    padding = [(factor, factor.detach() == 0) for factor in bank.trainable_parameters()]
+    assert sum(int(mask.sum()) for _, mask in padding) > 100
+    before = [factor.detach().clone() for factor, _ in padding]
+    for step in range(5):
+        optimizer.zero_grad()
+        net(torch.randint(9, (6, 6), generator=generator(step))).square().sum().backward()
+        optimizer.step()
+    for (factor, mask), old in zip(padding, before, strict=True):
+        assert factor.grad[mask].count_nonzero() == 0
+        assert factor.detach()[mask].count_nonzero() == 0
+        assert not torch.equal(factor.detach(), old)
+
+
+def test_a_bank_trains_as_the_runs_one_by_one() -> None:
+    net, bank = together()
+    bank.select(None)
+    singles = [alone(i) for i in range(3)]
+    many = [torch.optim.AdamW(bank.trainable_parameters(), lr=0.01)]
+    many += [torch.optim.AdamW(single.trainable_parameters(), lr=0.01) for _, single in singles]
+    for step in range(4):
+        tokens = torch.randint(9, (4, 6), generator=generator(step))
+        for optimizer in many:
+            optimizer.zero_grad()
+        net(tokens.repeat(3, 1)).square().sum().backward()
+        for single_net, _ in singles:
+            single_net(tokens).square().sum().backward()
+        for optimizer in many:
+            optimizer.step()
+    for i, (_, single) in enumerate(singles):
+        for name, (A, B) in single.factors().items():
+            # Adam divides by √v: where a gradient is nearly zero, rounding is magnified.
+            torch.testing.assert_close(bank.factors(i)[name][0], A, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(bank.factors(i)[name][1], B, rtol=1e-6, atol=1e-7)
+
+
+def test_updates_have_the_shapes_and_values_of_the_weights() -> None:
+    _, bank = together()
+    for i, spec in enumerate(SPECS):
+        for name, update in bank.updates(i).items():
+            A, B = bank.factors(i)[name]
+            s = spec.slot(name).scale
+            assert update.nominal_rank == spec.rank
+            if name == "emb":
+                torch.testing.assert_close(update.dense(), (s * (B @ A).T).float())
+                assert update.shape == (9, 12)
+            elif name != "conv":
+                torch.testing.assert_close(update.dense(), (s * B @ A).float())
+    assert set(bank.updates(2)) == {"conv", "up", "out"}
+    ranks = {"emb": 9 + 12, "up": 144 + 10, "block.0": 20, "block.2": 18}
+    assert bank.parameter_count(1) == 4 * sum(ranks.values())
+
+
+def test_factors_are_copies() -> None:
+    _, bank = together()
+    old = bank.factors(1)["up"][0].clone()
+    held = bank.factors(1)["up"][0]
+    with torch.no_grad():
+        for parameter in bank.trainable_parameters():
+            parameter.add_(1)
+    assert torch.equal(held, old)
+
+
+@pytest.mark.parametrize("spec", [SPECS[0], AdapterSpec(2, 4.0, ["0"], bias="all", modules_to_save=["out"])])
+def test_detach_gives_back_the_very_model(spec: AdapterSpec) -> None:
+    net = make_net()
+    net.norm.weight.requires_grad_(False)
+    tree = {name: id(module) for name, module in net.named_modules()}
+    parameters = {name: (id(p), p.requires_grad, p.detach().clone()) for name, p in net.named_parameters()}
+    tokens = torch.randint(9, (4, 6))
+    before = net(tokens)
+    bank = Bank.attach(net, spec, generator(0))
+    fill(bank, 0, 1)
+    optimizer = torch.optim.SGD(bank.trainable_parameters(), lr=0.1)
+    net(tokens).square().sum().backward()
+    optimizer.step()
+    assert not torch.allclose(net(tokens), before)
+    if spec is not SPECS[0] or "conv" not in spec.targets:
+        bank.merge()
+    assert bank.detach() is net
+    assert {name: id(module) for name, module in net.named_modules()} == tree
+    for name, p in net.named_parameters():
+        assert (id(p), p.requires_grad) == parameters[name][:2], name
+        assert torch.equal(p, parameters[name][2]), name
+    assert torch.equal(net(tokens), before)
+    bank.detach()
+    for action in (bank.merge, bank.unmerge, lambda: bank.select(0), lambda: bank.switch(0)):
+        with pytest.raises(ConfigError, match="detached"):
+            action()
+    Bank.attach(net, spec, generator(0))  # and it can be used again
+
+
+def test_only_the_adapter_is_trainable() -> None:
+    net, bank = together()
+    trained = {id(parameter) for parameter in net.parameters() if parameter.requires_grad}
+    assert trained == {id(parameter) for parameter in bank.trainable_parameters()}
+    assert len(trained) == 2 * len(bank.layers)
+
+
+@pytest.mark.parametrize(
+    ("bias", "trained"),
+    [("none", set()), ("lora_only", {"up", "block.0"}), ("all", {"conv", "norm", "up", "block.0", "block.2"})],
+)
+def test_biases_and_whole_modules_are_trained_with_the_adapter(bias: str, trained: set[str]) -> None:
+    net = make_net()
+    bank = Bank.attach(net, AdapterSpec(2, 4.0, ["up", "0"], bias=bias, modules_to_save=["out"]), generator(0))
+    assert set(bank.biases) == trained
+    trainable = {name.replace(".base_layer", "") for name, p in net.named_parameters() if p.requires_grad}
+    factors = {f"{name}.{half}" for name in ("up", "block.0") for half in "AB"}
+    assert trainable == factors | {f"{name}.bias" for name in trained} | {"out.weight", "out.bias"}
+    sizes = {"conv": 4, "norm": 36, "up": 10, "block.0": 10, "block.2": 8}
+    expected = 2 * (144 + 10 + 20) + 7 * 8 + 7 + sum(sizes[name] for name in trained)
+    assert bank.parameter_count() == expected == sum(p.numel() for p in bank.trainable_parameters())
+
+
+class Tied(nn.Module):
+    """A language model whose output layer is its embedding: as a module that shares the weight, or by a function."""
+
+    def __init__(self, function: bool) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(9, 5)
+        self.function = function
+        if not function:
+            self.head = nn.Linear(5, 9, bias=False)
+            self.head.weight = self.emb.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.emb(tokens)
+        return nn.functional.linear(x, self.emb.weight) if self.function else self.head(x)
+
+
+@pytest.mark.parametrize(("function", "target"), [(False, "emb"), (False, "head"), (True, "emb")])
+def test_an_adapter_on_one_end_of_tied_weights_leaves_the_other_alone(function: bool, target: str) -> None:
+    net = Tied(function).double()
+    plain = copy.deepcopy(net)
+    weight = net.emb.weight
+    bank = Bank.attach(net, AdapterSpec(2, 4.0, [target]), generator(0))
+    fill(bank, 0, 1)
+    tokens = torch.arange(9)
+    change = bank.updates()[target].dense().double()
+    embedded = plain.emb.weight + (change if target == "emb" else 0)
+    expected = embedded @ (plain.emb.weight + (change if target == "head" else 0)).T
+    # The update is read out in float32.
+    torch.testing.assert_close(net(tokens), expected, rtol=1e-5, atol=1e-5)
+    bank.merge()
+    torch.testing.assert_close(net(tokens), expected, rtol=1e-5, atol=1e-5)
+    bank.detach()
+    assert net.emb.weight is weight
+    assert function or net.head.weight is weight
+
+
+def test_a_merged_model_can_be_moved_between_devices() -> None:
+    net = make_net()
+    bank = Bank.attach(net, AdapterSpec(2, 4.0, ["up"], bias="lora_only", modules_to_save=["out"]), generator(0))
+    bank.merge()
+    net.to("meta")
+    bank.detach()
+    assert {p.device.type for p in net.parameters()} == {"meta"}
+
+
+def test_attributes_of_the_base_show_through() -> None:
+    net, bank = together()
+    assert net.up.in_features == 144
+    assert net.emb.embedding_dim == 12
+    assert net.up.bias is net.up.base_layer.bias
+    assert net.up.weight is net.up.base_layer.weight
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = net.up.nonsense
+    assert copy.deepcopy(net).up.A is not bank.layers["up"].A
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank is a whole number"),
+        ({"rank": 2.0}, "rank is a whole number"),
+        ({"rank": True}, "rank is a whole number"),
+        ({"rank_pattern": {"up": 0}}, "rank is a whole number"),
+        ({"alpha": float("nan")}, "alpha is a finite number"),
+        ({"alpha": "8"}, "alpha is a finite number"),
+        ({"alpha_pattern": {"up": None}}, "alpha is a finite number"),
+        ({"dropout": 1.0}, r"\[0, 1\)"),
+        ({"dropout": -0.1}, r"\[0, 1\)"),
+        ({"dropout": "x"}, r"\[0, 1\)"),
+        ({"init": "pissa"}, "init is one of kaiming, gaussian"),
+        ({"bias": "some"}, "bias is one of none, lora_only, all"),
+        ({"targets": []}, "hold names"),
+        ({"targets": [""]}, "hold names"),
+        ({"targets": [3]}, "hold names"),
+        ({"targets": "("}, "not a regular expression"),
+        ({"rank_pattern": {"(": 2}}, "not a regular expression"),
+        ({"modules_to_save": "out"}, r"write \('out',\)"),
+    ],
+)
+def test_a_spec_that_makes_no_sense_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        AdapterSpec(**{"rank": 2, "alpha": 4.0, "targets": ["up"], **settings})
+
+
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [
+        (["up"], ["up"]),
+        (["0", "out"], ["block.0", "out"]),
+        (["block.2"], ["block.2"]),
+        (r"block\.\d|up", ["up", "block.0", "block.2"]),
+        ("all-linear", ["up", "block.0", "block.2", "out"]),
+    ],
+)
+def test_targets_by_name_by_expression_and_all_linear(targets: object, found: list[str]) -> None:
+    net = make_net()
+    net.block = nn.Sequential(net.block[0], nn.Identity(), net.block[2])
+    if targets == r"block\.\d|up":
+        targets = r"block\.[02]|up"
+    bank = Bank.attach(net, AdapterSpec(2, 4.0, targets), generator(0))
+    assert list(bank.layers) == found
+
+
+def test_all_linear_leaves_out_the_output_layer_and_whole_modules() -> None:
+    net = make_net()
+    net.get_output_embeddings = lambda: net.out
+    bank = Bank.attach(net, AdapterSpec(2, 4.0, "all-linear", modules_to_save=["block"]), generator(0))
+    assert list(bank.layers) == ["up"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (AdapterSpec(2, 4.0, ["q_proj"]), r"'q_proj' matches no module of the model; it has emb, conv, up, 0, 2, out"),
+        (AdapterSpec(2, 4.0, ["up", "wrong"]), "'wrong' matches no module"),
+        (AdapterSpec(2, 4.0, "u"), "'u' matches no module"),
+        (AdapterSpec(2, 4.0, ["norm"]), "target 'norm' is a LayerNorm; adapters go to Linear"),
+        (AdapterSpec(2, 4.0, ["block"]), "target 'block' is a Sequential"),
+        (AdapterSpec(3, 4.0, ["conv"]), "2 groups, which do not divide the rank 3"),
+        (AdapterSpec(2, 4.0, ["up"], modules_to_save=["head"]), "modules_to_save entry 'head' matches no module"),
+        (AdapterSpec(2, 4.0, ["up"], modules_to_save=["up"]), "'up' matches no module"),
+    ],
+)
+def test_a_target_that_cannot_be_is_refused_and_nothing_changes(spec: AdapterSpec, message: str) -> None:
+    net = make_net()
+    with pytest.raises(ConfigError, match=message):
+        Bank.attach(net, spec, generator(0))
+    assert type(net.up) is nn.Linear
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_layers_that_would_bypass_the_adapter_are_refused() -> None:
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with pytest.raises(ConfigError, match="MultiheadAttention, which reads the weight"):
+        Bank.attach(encoder, AdapterSpec(2, 4.0, ["out_proj"]), generator(0))
+    with pytest.raises(ConfigError, match="fast path"):
+        Bank.attach(encoder, AdapterSpec(2, 4.0, ["linear1"]), generator(0))
+    for module, message in (
+        (nn.LazyLinear(3), "lazy"),
+        (nn.Embedding(4, 3, max_norm=1.0), "max_norm"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Bank.attach(nn.Sequential(module), AdapterSpec(2, 4.0, ["0"]), generator(0))
+    with pytest.raises(ConfigError, match="no Linear layer"):
+        Bank.attach(nn.Sequential(nn.ReLU()), AdapterSpec(2, 4.0, "all-linear"), generator(0))
+
+
+def test_banks_that_cannot_be_are_refused() -> None:
+    spec = AdapterSpec(2, 4.0, ["up"])
+    shared = generator(0)
+    for specs, generators, message in (
+        ([], [], "at least one adapter"),
+        ([spec, spec], [generator(0)], "2 adapters need as many generators"),
+        ([spec, spec], [shared, shared], "generators of their own"),
+        ([spec, AdapterSpec(2, 4.0, ["up"], bias="all")], [generator(0), generator(1)], "one adapter"),
+        ([spec, AdapterSpec(2, 4.0, ["up"], modules_to_save=["out"])], [generator(0), generator(1)], "one adapter"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Bank.attach(make_net(), specs, generators)
+    net = make_net()
+    Bank.attach(net, spec, generator(0))
+    with pytest.raises(ConfigError, match="adapters already"):
+        Bank.attach(net, spec, generator(0))
+
+
+def test_what_cannot_be_done_now_says_why() -> None:
+    net = make_net()
+    spec = AdapterSpec(2, 4.0, ["up"])
+    bank = Bank.attach(net, [spec, spec, spec], [generator(i) for i in range(3)])
+    for action, message in (
+        (bank.unmerge, "no adapter is merged"),
+        (lambda: bank.switch(1), "no adapter is merged; use merge"),
+        (lambda: bank.merge(3), "there is no adapter 3; there are 3"),
+        (lambda: bank.select(-1), "there is no adapter -1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            action()
+    bank.select(None)
+    with pytest.raises(ShapeError, match="4 rows cannot be shared out to 3"):
+        net(torch.zeros(4, 6, dtype=torch.long))
+    bank.merge(1)
+    for action, message in (
+        (lambda: bank.merge(0), "adapter 1 is merged already; use switch"),
+        (lambda: bank.select(0), "use switch"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            action()
