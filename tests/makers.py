@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import rankscope
+from rankscope.spectrum import Spectrum
 from rankscope.updates import Dense, LowRank, Update
 
 
@@ -39,6 +40,12 @@ def planted_dense(shape: tuple[int, int], sigma: object, seed: int = 0) -> Dense
     """The same multiplied out, float32."""
     factors = planted(shape, sigma, seed)
     return Dense(factors.B @ factors.A)
+
+
+def spectrum_of(sigma: object, shape: tuple[int, int] | None = None, eps: float = 2.0**-52) -> Spectrum:
+    """A complete spectrum of the given values, square where no shape is told."""
+    values = np.asarray(sigma, dtype=np.float64)
+    return Spectrum(values, float(values @ values), shape or (len(values), len(values)), eps)
 
 
 def float64(update: Update) -> np.ndarray:

@@ -23,12 +23,20 @@ REL = 1e-5
 SIGMA = 2e-5
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Layers and PEFT draw from torch's global generator, which is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        yield
+
+
 @pytest.fixture(scope="session")
 def peft():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whatever importing third-party packages warns of
-        import peft as module  # noqa: PLC0415
-        from transformers.pytorch_utils import Conv1D  # noqa: PLC0415
+        import peft as module
+        from transformers.pytorch_utils import Conv1D
 
         module.Conv1D = Conv1D
         return module
@@ -46,7 +54,6 @@ class Saved:
     """A model adapted by PEFT with random factors, its base, and the folder that PEFT saved."""
 
     def __init__(self, peft, model: nn.Module, folder: Path, **config) -> None:
-        torch.manual_seed(1)
         self.base = {name: value.detach().clone() for name, value in model.state_dict().items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -184,9 +191,9 @@ def test_patterns_and_rslora(peft, tmp_path, rslora):
 
 @pytest.mark.parametrize("patterns", [{"k": 9, "block.k": 2}, {"lock.k": 9}, {".*k": 7}, {"k$": 7}, {"block": 3}])
 def test_pattern_matching_is_pefts_own(peft, tmp_path, patterns):
-    from peft.utils.other import get_pattern_key  # noqa: PLC0415
+    from peft.utils.other import get_pattern_key
 
-    from rankscope.formats.peft_config import AdapterConfig  # noqa: PLC0415
+    from rankscope.formats.peft_config import AdapterConfig
 
     config = AdapterConfig(peft_type="LORA", lora_alpha=1.0, r=4, rank_pattern=patterns)
     for module in ("block.k", "k", "block.kk", "block"):
@@ -241,7 +248,9 @@ def test_half_precision_base_of_dora_is_upcast_first(peft, tmp_path):
     whole = formats.open(saved.folder, base=half)["block.q:whole"]
     weight = saved.base["block.q.weight"].bfloat16().double().numpy()
     delta = saved.model.base_model.model.block["q"].get_delta_weight("default").detach().double().numpy()
-    magnitude = saved.model.base_model.model.block["q"].lora_magnitude_vector["default"].weight.detach().double().numpy()
+    magnitude = (
+        saved.model.base_model.model.block["q"].lora_magnitude_vector["default"].weight.detach().double().numpy()
+    )
     moved = weight + delta
     truth = magnitude[:, None] * moved / np.linalg.norm(moved, axis=1, keepdims=True) - weight
     np.testing.assert_allclose(whole.dense().numpy(), truth, rtol=0, atol=1e-6)

@@ -221,7 +221,7 @@ def test_detach_gives_back_the_very_model(spec: AdapterSpec) -> None:
     net(tokens).square().sum().backward()
     optimizer.step()
     assert not torch.allclose(net(tokens), before)
-    if spec is not SPECS[0] or "conv" not in spec.targets:
+    if "conv" not in spec.targets:  # it has groups, which cannot be merged
         bank.merge()
     assert bank.detach() is net
     assert {name: id(module) for name, module in net.named_modules()} == tree
@@ -349,15 +349,12 @@ def test_a_spec_that_makes_no_sense_is_refused(settings: dict, message: str) -> 
         (["up"], ["up"]),
         (["0", "out"], ["block.0", "out"]),
         (["block.2"], ["block.2"]),
-        (r"block\.\d|up", ["up", "block.0", "block.2"]),
+        (r"block\.[02]|up", ["up", "block.0", "block.2"]),
         ("all-linear", ["up", "block.0", "block.2", "out"]),
     ],
 )
 def test_targets_by_name_by_expression_and_all_linear(targets: object, found: list[str]) -> None:
     net = make_net()
-    net.block = nn.Sequential(net.block[0], nn.Identity(), net.block[2])
-    if targets == r"block\.\d|up":
-        targets = r"block\.[02]|up"
     bank = Bank.attach(net, AdapterSpec(2, 4.0, targets), generator(0))
     assert list(bank.layers) == found
 

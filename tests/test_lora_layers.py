@@ -113,7 +113,7 @@ def test_gradients_are_those_of_the_dense_weight(kind: str) -> None:
 
 
 def test_gradient_of_a_padded_embedding_passes_the_padding_by() -> None:
-    model, bank, _ = make("padded embedding")
+    model, _, _ = make("padded embedding")
     model(torch.tensor([[2, 3, 2]])).sum().backward()
     touched = model[0].A.grad[0].abs().sum(0).nonzero().flatten()
     assert touched.tolist() == [3]
@@ -295,10 +295,10 @@ def test_a_merge_of_factors_that_are_not_finite_is_refused() -> None:
     before = model[0].base_layer(x)
     with torch.no_grad():
         model[0].B[0, 1, 1] = math.nan
-    with pytest.raises(NonFiniteError, match="^0: B"):
+    with pytest.raises(NonFiniteError, match=r"^0: B"):
         bank.merge()
     assert torch.equal(model[0].base_layer(x), before)
-    with pytest.raises(NonFiniteError, match="^0: B"):
+    with pytest.raises(NonFiniteError, match=r"^0: B"):
         bank.updates()
 
 

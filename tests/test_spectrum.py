@@ -1,47 +1,31 @@
-"""Measures, gaps, noise nulls and rounding floors, against planted spectra, closed forms and numpy."""
+"""Measures, truncation and gaps, against planted spectra, closed forms and numpy."""
 
 from __future__ import annotations
 
 import math
 import resource
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from makers import MAKERS, float64, frame, normal, planted, planted_dense
+from makers import MAKERS, float64, frame, normal, planted, planted_dense, spectrum_of
 
 from rankscope.errors import NonFiniteError, RankscopeError, ShapeError
-from rankscope.noise import gd_omega, mp_median, mp_quantile, shrink
-from rankscope.spectrum import (
-    MEASURES,
-    Spectrum,
-    gd_count,
-    mp_count,
-    mp_edge,
-    noise_measures,
-    noise_spectrum,
-    relative_gaps,
-    rounding_floor,
-    without_noise,
-)
+from rankscope.spectrum import MEASURES, Spectrum, mp_count, noise_measures, relative_gaps, rounding_floor
 from rankscope.subspace import Subspace, angles, chance, overlap
 from rankscope.updates import Dense, LowRank, Update
 
 CHAIN = ("stable_rank", "participation_ratio", "energy_entropy_rank", "entropy_rank", "nonzero")
 
 
-def of(sigma: object, shape: tuple[int, int] | None = None, **kwargs: object) -> Spectrum:
-    values = np.asarray(sigma, dtype=np.float64)
-    return Spectrum(values, float(values @ values), shape or (len(values), len(values)), **kwargs)  # type: ignore[arg-type]
-
-
 def chain_holds(spectrum: Spectrum) -> bool:
     numbers = [1.0, *(float(getattr(spectrum, name)) for name in CHAIN)]
     # Each is a handful of float64 operations on up to some hundred numbers.
-    return all(a <= b * (1 + 1e-12) for a, b in zip(numbers, numbers[1:], strict=False))
+    return all(a <= b * (1 + 1e-12) for a, b in pairwise(numbers))
 
 
 # Measures
@@ -49,12 +33,12 @@ def chain_holds(spectrum: Spectrum) -> bool:
 
 def test_the_names_of_the_json_form() -> None:
     names = "numerical_rank entropy_rank energy_entropy_rank stable_rank participation_ratio nuclear_rank k90 k95 k99"
-    assert " ".join(MEASURES) == names == " ".join(of([2.0, 1.0]).measures())
+    assert " ".join(MEASURES) == names == " ".join(spectrum_of([2.0, 1.0]).measures())
 
 
 def test_unit_values() -> None:
     """METHODS: published for σ = (5, 3, 1, .5, .1), to four places."""
-    found = of([5, 3, 1, 0.5, 0.1]).measures()
+    found = spectrum_of([5, 3, 1, 0.5, 0.1]).measures()
     expected = {
         "stable_rank": 1.4104,
         "participation_ratio": 1.7584,
@@ -71,7 +55,7 @@ def test_unit_values() -> None:
 @pytest.mark.parametrize("kind", [planted, planted_dense], ids=["low rank", "dense"])
 def test_equal_singular_values_count_themselves(n: int, kind: object) -> None:
     """Every measure of n equal σ is n, and kτ = ⌈τn⌉ however the last digits of the cumulative sum fall."""
-    for spectrum in (of(np.ones(n)), Spectrum.of(kind((n + 20, n + 5), np.full(n, 3.0)))):  # type: ignore[operator]
+    for spectrum in (spectrum_of(np.ones(n)), Spectrum.of(kind((n + 20, n + 5), np.full(n, 3.0)))):  # type: ignore[operator]
         found = spectrum.measures()
         for name in (*CHAIN[:4], "nuclear_rank", "numerical_rank"):
             rel = 1e-5 if spectrum.eps > 1e-10 else 1e-12
@@ -80,10 +64,19 @@ def test_equal_singular_values_count_themselves(n: int, kind: object) -> None:
             assert found[name] == -(-tau * n // 100), name
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_share_that_is_met_exactly_is_met(seed: int) -> None:
+    """σ = (3, 1): 9 of 10 is 90 %; σ² = (19, 1): 95 %. A decomposition that errs in its last digit must not say 2."""
+    for kind in (planted, planted_dense):
+        assert Spectrum.of(kind((9, 8), [3.0, 1.0], seed=seed)).k90 == 1
+        assert Spectrum.of(kind((9, 8), [math.sqrt(19), 1.0], seed=seed)).k95 == 1
+    assert spectrum_of([3.0, 1.001]).k90 == 2
+
+
 def test_geometric_spectrum() -> None:
     """σ_l = q^(l−1), many of them: stable 1/(1 − q²), nuclear 1/(1 − q), participation (1 + q²)/(1 − q²)."""
     q = 0.5
-    spectrum = of(q ** np.arange(60))
+    spectrum = spectrum_of(q ** np.arange(60))
     assert spectrum.stable_rank == pytest.approx(1 / (1 - q**2))
     assert spectrum.nuclear_rank == pytest.approx(1 / (1 - q))
     assert spectrum.participation_ratio == pytest.approx((1 + q**2) / (1 - q**2))
@@ -100,7 +93,7 @@ def test_geometric_spectrum() -> None:
 )
 @settings(max_examples=300, deadline=None)
 def test_the_chain_of_inequalities(sigma: list[float], eps: float, scale: float) -> None:
-    spectrum = of(np.sort(np.array(sigma))[::-1] * scale, (len(sigma) + 3, len(sigma)), eps=eps)
+    spectrum = spectrum_of(np.sort(np.array(sigma))[::-1] * scale, (len(sigma) + 3, len(sigma)), eps=eps)
     if spectrum.values[0] == 0:
         assert set(spectrum.measures().values()) == {0}
     else:
@@ -162,7 +155,7 @@ def test_rounding_dust_is_not_counted() -> None:
 
 def test_a_real_tail_is_counted_where_numerical_rank_gives_up() -> None:
     """Float32 and max(out, in) = 30 000: the convention's cutoff is .36 % of σ₁, and would hide 63 real values."""
-    spectrum = of(np.r_[1.0, np.full(63, 2e-3)], (30_000, 64), eps=2.0**-23)
+    spectrum = spectrum_of(np.r_[1.0, np.full(63, 2e-3)], (30_000, 64), eps=2.0**-23)
     assert spectrum.numerical_rank == 1
     assert spectrum.nuclear_rank == pytest.approx(1 + 63 * 2e-3)
     assert chain_holds(spectrum)
@@ -172,7 +165,7 @@ def test_a_real_tail_is_counted_where_numerical_rank_gives_up() -> None:
 def test_numerical_rank_agrees_with_numpy() -> None:
     for sigma in (np.ones(6), 10.0 ** -np.arange(0, 18, 2.0), np.r_[1, 1e-14, 0]):
         M = np.diag(sigma)
-        assert of(sigma).numerical_rank == np.linalg.matrix_rank(M)
+        assert spectrum_of(sigma).numerical_rank == np.linalg.matrix_rank(M)
 
 
 def test_factors_that_cancel_leave_zero() -> None:
@@ -263,7 +256,7 @@ def test_values_that_are_no_spectrum() -> None:
         Spectrum.of(Dense(torch.full((40, 40), 3e38)))
     for bad in (0.0, 1.5):
         with pytest.raises(RankscopeError, match="share"):
-            of([1.0]).energy_rank(bad)
+            spectrum_of([1.0]).energy_rank(bad)
 
 
 def test_a_spectrum_cannot_be_changed() -> None:
@@ -279,7 +272,7 @@ def test_a_spectrum_cannot_be_changed() -> None:
 
 
 def test_a_truncated_spectrum_knows_what_it_left_out() -> None:
-    full = of([5, 3, 1, 0.5, 0.1])
+    full = spectrum_of([5, 3, 1, 0.5, 0.1])
     top = full.top(2)
     assert (full.complete, top.complete) == (True, False)
     assert top.missing_energy == pytest.approx(1.26)
@@ -304,7 +297,7 @@ def test_a_truncation_that_leaves_out_zeros_only_loses_nothing() -> None:
 
 
 def test_a_truncated_spectrum_whose_energy_underflows_does_not_guess() -> None:
-    top = of(np.array([2.0, 1.0, 1.0]) * 1e-170).top(1)
+    top = spectrum_of(np.array([2.0, 1.0, 1.0]) * 1e-170).top(1)
     assert top.measures() == {}
     with pytest.raises(RankscopeError, match="underflows"):
         _ = top.stable_rank
@@ -321,7 +314,7 @@ def test_low_rank_products_are_complete_at_r() -> None:
 
 
 def test_gaps() -> None:
-    spectrum = of([4.0, 2.0, 1.999, 0.0])
+    spectrum = spectrum_of([4.0, 2.0, 1.999, 0.0])
     assert np.allclose(spectrum.gaps, [0.5, 0.0005, 1.0, 0.0])
     assert [spectrum.in_cluster(k) for k in (1, 2, 3, 4)] == [False, True, False, True]
     assert np.allclose(spectrum.top(2).gaps, [0.5, np.nan], equal_nan=True)
@@ -337,193 +330,6 @@ def test_the_gap_behind_the_last_real_value_is_whole() -> None:
     spectrum = Spectrum.of(planted_dense((30, 20), [3.0, 2.0]))
     assert spectrum.gaps[1] == 1
     assert set(spectrum.gaps[2:]) == {0}
-
-
-# Noise
-
-
-@pytest.mark.parametrize(
-    ("shape", "fractions"),
-    [
-        (
-            (4096, 4096),
-            {
-                "entropy_rank": 0.804,
-                "energy_entropy_rank": 0.606,
-                "participation_ratio": 0.5,
-                "stable_rank": 0.25,
-                "k90": 0.510,
-                "k95": 0.609,
-                "k99": 0.771,
-                "numerical_rank": 1,
-                "nuclear_rank": 8 / (3 * math.pi) / 2,  # mean σ of the quarter circle, 8/3π, over its edge 2
-            },
-        ),
-        ((16384, 4096), {"k90": 0.76, "participation_ratio": 0.8, "stable_rank": 1 / 1.5**2}),
-        ((4096, 16384), {"k90": 0.76, "participation_ratio": 0.8, "stable_rank": 1 / 1.5**2}),
-    ],
-)
-def test_noise_fractions(shape: tuple[int, int], fractions: dict[str, float]) -> None:
-    """METHODS and closed forms: participation 1/(1 + β), stable 1/(1 + √β)², as the shape grows; printed to 3 digits.
-
-    The largest σ lies ~n^(−2/3) below its limit: .004 at 4096.
-    """
-    found = noise_measures(shape)
-    for name, fraction in fractions.items():
-        assert found[name] / min(shape) == pytest.approx(fraction, abs=2e-3), name
-
-
-@pytest.mark.parametrize("shape", [(256, 256), (96, 384), (300, 40), (3, 200)], ids=str)
-def test_noise_measures_match_sampled_noise(shape: tuple[int, int]) -> None:
-    rng = np.random.default_rng(0)
-    draws = [of(np.linalg.svd(rng.standard_normal(shape), compute_uv=False), shape).measures() for _ in range(12)]
-    for name, expected in noise_measures(shape).items():
-        mean = np.mean([draw[name] for draw in draws])
-        # 3 %, or one for the integers: the closed form is a limit, and twelve draws have their own spread.
-        assert mean == pytest.approx(expected, rel=0.03, abs=1.0 if name.startswith("k") else 0), name
-
-
-def test_noise_spectrum_edges() -> None:
-    assert set(noise_measures((1, 50)).values()) == {1}
-    assert noise_measures((1, 1))["k90"] == 1
-    assert noise_spectrum((20, 80)).values[0] < math.sqrt(20) + math.sqrt(80)
-    assert noise_spectrum((20, 80)).values[-1] > math.sqrt(80) - math.sqrt(20)
-    assert noise_spectrum((20, 80)).energy == pytest.approx(1600, rel=2e-3)
-    first = noise_measures((20, 80))
-    first["k90"] = 0
-    assert noise_measures((20, 80))["k90"] > 0  # a caller cannot spoil what is kept
-
-
-@pytest.mark.parametrize("beta", [1.0, 0.5, 0.01, 1e-6])
-def test_quantiles_invert_the_integral_of_the_density(beta: float) -> None:
-    from scipy.integrate import quad
-
-    low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
-
-    def density(x: float) -> float:
-        return math.sqrt(max((high - x) * (x - low), 0)) / (2 * math.pi * beta * x)
-
-    for level, x in zip((0.02, 0.5, 0.97), mp_quantile(np.array([0.02, 0.5, 0.97]), beta), strict=True):
-        # quad meets the density's square-root edges: 1e-6 is what it reaches.
-        assert quad(density, low, x, limit=200)[0] == pytest.approx(level, abs=1e-6)
-    assert mp_quantile(np.array([0.0, 1.0]), beta) == pytest.approx([low, high], abs=1e-9)
-
-
-def test_omega_of_gavish_and_donoho() -> None:
-    assert [round(gd_omega(beta), 4) for beta in (1.0, 0.5, 0.25)] == [2.8584, 2.1712, 1.8369]
-    assert gd_omega(1.0) == pytest.approx(4 / math.sqrt(3) / math.sqrt(mp_median(1.0)))
-
-
-@pytest.mark.parametrize("shape", [(200, 300), (250, 250)], ids=str)
-def test_counts_find_the_planted_rank_in_noise(shape: tuple[int, int]) -> None:
-    """Five σ well above the noise edge, one below it; without them noise alone counts (next to) none."""
-    edge = math.sqrt(shape[0]) + math.sqrt(shape[1])
-    noise = normal(*shape, seed=3)
-    signal = planted(shape, [9 * edge, 7 * edge, 5 * edge, 4 * edge, 3 * edge, 0.2 * edge], seed=8)
-    for scale in (1.0, 1e-30):
-        spectrum = Spectrum.of(Dense((noise + signal.B @ signal.A) * scale))
-        assert mp_edge(spectrum) == pytest.approx(edge * scale, rel=0.03)
-        assert gd_count(spectrum) == 5
-        # An edge value can stick out: MP has no margin.
-        assert mp_count(spectrum) in (5, 6)
-    assert gd_count(Spectrum.of(Dense(noise))) == 0
-    assert mp_count(Spectrum.of(Dense(noise))) in (0, 1)
-
-
-def test_counts_refuse_where_the_median_says_nothing() -> None:
-    refused = {
-        "low rank": Spectrum.of(planted((20, 20), [3.0, 2.0])),
-        "low rank, multiplied out": Spectrum.of(planted_dense((20, 20), [3.0, 2.0])),
-        "nominal rank as large as the matrix": Spectrum.of(LowRank(normal(6, 8), normal(8, 6))),
-        "truncated": of(np.arange(9.0, 0, -1)).top(5),
-        "zero": Spectrum.of(Dense(torch.zeros(4, 4))),
-        "one row": Spectrum.of(Dense(normal(1, 9))),
-    }
-    for name, spectrum in refused.items():
-        assert (mp_edge(spectrum), mp_count(spectrum), gd_count(spectrum)) == (None, None, None), name
-
-
-# Rounding
-
-
-def rounded(dtype: torch.dtype) -> Spectrum:
-    """A rank-4 update with a true k90 of 4, ‖ΔW‖/‖W0‖ = .5 %, as stored in a dtype."""
-    base = (normal(384, 384, seed=1) * 0.02).to(dtype).double()
-    signal = planted((384, 384), [1.1, 1.05, 1.0, 0.95], seed=5)
-    delta = (signal.B @ signal.A) * (0.005 * base.norm() / signal.norm)
-    return Spectrum.of(Dense.difference((base + delta).to(dtype), base.to(dtype)))
-
-
-def test_rounding_floor_of_bfloat16() -> None:
-    spectrum = rounded(torch.bfloat16)
-    floor = rounding_floor(spectrum)
-    assert floor is not None
-    assert floor.dtype == "bfloat16"
-    assert spectrum.k90 >= 8  # what the stored matrix reads
-    assert floor.above == spectrum.numerical_rank == 4
-    assert (floor.measures["k90"], floor.measures["numerical_rank"]) == (4, 4)
-    # The true σ are (1.1, 1.05, 1, .95): stable 4.21/1.21, entropy rank 3.994.
-    assert floor.measures["stable_rank"] == pytest.approx((1.21 + 1.1025 + 1 + 0.9025) / 1.21, rel=0.02)
-    assert floor.measures["entropy_rank"] == pytest.approx(3.994, rel=0.01)
-    assert spectrum.entropy_rank > 50
-    # METHODS: about 31 % of the update at this ratio.
-    assert 0.25 < floor.share < 0.37
-    assert floor.norm == pytest.approx(spectrum.rounding * 384)
-    assert floor.edge == pytest.approx(spectrum.rounding * 2 * math.sqrt(384))
-    assert floor.share == pytest.approx(floor.norm / math.sqrt(spectrum.energy))
-
-
-def test_without_rounding_nothing_changes() -> None:
-    spectrum = rounded(torch.float32)
-    assert rounding_floor(spectrum) is None
-    assert spectrum.k90 == spectrum.k95 == 4
-    assert rounding_floor(Spectrum.of(planted((9, 9), [1.0]))) is None
-    # Shrinking vanishing noise is the identity.
-    free = without_noise(of([5, 3, 1]), 1e-12)
-    assert np.allclose(free.values, [5, 3, 1], rtol=1e-12)
-
-
-def test_an_update_below_its_floor() -> None:
-    base = normal(64, 64).bfloat16()
-    unchanged = Spectrum.of(Dense.difference(base, base))
-    floor = rounding_floor(unchanged)
-    assert floor is not None
-    assert (floor.share, floor.above) == (0, 0)
-    small = normal(64, 64, seed=1) * 1e-5
-    noise = Dense((base.double() + small) - base.double(), torch.bfloat16, Dense.difference(base, base).rounding)
-    floor = rounding_floor(Spectrum.of(noise))
-    assert floor is not None
-    assert floor.share > 1
-    assert set(floor.measures.values()) == {0}
-    with pytest.raises(ShapeError, match="above rounding"):
-        Subspace.of(noise, "left")
-
-
-def test_rounding_floor_of_a_truncated_spectrum() -> None:
-    spectrum = rounded(torch.bfloat16)
-    whole = rounding_floor(spectrum)
-    assert rounding_floor(spectrum.top(5)) == whole
-    with pytest.raises(RankscopeError, match="above the rounding floor"):
-        rounding_floor(spectrum.top(3))
-
-
-@pytest.mark.parametrize("shape", [(200, 200), (400, 100), (100, 400)], ids=str)
-def test_the_shrinker_undoes_known_noise(shape: tuple[int, int]) -> None:
-    """σ of signal + noise, shrunk, is nearer the signal in Frobenius norm than any one multiple of the truncation."""
-    sigma = np.array([3.0, 2.0, 1.5]) * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
-    signal = planted(shape, sigma, seed=4)
-    S = (signal.B @ signal.A).numpy()
-    U, y, Vt = np.linalg.svd(S + normal(*shape, seed=9).numpy())
-    error = {}
-    for factor in (0.98, 1.0, 1.02):
-        kept = factor * shrink(y, 1.0, shape)
-        error[factor] = np.linalg.norm((U[:, : len(y)] * kept) @ Vt[: len(y)] - S)
-        assert (kept > 0).sum() == 3
-    hard = np.linalg.norm((U[:, :3] * y[:3]) @ Vt[:3] - S)
-    assert error[1.0] < min(error[0.98], error[1.02], hard)
-
-
-# Size
 
 
 def test_two_hundred_thousand_squared_without_forming_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,8 +155,10 @@ def test_shapes_that_do_not_fit(make: object) -> None:
 
 
 def test_difference_subtracts_after_the_cast() -> None:
-    base, tuned = torch.tensor([[256.0, 1.0]]).bfloat16(), torch.tensor([[258.0, 1.0078125]]).bfloat16()
-    assert Dense.difference(tuned, base).matrix.tolist() == [[2.0, 0.0078125]]
+    base, tuned = torch.tensor([[1.0078125, 1.0]]).bfloat16(), torch.tensor([[256.0, 1.0078125]]).bfloat16()
+    # The first is no number of bfloat16: subtracted before the cast it would be 255.
+    assert Dense.difference(tuned, base).matrix.tolist() == [[254.9921875, 0.0078125]]
+    base = torch.tensor([[256.0, 1.0]]).bfloat16()
     # A coarse base under a fine tuned weight: subtracting in bfloat16 would lose the change altogether.
     fine = Dense.difference(torch.tensor([[256.01, 1.0]]), base)
     assert fine.matrix[0, 0] == pytest.approx(0.01, rel=2e-3)

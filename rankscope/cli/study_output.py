@@ -7,15 +7,14 @@ from pathlib import Path
 
 import click
 
-from rankscope.train.results import MEASURE, Row, baseline, rows
+from rankscope.train.results import MEASURE, Row, baseline
 from rankscope.train.study import Study
 
 HEADER = ("method", "lr", "seed", "trainable", "validation", "test", "entropy", "stable", "k90", "s/step")
 
 
-def print_study(study: Study, as_json: bool) -> None:
+def print_study(study: Study, found: list[Row], as_json: bool) -> None:
     """The table of runs on stdout, or the same as JSON."""
-    found = rows(study)
     if as_json:
         described = {
             "schema": "rankscope.study-table/1",
@@ -56,31 +55,23 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def write_plots(study: Study) -> list[Path]:
-    """``spectra.png`` and ``performance.png`` in the study's folder; those that its runs allow."""
+def write_plots(study: Study, found: list[Row]) -> list[Path]:
+    """``spectra.png`` and ``performance.png`` in the study's folder, where there are runs to draw."""
     from rankscope import plots
     from rankscope.analysis.spectra import spectrum
 
-    trained = [record for record in study.best() if record.run.method != "base"]
-    first = [record for record in trained if record.run.seed == study.config.seeds[0]]
-    if not first:
+    drawn = [row for row in found if row.best and row.ranks]
+    if not drawn:
         return []
-    measured = [spectrum(study.store(record.run)) for record in first]
-    written = [study.folder / "spectra.png", study.folder / "performance.png"]
-    plots.save(plots.plot_spectra(measured), written[0])
+    runs = [row.record.run for row in drawn if row.record.run.seed == study.config.seeds[0]]
+    spectra, performance = study.folder / "spectra.png", study.folder / "performance.png"
+    plots.save(plots.plot_spectra([spectrum(study.store(run)) for run in runs]), spectra)
     figure = plots.plot_performance(
-        points(study), metric=study.metric, measure=MEASURE, baseline=baseline(study), higher_is_better=study.higher_is_better
+        [_point(row) for row in drawn],
+        metric=study.metric,
+        measure=MEASURE,
+        baseline=baseline(study),
+        higher_is_better=study.higher_is_better,
     )
-    plots.save(figure, written[1])
-    return written
-
-
-def points(study: Study) -> list[plots.PerformancePoint]:  # type: ignore[name-defined]  # noqa: F821
-    """Each run at its best rate as a point of the performance plot."""
-    from rankscope.plots import PerformancePoint
-
-    return [
-        PerformancePoint(run.label, run.method, run.rank, row.ranks[MEASURE], row.score, run.seed)  # type: ignore[arg-type]
-        for row in rows(study)
-        if row.best and row.ranks and (run := row.record.run).method != "base"
-    ]
+    plots.save(figure, performance)
+    return [spectra, performance]

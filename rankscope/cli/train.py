@@ -101,6 +101,8 @@ def command(
     from rankscope.cli.progress import listen, stop_on_signal
     from rankscope.cli.study_output import print_study, write_plots
     from rankscope.train.config import make_config, read_config
+    from rankscope.train.loop import Interrupted
+    from rankscope.train.results import rows
     from rankscope.train.study import train
 
     overrides = {key: value for key, value in settings.items() if value is not None}
@@ -110,10 +112,14 @@ def command(
         config = read_config(Path(config_file), overrides)
     else:
         config = make_config(overrides, "options")
-    with stop_on_signal() as stop, listen(quiet) as listener:
-        study = train(config, output, listener, stop)
-    plots = write_plots(study)
-    print_study(study, as_json)
-    if not quiet:
-        for path in plots:
+    try:
+        with stop_on_signal() as stop, listen(quiet) as listener:
+            study = train(config, output, listener, stop)
+    except Interrupted as error:
+        click.echo(f"rankscope: {error}; the same command goes on from there", err=True)
+        raise click.exceptions.Exit(130) from error
+    found = rows(study)
+    print_study(study, found, as_json)
+    for path in write_plots(study, found):
+        if not quiet:
             click.echo(f"wrote {path}", err=True)

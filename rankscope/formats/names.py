@@ -12,8 +12,9 @@ WEIGHT = ".weight"
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key that puts ``layers.2`` before ``layers.10``."""
-    # isdecimal would accept digits of other scripts, which is fine: so does int.
-    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name))
+    # Of two numbers without leading zeros the longer is the larger; int() would refuse very long ones.
+    parts = ((part.isdecimal(), part.lstrip("0"), part) for part in re.split(r"(\d+)", name))
+    return tuple((0, len(bare), bare) if number else (1, 0, part) for number, bare, part in parts)
 
 
 class Pairing(NamedTuple):

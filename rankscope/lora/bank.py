@@ -121,8 +121,8 @@ class Bank:
             return {}
         owners: dict[str, nn.Module] = {name: layer.base_layer for name, layer in self.layers.items()}
         if which == "all":
-            wrapped = {id(base) for base in owners.values()}
-            owners |= {name: module for name, module in self.model.named_modules() if id(module) not in wrapped}
+            wrapped = {*self.layers.values(), *owners.values()}
+            owners |= {name: module for name, module in self.model.named_modules() if module not in wrapped}
         copies: dict[nn.Parameter, nn.Parameter] = {}
         biases = {}
         for name, owner in owners.items():

@@ -8,23 +8,39 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from torch import Tensor
 
-from rankscope.errors import ConfigError, FormatError
-from rankscope.formats.files import read_json, read_tensors, write_json, write_tensors
-from rankscope.formats.peft_keys import CONFIG_NAME, PREFIX, WEIGHTS_NAME
-from rankscope.lora.spec import AdapterSpec
+from rankscope.errors import FormatError, located
+from rankscope.formats.files import TensorFile, read_json, write_json, write_tensors
+from rankscope.formats.peft_config import MOVES_BASE, AdapterConfig, read_adapter_config
+from rankscope.formats.peft_keys import (
+    CONFIG_NAME,
+    OLD_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    bare_module,
+    parse_key,
+)
+from rankscope.formats.pickled import PickledFile, open_tensors
+from rankscope.lora.spec import AdapterSpec, Bias
 
-# Live state dicts carry the adapter's name after lora_A; files do not. Both are read.
-FACTOR_KEY = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<half>[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?")
+# PEFT's wrappers, which show in the keys of biases and whole modules.
+WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)\.")
 
-# Fields of PEFT's configuration that change the forward pass into something other than W0 + scale · BA.
+# What the configuration can ask for that makes the forward pass something else than that of W0 + scale · BA.
+# (The reader of configurations refuses more: what does not even store B and A.)
 NOT_PLAIN = (
-    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "target_parameters", "arrow_config",
-    "trainable_token_indices", "alora_invocation_tokens", "velora_config", "monteclora_config", "kasa_config",
+    "use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices",
+    "alora_invocation_tokens", "velora_config", "monteclora_config",
 )  # fmt: skip
-# Initialisations that take the initial BA out of the base weight: the adapter belongs to that changed base.
-MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class TrainingConfig(msgspec.Struct, frozen=True):
+    """The keys of ``adapter_config.json`` that only matter where an adapter is trained or attached."""
+
+    lora_dropout: float | None = 0.0
+    bias: Bias | None = "none"
+    modules_to_save: list[str] | None = None
 
 
 class StoredAdapter(NamedTuple):
@@ -42,69 +58,84 @@ def read_adapter(folder: Path) -> StoredAdapter:
         FormatError: a file is missing or damaged, a factor lacks its other half, or the adapter is not plain LoRA.
         ConfigError: a value in the configuration that makes no sense.
     """
-    config = read_json(folder / CONFIG_NAME)
-    check_plain(folder, config)
-    halves: dict[str, dict[str, Tensor]] = {}
-    whole: dict[str, Tensor] = {}
-    for key, tensor in read_tensors(folder / WEIGHTS_NAME).items():
-        match = FACTOR_KEY.fullmatch(key.removeprefix(PREFIX))
-        if match:
-            halves.setdefault(match["module"], {})[match["half"]] = tensor
-        else:
-            whole[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensor
-    if not halves:
-        raise FormatError(f"{folder / WEIGHTS_NAME}: holds no LoRA factors")
-    for module, pair in halves.items():
-        if len(pair) < 2:
-            raise FormatError(f"{folder}: {module!r} has lora_{next(iter(pair))} without its other half")
-        if 0 in (*pair["A"].shape, *pair["B"].shape) or pair["A"].ndim < 2:
-            raise FormatError(f"{folder}: the factors of {module!r} are empty: {tuple(pair['A'].shape)}")
-    factors = {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
-    try:
-        spec = spec_from(config, {module: A.shape[0] for module, (A, _) in factors.items()})
-    except ConfigError as error:
-        raise ConfigError(f"{folder / CONFIG_NAME}: {error}") from error
+    config = read_adapter_config(folder / CONFIG_NAME)
+    raw = read_json(folder / CONFIG_NAME)
+    with located(folder / CONFIG_NAME):
+        check_plain(raw)
+    new, old = folder / WEIGHTS_NAME, folder / OLD_WEIGHTS_NAME
+    path = old if old.exists() and not new.exists() else new
+    file = open_tensors(path)
+    with located(path):
+        factors, whole = _sorted_out(file)
+    with located(folder / CONFIG_NAME):
+        spec = spec_from(config, raw, {name: A.shape[0] for name, (A, _) in factors.items()})
     return StoredAdapter(spec, factors, whole)
 
 
-def check_plain(folder: Path, config: Mapping[str, Any]) -> None:
+def _sorted_out(file: TensorFile | PickledFile) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Pairs of factors by module, and all other tensors by their path in the model."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for key in file.infos:
+        parsed = parse_key(key)
+        if ".original_module." in key:
+            continue  # the untrained copy of a whole module
+        if parsed is None or parsed.part[-1] not in "AB" or parsed.leaf == "bias":
+            whole[WRAPPER.sub(".", bare_module(key))] = file.read(key).clone()
+            continue
+        pair = halves.setdefault(parsed.module, {})
+        if parsed.part[-1] in pair:
+            raise FormatError(f"{parsed.module!r} has {parsed.part} twice; save one adapter only")
+        pair[parsed.part[-1]] = file.read(key).clone()
+    if not halves:
+        raise FormatError("holds no LoRA factors")
+    return {name: _checked_pair(name, pair) for name, pair in halves.items()}, whole
+
+
+def _checked_pair(name: str, pair: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    if len(pair) < 2:
+        raise FormatError(f"{name!r} has lora_{next(iter(pair))} without its other half")
+    for half, factor in pair.items():
+        if factor.ndim < 2 or 0 in factor.shape or not factor.is_floating_point():
+            raise FormatError(
+                f"lora_{half} of {name!r} is {tuple(factor.shape)} {factor.dtype}, no factor of an update"
+            )
+    return pair["A"], pair["B"]
+
+
+def check_plain(raw: Mapping[str, Any]) -> None:
     """Raise FormatError where the layers here would compute something else than PEFT does."""
-    kind, init = config.get("peft_type"), config.get("init_lora_weights")
-    if kind != "LORA":
-        raise FormatError(f"{folder / CONFIG_NAME}: peft_type is {kind!r}; only LORA can be attached")
-    used = [name for name in NOT_PLAIN if config.get(name)]
+    used = [name for name in NOT_PLAIN if raw.get(name)]
     if used:
-        raise FormatError(f"{folder / CONFIG_NAME}: uses {', '.join(used)}, which the layers here do not implement")
+        raise FormatError(f"uses {', '.join(used)}, which the layers here do not implement; attach it with PEFT")
+    init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(MOVES_BASE):
         raise FormatError(
-            f"{folder / CONFIG_NAME}: {init} changes the base weights; convert the adapter to plain LoRA with "
-            "PEFT (save_pretrained with path_initial_model_for_weight_conversion) first"
+            f"{init} changes the base weights, so the adapter does not fit the base as published; convert it to plain "
+            "LoRA with PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
         )
 
 
-def spec_from(config: Mapping[str, Any], ranks: Mapping[str, int]) -> AdapterSpec:
-    """The spec of an adapter with these ranks by module path."""
+def spec_from(config: AdapterConfig, raw: Mapping[str, Any], ranks: Mapping[str, int]) -> AdapterSpec:
+    """The spec of a stored adapter with these ranks by module path."""
+    try:
+        training = msgspec.convert(raw, TrainingConfig)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"{error}; correct the configuration") from error
     rank = Counter(ranks.values()).most_common(1)[0][0]
     return AdapterSpec(
         rank=rank,
-        alpha=config.get("lora_alpha", 8),
+        alpha=config.lora_alpha,
         targets=tuple(ranks),
-        init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
-        dropout=config.get("lora_dropout") or 0.0,
-        rslora=bool(config.get("use_rslora")),
-        bias=config.get("bias") or "none",
-        modules_to_save=tuple(_typed(config, "modules_to_save", list) or ()),
+        init="gaussian" if config.init_lora_weights == "gaussian" else "kaiming",
+        dropout=training.lora_dropout or 0.0,
+        rslora=bool(config.use_rslora),
+        bias=training.bias or "none",
+        modules_to_save=tuple(training.modules_to_save or ()),
         # ^ keeps a path from matching another path's end, here and in PEFT.
         rank_pattern={f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
-        alpha_pattern=_typed(config, "alpha_pattern", dict) or {},
+        alpha_pattern=config.alpha_pattern or {},
     )
-
-
-def _typed(config: Mapping[str, Any], name: str, kind: type) -> Any:
-    value = config.get(name)
-    if value is not None and not isinstance(value, kind):
-        raise ConfigError(f"{name} is {value!r}, not a JSON {'object' if kind is dict else 'array'}")
-    return value
 
 
 def write_adapter(

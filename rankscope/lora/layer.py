@@ -54,12 +54,13 @@ class Swap:
 
     def undo(self) -> None:
         """Put the original back, on the device that its replacement has been moved to meanwhile."""
-        device = _device(getattr(self.owner, self.name))
-        if isinstance(self.original, nn.Module):
-            self.original.to(device)
-        else:
-            self.original.data = self.original.data.to(device)
-        setattr(self.owner, self.name, self.original)
+        device, original = _device(getattr(self.owner, self.name)), self.original
+        if isinstance(original, nn.Module):
+            original.to(device)
+        elif original.device != device:
+            # In a module, so that the parameter is moved as modules move theirs: the object stays where it can.
+            original = nn.ParameterList([original]).to(device)[0]
+        setattr(self.owner, self.name, original)
 
 
 def _device(item: nn.Module | Tensor) -> torch.device:
@@ -176,7 +177,10 @@ class AdapterLayer(nn.Module, ABC):
         return x * mask.div_(kept).to(x.device, x.dtype)
 
     def cast(self, x: Tensor) -> Tensor:
-        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.A.dtype)
+        """x in the dtype of the factors; under autocast, which casts for itself, as it is."""
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return x if autocast else x.to(self.A.dtype)
 
     def drops(self, i: int) -> bool:
         return self.training and self.slots[i].rank > 0 and self.slots[i].dropout > 0

@@ -1,0 +1,277 @@
+"""Tasks on the user's own model and data: classify texts, or predict their next token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from rankscope.errors import ConfigError
+from rankscope.train.config import StudyConfig, generator
+from rankscope.train.pretrained import (
+    Pretrained,
+    check_causal,
+    check_tokens,
+    head_modules,
+    initialise,
+    length_limit,
+    padding_id,
+    vocabulary,
+)
+from rankscope.train.tables import read_table
+from rankscope.train.tasks import Batch, Split, Task, WindowTask, epoch_indices, file_hash
+
+LOGITS = 2**25  # numbers that one evaluation pass may make: 128 MiB in float32
+
+
+def make_hf_task(config: StudyConfig) -> Task:
+    """The task ``classify`` or ``lm`` of the settings.
+
+    Raises:
+        ConfigError: transformers is not installed; the model cannot be loaded or does not fit the task or the
+            data; labels are too few, or new in the evaluation file; there is too little data.
+        FormatError: a data file is missing or broken.
+    """
+    return ClassifyTask(config) if config.task == "classify" else LmTask(config)
+
+
+class ClassifyTask(Task):
+    """A label for each text: cross-entropy on the logits of transformers' sequence classification model.
+
+    Texts are truncated to ``max_length`` or to what the model takes; a batch is padded to its longest.
+    """
+
+    metric = "accuracy"
+    higher_is_better = True
+    lrs = (1e-3,)
+    full_lrs = (1e-4,)
+    peft_task = "SEQ_CLS"
+
+    def __init__(self, config: StudyConfig, evaluation_rows: int = 64) -> None:
+        self.config, self.base_name, self.evaluation_rows = config, config.model, evaluation_rows
+        texts, labels = read_classified(config)
+        self.splits = split_rows([len(part) for part in texts], str(config.data))
+        self.base = Pretrained(str(config.model))
+        self.labels = self.base.label_order(label_order(labels, config))
+        index = {label: i for i, label in enumerate(self.labels)}
+        self.truth = torch.tensor([index[label] for part in labels for label in part])
+        self.pad_id = padding_id(self.base)
+        model, self.missing = self._load()
+        self.heads = head_modules(model, self.missing, self.base.name)
+        self.rows = self._encode([text for part in texts for text in part], model)
+        self.steps = count_steps(config, len(self.splits["train"]))
+
+    def _load(self) -> tuple[Any, list[str]]:
+        names = dict(enumerate(self.labels))
+        model, missing = self.base.model(
+            "AutoModelForSequenceClassification",
+            num_labels=len(names),
+            id2label=names,
+            label2id={name: i for i, name in names.items()},
+        )
+        model.config.pad_token_id = self.pad_id  # decoders read the logits at the last token that is not padding
+        return model, missing
+
+    def _encode(self, texts: list[str], model: Any) -> list[Tensor]:
+        most = length_limit(model, self.base.tokenizer)
+        limit = min(self.config.max_length or most, most)
+        special = self.base.tokenizer.num_special_tokens_to_add()
+        if limit <= special:
+            raise ConfigError(f"max_length = {limit}: {special} of the tokens are the tokenizer's own; give more")
+        rows = self.base.encode(texts, truncation=True, max_length=limit)
+        check_tokens(rows, model, self.base.name)
+        return [torch.tensor(row) for row in rows]
+
+    def model(self, seed: int) -> nn.Module:
+        model, missing = self._load()
+        initialise(model, missing, seed)
+        out: nn.Module = model.eval()
+        return out
+
+    def collate(self, places: Sequence[int] | Tensor) -> dict[str, Tensor]:
+        """The rows at these places: ids and mask, both (rows, longest), and labels (rows,).
+
+        Padding is at the end whatever the tokenizer says: at the front it shifts the positions of the text.
+        """
+        rows = [self.rows[int(place)] for place in places]
+        masks = [torch.ones_like(row) for row in rows]
+        batch = {"input_ids": pad_sequence(rows, batch_first=True, padding_value=self.pad_id)}
+        if "attention_mask" in self.base.tokenizer.model_input_names:
+            batch["attention_mask"] = pad_sequence(masks, batch_first=True)
+        return {**batch, "labels": self.truth[torch.as_tensor(places)]}
+
+    def batch(self, seed: int, index: int, size: int) -> Batch:
+        train = self.splits["train"]
+        return self.collate(train[epoch_indices(seed, index, size, len(train))])
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(rows, labels) in float32."""
+        out: Tensor = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        return out.float()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(self.logits(model, batch), batch["labels"])
+
+    def evaluate(self, model: nn.Module, split: Split, device: torch.device) -> dict[str, float]:
+        places = sorted(self.splits[split].tolist(), key=lambda place: len(self.rows[place]))
+        losses, predicted = 0.0, []
+        for start in range(0, len(places), self.evaluation_rows):
+            batch = {k: v.to(device) for k, v in self.collate(places[start : start + self.evaluation_rows]).items()}
+            logits = self.logits(model, batch)
+            losses += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
+            predicted.append(logits.argmax(-1).cpu())
+        guess, truth = torch.cat(predicted), self.truth[places]
+        accuracy = float((guess == truth).double().mean())
+        return {"accuracy": accuracy, "macro_f1": macro_f1(truth, guess), "loss": losses / len(places)}
+
+    def fingerprint(self) -> dict[str, str]:
+        return {**self.base.fingerprint(), **data_fingerprint(self.config)}
+
+
+class LmTask(WindowTask):
+    """The next token of running text: documents joined by the end-of-text token, cut into windows."""
+
+    lrs = (1e-3,)
+    full_lrs = (1e-4,)
+    peft_task = "CAUSAL_LM"
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config, self.base_name = config, config.model
+        tables = read_parts(config, (config.text,))
+        texts = [table[config.text] for table in tables]
+        splits = split_rows([len(part) for part in texts], str(config.data))
+        self.base = Pretrained(str(config.model))
+        model = self._load()
+        rows = self.base.encode([text for part in texts for text in part], add_special_tokens=False)
+        check_tokens(rows, model, self.base.name)
+        length = min(config.max_length or 256, length_limit(model, self.base.tokenizer))
+        parts = {name: self._join([rows[i] for i in places.tolist()]) for name, places in splits.items()}
+        for name, tokens in parts.items():
+            if len(tokens) < length:
+                few = f"the {name} part has {len(tokens)} tokens, fewer than one window of {length}"
+                raise ConfigError(f"{config.data}: {few}; give more text or a smaller max_length")
+        super().__init__(parts["train"], parts["validation"], parts["test"], length)
+        check_causal(model, self.train[:length], self.base.name)
+        self.window_rows = max(1, LOGITS // (length * vocabulary(model)))
+        self.steps = count_steps(config, len(self.train) // length)
+
+    def _join(self, documents: list[list[int]]) -> Tensor:
+        between = self.base.tokenizer.eos_token_id
+        joined: list[int] = []
+        for i, document in enumerate(documents):
+            joined += ([between] if i and between is not None else []) + document
+        return torch.tensor(joined, dtype=torch.int32)
+
+    def _load(self) -> Any:
+        model, missing = self.base.model("AutoModelForCausalLM")
+        if missing:
+            lacks = f"its files lack {len(missing)} of the weights, such as {missing[0]}"
+            raise ConfigError(f"model {self.base.name!r}: {lacks}, so it cannot predict the next token")
+        return model
+
+    def model(self, seed: int) -> nn.Module:
+        out: nn.Module = self._load().eval()
+        return out
+
+    def logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        out: Tensor = model(input_ids=tokens).logits
+        return out
+
+    def windows(self, split: Split, rows: int = 64) -> Iterator[Tensor]:
+        return super().windows(split, min(rows, self.window_rows))
+
+    def fingerprint(self) -> dict[str, str]:
+        return {**self.base.fingerprint(), **data_fingerprint(self.config)}
+
+
+def read_parts(config: StudyConfig, columns: Sequence[str]) -> list[dict[str, list[Any]]]:
+    """The tables of ``data`` and, where there is one, of ``eval``; the texts are strings."""
+    paths = [path for path in (config.data, config.eval) if path is not None]
+    tables = [read_table(path, columns) for path in paths]
+    for path, table in zip(paths, tables, strict=True):
+        for row, text in enumerate(table[config.text], 1):
+            if not isinstance(text, str):
+                raise ConfigError(f"{path}, entry {row}: {config.text!r} holds a {type(text).__name__}, not text")
+    return tables
+
+
+def read_classified(config: StudyConfig) -> tuple[list[list[str]], list[list[str]]]:
+    """Texts and labels of each file."""
+    if config.text == config.label:
+        raise ConfigError(f"text and label are both {config.text!r}; name two columns")
+    tables = read_parts(config, (config.text, config.label))
+    paths = (config.data, config.eval)
+    labels = [label_names(table[config.label], str(path)) for table, path in zip(tables, paths, strict=False)]
+    return [table[config.text] for table in tables], labels
+
+
+def label_names(values: list[Any], where: str) -> list[str]:
+    """Labels as strings: 1, 1.0 and "1" are one label, since not every kind of file can tell them apart."""
+    names = []
+    for row, value in enumerate(values, 1):
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, str | int):
+            raise ConfigError(f"{where}, entry {row}: {value!r} is no label; labels are names or whole numbers")
+        names.append(str(value))
+    return names
+
+
+def label_order(labels: list[list[str]], config: StudyConfig) -> list[str]:
+    """The classes of the training file: whole numbers by value, anything else by name."""
+    names = sorted(set(labels[0]))
+    if len(names) < 2:
+        raise ConfigError(f"{config.data}: every {config.label!r} is {names[0]!r}; classification needs two")
+    if len(names) == len(labels[0]) > 2:
+        raise ConfigError(f"{config.data}: no two rows share a {config.label!r}; is it the column of labels?")
+    unknown = sorted(set(labels[-1]) - set(names))
+    if unknown:
+        raise ConfigError(f"{config.eval}: label {unknown[0]!r} does not occur in {config.data}")
+    try:
+        return sorted(names, key=int)
+    except ValueError:
+        return names
+
+
+def split_rows(counts: list[int], where: str) -> dict[str, Tensor]:
+    """Rows of each split, when the rows of all files follow each other; the same for every seed.
+
+    With a second file it is the test split and a tenth of the first is for validation; with one file
+    a tenth each.
+    """
+    order = torch.randperm(counts[0], generator=generator("split"))
+    tenth = max(1, counts[0] // 10)
+    validation, rest = order[:tenth], order[tenth:]
+    test, train = (torch.arange(counts[0], sum(counts)), rest) if counts[1:] else (rest[:tenth], rest[tenth:])
+    if not len(train) or not len(test):
+        raise ConfigError(f"{where}: {counts[0]} rows are too few to hold some out; give more")
+    return {"train": train, "validation": validation, "test": test}
+
+
+def count_steps(config: StudyConfig, examples: int) -> int:
+    """``steps``, or as many as ``epochs`` need."""
+    return config.steps or math.ceil(config.epochs * examples / (config.batch * config.accumulate))
+
+
+def macro_f1(truth: Tensor, predicted: Tensor) -> float:
+    """Mean over classes of F1 = 2·hits / (true + predicted); classes in neither are left out, as in scikit-learn."""
+    scores = []
+    for label in {*truth.tolist(), *predicted.tolist()}:
+        hits = ((truth == label) & (predicted == label)).sum()
+        scores.append(2 * float(hits) / float((truth == label).sum() + (predicted == label).sum()))
+    return sum(scores) / len(scores)
+
+
+def data_fingerprint(config: StudyConfig) -> dict[str, str]:
+    """Names and sha256 of the data files, without the way to them."""
+    found: dict[str, str] = {}
+    for key, path in (("data", config.data), ("eval", config.eval)):
+        if path is not None:
+            found |= {key: Path(path).name, f"{key}_sha256": file_hash(Path(path))}
+    return found

@@ -1,0 +1,284 @@
+"""The training loop: schedules, determinism, stopping and going on, divergence."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from rankscope.errors import ConfigError, FormatError
+from rankscope.train.config import StudyConfig, generator, make_config, read_config
+from rankscope.train.loop import Interrupted, evaluation_steps, make_optimizer, rate
+from rankscope.train.runs import Record, Run, grid
+from rankscope.train.study import Silent, Study, train
+from rankscope.train.tasks import epoch_indices, make_task
+
+SMALL = {"task": "planted", "ranks": (1, 4), "steps": 30, "batch": 32, "evaluations": 2}
+
+
+def small(**changes: object) -> StudyConfig:
+    return make_config({**SMALL, **changes}, "test")
+
+
+def tensors_of(study: Study) -> dict[str, torch.Tensor]:
+    """Every number that a study's runs learned."""
+    found = {}
+    for record in study.done():
+        if record.run.method != "base":
+            store = study.store(record.run)
+            found |= {f"{record.run.name} {name}": store[name].dense() for name in store}
+    return found
+
+
+def assert_same(a: Study, b: Study) -> None:
+    left, right = tensors_of(a), tensors_of(b)
+    assert left.keys() == right.keys()
+    assert len(left) > 0
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+    assert [r.metrics for r in a.records] == [r.metrics for r in b.records]
+
+
+class StopAfter(Silent):
+    """Asks for a stop once ``count`` steps have been taken in all."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def stepped(self, run: Run, step: int) -> None:
+        self.left -= 1
+
+    def __call__(self) -> bool:
+        return self.left <= 0
+
+
+class Curve(Silent):
+    """Keeps the validation curve of each run, and where each began."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, list[tuple[int, float]]] = {}
+        self.begun: dict[str, int] = {}
+
+    def started(self, run: Run, steps: int, at: int) -> None:
+        self.begun[run.name] = at
+
+    def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
+        self.lines.setdefault(run.name, []).append((step, metrics["loss"]))
+
+
+def test_schedule_is_the_closed_form() -> None:
+    config = small(warmup=0.2, schedule="cosine")
+    shares = [rate(step, 10, config) for step in range(10)]
+    assert shares[:2] == pytest.approx([1 / 3, 2 / 3])
+    assert shares[2:] == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
+    linear = [rate(step, 10, small(warmup=0.2, schedule="linear")) for step in range(2, 10)]
+    assert linear == pytest.approx([1 - i / 8 for i in range(8)])
+    assert rate(9, 10, small(warmup=0, schedule="constant")) == 1.0
+
+
+def test_evaluations_are_before_during_and_after() -> None:
+    assert evaluation_steps(100, 3) == {0, 25, 50, 75, 100}
+    assert evaluation_steps(100, 0) == {0, 100}
+
+
+def test_weight_decay_spares_vectors() -> None:
+    weights = {"matrix": torch.nn.Parameter(torch.ones(2, 2)), "bias": torch.nn.Parameter(torch.ones(2))}
+    run = Run(method="full", seed=0, lr=0.1)
+    optimizer = make_optimizer(weights, run, small(weight_decay=0.5), torch.device("cpu"))
+    for weight in weights.values():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.allclose(weights["matrix"], torch.full((2, 2), 1 - 0.1 * 0.5))
+    assert torch.equal(weights["bias"], torch.ones(2))
+
+
+def test_a_step_is_that_of_plain_adamw(tmp_path: Path) -> None:
+    """The loop against the same training written out: batches, clipping, schedule, accumulation."""
+    config = small(ranks=(), full_lrs=(0.01,), steps=5, accumulate=2, clip=0.05, dropout=0.0, warmup=0.4)
+    study = train(config, tmp_path / "study", Silent())
+    task = make_task(config)
+    model = task.model(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=config.weight_decay)
+    for step in range(5):
+        optimizer.param_groups[0]["lr"] = 0.01 * rate(step, 5, config)
+        batches = [task.batch(0, 2 * step + micro, 32) for micro in range(2)]
+        joined = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+        optimizer.zero_grad()
+        task.loss(model, joined).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+    store = study.store(study.done()[-1].run)
+    base = task.model(0)
+    for name in ("first", "second"):
+        expected = model.get_submodule(name).weight - base.get_submodule(name).weight
+        # float32 sums in another order; Adam divides by √v, which enlarges rounding of small gradients
+        assert torch.allclose(store[name].dense(), expected, atol=2e-5)
+        assert expected.norm() > 0.1
+
+
+def test_the_same_settings_give_the_same_numbers(tmp_path: Path) -> None:
+    a = train(small(dropout=0.1), tmp_path / "a", Silent())
+    torch.rand(3)  # the global stream must not matter
+    assert_same(a, train(small(dropout=0.1), tmp_path / "b", Silent()))
+
+
+def test_seeds_and_ranks_start_apart() -> None:
+    draws = [torch.rand(4, generator=generator(seed, "init", rank)) for seed in (0, 1) for rank in (4, 8)]
+    assert len({tuple(draw.tolist()) for draw in draws}) == 4
+    assert torch.equal(draws[0], torch.rand(4, generator=generator(0, "init", 4)))
+
+
+def test_initial_factors_of_ranks_are_unrelated(tmp_path: Path) -> None:
+    """The same-seed confound: A at rank 8 must not contain A at rank 4."""
+    config = small(ranks=(4, 8), steps=2, full=False)
+    study = train(config, tmp_path / "study", Silent())
+    from rankscope.formats.files import read_tensors
+
+    key = "base_model.model.first.lora_A.weight"
+    a, b = (read_tensors(study.path(r.run) / "initial" / "adapter_model.safetensors")[key] for r in study.done()[1:])
+    overlap = torch.linalg.svdvals(torch.linalg.qr(a.T)[0].T @ torch.linalg.qr(b.T)[0])
+    # expected Σcos² = 4·8/96 = 1/3 with deviation .2; the confound would give 4
+    assert float(overlap.square().sum()) < 1.5
+
+
+@pytest.mark.parametrize("after", [1, 17, 30, 31, 44, 75])
+def test_a_stopped_study_goes_on_to_the_same_numbers(tmp_path: Path, after: int) -> None:
+    config = small(dropout=0.2)
+    whole = train(config, tmp_path / "whole", Silent())
+    stopper = StopAfter(after)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "cut", stopper, stopper)
+    curve = Curve()
+    resumed = train(config, tmp_path / "cut", curve)
+    assert_same(whole, resumed)
+    assert max(curve.begun.values()) > 0 or after % 30 == 0
+    for record in whole.done()[1:]:
+        lines = [
+            [json.loads(line) for line in (study.path(record.run) / "metrics.jsonl").read_text().splitlines()]
+            for study in (whole, resumed)
+        ]
+        for line in (*lines[0], *lines[1]):
+            line.pop("seconds")
+        assert lines[0] == lines[1]
+    assert not list((tmp_path / "cut").glob("runs/*/state.pt"))
+
+
+def test_a_finished_study_is_not_trained_again(tmp_path: Path) -> None:
+    train(small(), tmp_path / "study", Silent())
+    curve = Curve()
+    train(small(), tmp_path / "study", curve)
+    assert curve.begun == {}
+
+
+def test_the_grid_may_grow(tmp_path: Path) -> None:
+    train(small(ranks=(1,)), tmp_path / "study", Silent())
+    curve = Curve()
+    study = train(small(ranks=(1, 2), lrs=(0.01, 0.02)), tmp_path / "study", curve)
+    assert set(curve.begun) == {"lora-r1-lr0.02-s0", "lora-r2-lr0.01-s0", "lora-r2-lr0.02-s0"}
+    assert len(study.best()) == 4  # base, full, and one rate of each rank
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
+    train(small(), tmp_path / "study", Silent())
+    with pytest.raises(ConfigError, match=r"weight_decay = 0\.01, not 0\.5"):
+        train(small(weight_decay=0.5), tmp_path / "study", Silent())
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="exists and is not a study"):
+        train(small(), tmp_path, Silent())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
+    study = train(small(lrs=(1e30, 0.01), clip=1e30, full=False, warmup=0.0), tmp_path / "study", Silent())
+    status = {record.run.name: record.status for record in study.records}
+    assert status["lora-r1-lr1e+30-s0"] == "diverged"
+    assert status["lora-r1-lr0.01-s0"] == "done"
+    assert {record.run.lr for record in study.best()} == {None, 0.01}
+
+
+def test_a_damaged_state_is_one_sentence(tmp_path: Path) -> None:
+    stopper = StopAfter(5)
+    with pytest.raises(Interrupted):
+        train(small(), tmp_path / "study", stopper, stopper)
+    state = next((tmp_path / "study").glob("runs/*/state.pt"))
+    for damage in (b"", b"garbage", state.read_bytes()[:2000]):
+        state.write_bytes(damage)
+        with pytest.raises(FormatError, match="not the state of this run"):
+            train(small(), tmp_path / "study", Silent())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": "rankscope.run/1"}', '{"run": {"method": "magic"}}'])
+def test_a_damaged_record_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(FormatError, match=r"run\.json"):
+        Record.read(tmp_path)
+
+
+def test_only_one_process_trains_a_study(tmp_path: Path) -> None:
+    from rankscope.errors import TrainingError
+    from rankscope.train.study import locked
+
+    config = small(ranks=(1,), steps=2, full=False)
+    train(config, tmp_path / "study", Silent())
+    with locked(tmp_path / "study"), pytest.raises(TrainingError, match="another process"):
+        train(config, tmp_path / "study", Silent())
+
+
+def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
+    config = small(ranks=(1,), steps=2, full=False)
+    train(config, tmp_path / "study", Silent())
+    leftover = tmp_path / "study" / "runs" / "lora-r1-lr0.01-s0" / ".state.pt.abc.tmp"
+    leftover.write_bytes(b"half")
+    train(config, tmp_path / "study", Silent())
+    assert not leftover.exists()
+
+
+def test_epochs_visit_every_example_once() -> None:
+    seen = torch.cat([epoch_indices(3, index, 4, 10) for index in range(5)])
+    assert sorted(seen[:10].tolist()) == list(range(10))
+    assert sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+
+
+def test_grid_order_and_names() -> None:
+    config = small(seeds=(0, 1), lrs=(0.1, 0.2), full_lrs=(0.01,))
+    runs = grid(config, make_task(config))
+    assert [run.name for run in runs[:4]] == ["base-s0", "base-s1", "lora-r1-lr0.1-s0", "lora-r1-lr0.2-s0"]
+    assert len({run.name for run in runs}) == len(runs) == 2 + 2 * 2 * 2 + 2
+    assert [run.alpha for run in runs if run.rank == 4] == [8.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ranks": (0,)}, r"ranks = \(0,\): expected ranks of at least 1"),
+        ({"ranks": (1, 1)}, "each value once"),
+        ({"lrs": (-1.0,)}, "rates above 0"),
+        ({"dropout": 1.0}, "a share from 0 up to 1"),
+        ({"task": "classify"}, "needs --model"),
+        ({"rank": 4}, "unknown field `rank`"),
+        ({"batch": "many"}, "Expected `int`"),
+        ({"ranks": (), "full": False}, "at least one rank"),
+        ({"seeds": ()}, "at least one seed"),
+    ],
+)
+def test_bad_settings_are_one_sentence(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(values, "study.toml")
+
+
+def test_options_override_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text('task = "planted"\nranks = [1, 2]\nsteps = 7\n')
+    config = read_config(path, {"steps": 9})
+    assert (config.task, config.ranks, config.steps) == ("planted", (1, 2), 9)
+    path.write_text("ranks = [1,")
+    with pytest.raises(ConfigError, match="cannot be read as TOML"):
+        read_config(path, {})
