@@ -11,7 +11,7 @@ from torch import nn
 
 import rankscope
 from rankscope.lora import AdapterSpec, Bank
-from rankscope.spectrum import Spectrum
+from rankscope.spectra import Spectrum
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ python examples/planted_rank.py
 import tempfile
 from pathlib import Path
 
-from rankscope.spectrum import Spectrum, mp_count
+from rankscope.spectra import Spectrum, mp_count
 from rankscope.train.config import StudyConfig
 from rankscope.train.planted import PlantedTask
 from rankscope.train.study import Silent, train

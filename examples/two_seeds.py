@@ -6,8 +6,9 @@ python examples/two_seeds.py
 import tempfile
 from pathlib import Path
 
-from rankscope import plots
 from rankscope.analysis.comparison import compare
+
+from rankscope import plots
 from rankscope.train.config import StudyConfig
 from rankscope.train.study import Silent, train
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from rankscope.errors import ShapeError
 from rankscope.linalg import working_dtype
 from rankscope.noise import Array
-from rankscope.spectrum import CLUSTER_GAP, Spectrum
+from rankscope.spectra import CLUSTER_GAP, Spectrum
 from rankscope.updates import Update
 
 Side = Literal["left", "right"]

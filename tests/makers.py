@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import rankscope
-from rankscope.spectrum import Spectrum
+from rankscope.spectra import Spectrum
 from rankscope.updates import Dense, LowRank, Update
 
 

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {"linalg", "noise"},
     {"updates"},
-    {"spectrum"},
+    {"spectra"},
     {"subspace"},
     {"formats"},
     {"analysis", "surgery", "lora"},
@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ENTRY = {"__init__", "__main__"}  # they re-export and start; what they load lazily is theirs to choose
 FREE_OF_OURS = {"linalg", "noise", "errors"}
-NEVER_HUB = {"errors", "linalg", "noise", "updates", "spectrum", "subspace", "formats", "analysis", "surgery"}
+NEVER_HUB = {"errors", "linalg", "noise", "updates", "spectra", "subspace", "formats", "analysis", "surgery"}
 SEEDING = {"manual_seed", "manual_seed_all", "seed", "seed_all"}
 PRINTING = {"print", "breakpoint"}
 

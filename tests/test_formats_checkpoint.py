@@ -243,6 +243,10 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path, base):
     for name in ("a.safetensors", "model.safetensors.index.json"):
         (snapshot / name).symlink_to(os.path.relpath(blobs / name, snapshot))
     assert len(formats.open(snapshot, base=base)) == 3
+    (snapshot / "model.safetensors.index.json").unlink()  # an index may use the links, not go there by itself
+    write_shards(snapshot, {}, **dict.fromkeys(TUNED, "../../blobs/a.safetensors"))
+    with pytest.raises(FormatError, match="refused"):
+        formats.open(snapshot, base=base)
 
 
 @pytest.mark.parametrize(

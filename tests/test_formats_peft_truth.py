@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rankscope.errors import FormatError
 from rankscope.formats import store as formats
 from rankscope.updates import Dense, LowRank
 
@@ -149,7 +150,10 @@ def test_grouped_convolution(peft, tmp_path, groups):
     saved = Saved(peft, model, tmp_path, r=4, lora_alpha=6, target_modules=["conv"])
     check_by_forward(saved, "block.conv", torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(5)))
     assert formats.open(saved.folder).info("block.conv").shape == (12, 8 * 9)
-    assert "grouped" in formats.open(saved.folder).notes[0]
+    store = formats.open(saved.folder, base=saved.base_file)  # whose weight has another shape, and that is no error
+    assert "grouped" in store.notes[0]
+    with pytest.raises(FormatError, match="no pre-trained weight is known that fits"):
+        store.weight("block.conv")
 
 
 def check_by_forward(saved: Saved, module: str, inputs: Tensor) -> None:
@@ -189,14 +193,14 @@ def test_patterns_and_rslora(peft, tmp_path, rslora):
     assert store.notes == []
 
 
-@pytest.mark.parametrize("patterns", [{"k": 9, "block.k": 2}, {"lock.k": 9}, {".*k": 7}, {"k$": 7}, {"block": 3}])
+@pytest.mark.parametrize("patterns", [{"k": 9, "block.k": 2}, {"lock.k": 9}, {".*k": 7}, {"k$": 7}, {"block": 3}, {"a+": 5}])
 def test_pattern_matching_is_pefts_own(peft, tmp_path, patterns):
     from peft.utils.other import get_pattern_key
 
     from rankscope.formats.peft_config import AdapterConfig
 
     config = AdapterConfig(peft_type="LORA", lora_alpha=1.0, r=4, rank_pattern=patterns)
-    for module in ("block.k", "k", "block.kk", "block"):
+    for module in ("block.k", "k", "block.kk", "block", "a+", "aa"):
         assert config.rank(module) == patterns.get(get_pattern_key(patterns.keys(), module), 4)
 
 

@@ -11,7 +11,7 @@ from makers import normal, planted, planted_dense, spectrum_of
 
 from rankscope.errors import RankscopeError, ShapeError
 from rankscope.noise import gd_omega, mp_median, mp_quantile, shrink
-from rankscope.spectrum import (
+from rankscope.spectra import (
     Spectrum,
     gd_count,
     mp_count,

@@ -70,7 +70,7 @@ def test_python(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_the_two_commands_name_files_that_exist() -> None:
     root = Path(__file__).parent.parent
-    for name in ("constraints.txt", "tools/check.py", "docs/cli.md", "docs/architecture.md", "docs/images/performance.png"):
+    for name in ("constraints.txt", "tools/check.py", "docs/cli.md", "docs/architecture.md"):
         assert name in README
         assert (root / name).exists()
 

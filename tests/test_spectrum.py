@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from makers import MAKERS, float64, frame, normal, planted, planted_dense, spectrum_of
 
 from rankscope.errors import NonFiniteError, RankscopeError, ShapeError
-from rankscope.spectrum import MEASURES, Spectrum, mp_count, noise_measures, relative_gaps, rounding_floor
+from rankscope.spectra import MEASURES, Spectrum, mp_count, noise_measures, relative_gaps, rounding_floor
 from rankscope.subspace import Subspace, angles, chance, overlap
 from rankscope.updates import Dense, LowRank, Update
 

@@ -12,7 +12,7 @@ from scipy.linalg import subspace_angles
 from scipy.stats import norm
 
 from rankscope.errors import ShapeError
-from rankscope.spectrum import Spectrum
+from rankscope.spectra import Spectrum
 from rankscope.subspace import Subspace, angles, chance, distances, orthonormal, overlap
 from rankscope.updates import Dense, LowRank
 

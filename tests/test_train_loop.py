@@ -12,7 +12,7 @@ import torch
 
 from rankscope.errors import ConfigError, FormatError
 from rankscope.train.config import StudyConfig, generator, make_config, read_config
-from rankscope.train.loop import Interrupted, evaluation_steps, make_optimizer, rate
+from rankscope.train.loop import InterruptedTrainingError, evaluation_steps, make_optimizer, rate
 from rankscope.train.runs import Record, Run, grid
 from rankscope.train.study import Silent, Study, train
 from rankscope.train.tasks import epoch_indices, make_task
@@ -150,7 +150,7 @@ def test_a_stopped_study_goes_on_to_the_same_numbers(tmp_path: Path, after: int)
     config = small(dropout=0.2)
     whole = train(config, tmp_path / "whole", Silent())
     stopper = StopAfter(after)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedTrainingError):
         train(config, tmp_path / "cut", stopper, stopper)
     curve = Curve()
     resumed = train(config, tmp_path / "cut", curve)
@@ -205,7 +205,7 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path: Path) ->
 
 def test_a_damaged_state_is_one_sentence(tmp_path: Path) -> None:
     stopper = StopAfter(5)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedTrainingError):
         train(small(), tmp_path / "study", stopper, stopper)
     state = next((tmp_path / "study").glob("runs/*/state.pt"))
     for damage in (b"", b"garbage", state.read_bytes()[:2000]):

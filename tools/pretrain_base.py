@@ -69,7 +69,9 @@ def pretrain(text: torch.Tensor, steps: int, batch: int, length: int, peak: floa
         optimizer.step()
         smooth += 0.02 * (loss.item() / math.log(2) - smooth)
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1}/{steps}  {smooth:.3f} bits per byte  {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"step {step + 1}/{steps}  {smooth:.3f} bits per byte  {time.monotonic() - started:.0f} s", flush=True
+            )
     return model
 
 

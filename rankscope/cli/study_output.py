@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from rankscope.train.results import MEASURE, Row, baseline
 from rankscope.train.study import Study
+
+if TYPE_CHECKING:
+    from rankscope.plots import PerformancePoint
 
 HEADER = ("method", "lr", "seed", "trainable", "validation", "test", "entropy", "stable", "k90", "s/step")
 
@@ -75,3 +79,12 @@ def write_plots(study: Study, found: list[Row]) -> list[Path]:
     )
     plots.save(figure, performance)
     return [spectra, performance]
+
+
+def _point(row: Row) -> PerformancePoint:
+    """A run at its best rate as the performance plot takes it."""
+    from rankscope.plots import PerformancePoint
+
+    run = row.record.run
+    method: Literal["lora", "full"] = "lora" if run.method == "lora" else "full"
+    return PerformancePoint(run.label, method, run.rank, row.ranks[MEASURE], row.score or 0.0, run.seed)

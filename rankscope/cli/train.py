@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 
-class Values(click.ParamType):
+class Values(click.ParamType[tuple[Any, ...]]):
     """``1,4,16``: several values of one type, separated by commas."""
 
     def __init__(self, kind: type[int] | type[float] | type[str]) -> None:
@@ -85,9 +85,7 @@ training_options = grouped(
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON instead of a table.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def command(
-    output: str, config_file: str | None, as_json: bool, quiet: bool, debug: bool, **settings: Any
-) -> None:
+def command(output: str, config_file: str | None, as_json: bool, quiet: bool, debug: bool, **settings: Any) -> None:
     """Train LoRA at many ranks, and full fine-tuning beside it, into a study folder.
 
     Without arguments: the embedded model and task, some minutes on two cores. The same command takes up
@@ -101,21 +99,18 @@ def command(
     from rankscope.cli.progress import listen, stop_on_signal
     from rankscope.cli.study_output import print_study, write_plots
     from rankscope.train.config import make_config, read_config
-    from rankscope.train.loop import Interrupted
+    from rankscope.train.loop import InterruptedTrainingError
     from rankscope.train.results import rows
     from rankscope.train.study import train
 
     overrides = {key: value for key, value in settings.items() if value is not None}
     if ("model" in overrides or "data" in overrides) and "task" not in overrides and config_file is None:
         raise click.UsageError("--model and --data need --task classify or --task lm")
-    if config_file:
-        config = read_config(Path(config_file), overrides)
-    else:
-        config = make_config(overrides, "options")
+    config = read_config(Path(config_file), overrides) if config_file else make_config(overrides, "options")
     try:
         with stop_on_signal() as stop, listen(quiet) as listener:
             study = train(config, output, listener, stop)
-    except Interrupted as error:
+    except InterruptedTrainingError as error:
         click.echo(f"rankscope: {error}; the same command goes on from there", err=True)
         raise click.exceptions.Exit(130) from error
     found = rows(study)

@@ -25,7 +25,7 @@ from rankscope.train.tasks import Batch, Split, Task
 STATE = "state.pt"
 
 
-class Interrupted(TrainingError):
+class InterruptedTrainingError(TrainingError):
     """The run was asked to stop and has saved its state."""
 
 
@@ -89,7 +89,7 @@ class Loop:
         """Train to the end, or to the point where the loss is no longer finite.
 
         Raises:
-            Interrupted: ``stop`` said so; the state is saved.
+            InterruptedTrainingError: ``stop`` said so; the state is saved.
         """
         if not self._resume():
             self.trained.save_initial(self.folder)
@@ -99,9 +99,8 @@ class Loop:
         started = saved = time.monotonic()
         spent = self.progress.seconds
         while True:
-            if self.progress.step in due and not self._evaluated():
-                if not self._evaluate():
-                    return self._end("diverged")
+            if self.progress.step in due and not self._evaluated() and not self._evaluate():
+                return self._end("diverged")
             if self.progress.step >= self.steps:
                 return self._end("done")
             asked = stop()
@@ -110,7 +109,7 @@ class Loop:
                 self._save_state()
                 saved = time.monotonic()
             if asked:
-                raise Interrupted(f"stopped at step {self.progress.step} of {self.run.name}")
+                raise InterruptedTrainingError(f"stopped at step {self.progress.step} of {self.run.name}")
             began = time.monotonic()
             self._step()
             now = time.monotonic()
@@ -127,7 +126,7 @@ class Loop:
             batch = self.task.batch(self.run.seed, step * config.accumulate + micro, config.batch)
             with autocast(self.device, config):
                 loss = self.task.loss(self.model, move(batch, self.device)) / config.accumulate
-            loss.backward()
+            torch.autograd.backward(loss)
             # Summed on the device: reading the loss here would make the host wait at every step.
             self.loss_sum += loss.detach()
         nn.utils.clip_grad_norm_(self.parameters.values(), config.clip)
@@ -231,7 +230,9 @@ class Loop:
             self.since_evaluation = state["since_evaluation"]
             self.progress = Progress(**state["progress"])
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
-            raise FormatError(f"{path}: not the state of this run ({error}); delete it to start the run again") from error
+            raise FormatError(
+                f"{path}: not the state of this run ({error}); delete it to start the run again"
+            ) from error
         return True
 
 
@@ -263,8 +264,8 @@ def evaluate_base(task: Task, config: StudyConfig, run: Run, folder: Path, devic
     model = task.model(run.seed).to(device).eval()
     splits: tuple[Split, ...] = ("validation", "test")
     with torch.no_grad(), autocast(device, config):
-        metrics = {split: task.evaluate(model, split, device) for split in splits}
-    record = Record(run=run, status="done", steps=0, metrics=dict(metrics), before=dict(metrics))
+        metrics: dict[str, dict[str, float]] = {split: task.evaluate(model, split, device) for split in splits}
+    record = Record(run=run, status="done", steps=0, metrics=metrics, before=metrics)
     record.write(folder)
     return record
 

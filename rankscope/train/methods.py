@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -125,4 +126,4 @@ class FullTrained(Trained):
         return path.stat().st_size
 
 
-METHODS = {"lora": LoraTrained, "full": FullTrained}
+METHODS: dict[str, Callable[[Task, StudyConfig, Run], Trained]] = {"lora": LoraTrained, "full": FullTrained}

@@ -8,6 +8,8 @@ update of full fine-tuning is the planted one plus Gaussian noise.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ class Planted(nn.Module):
         self.second = nn.Linear(q, p, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        left, right = x.split((self.first.in_features, self.second.in_features), dim=-1)
+        left, right = x[..., : self.first.in_features], x[..., self.first.in_features :]
         return torch.cat((self.first(left), self.second(right)), dim=-1)
 
 
@@ -45,10 +47,15 @@ class PlantedTask(Task):
 
     def __init__(self, rank: int, noise: float, count: int = 8192) -> None:
         self.rank, self.noise = rank, noise
-        self.base = {name: self._draw(name, shape) for name, shape in zip(("first", "second"), Planted.SHAPES, strict=True)}
+        self.base = {
+            name: self._draw(name, shape) for name, shape in zip(("first", "second"), Planted.SHAPES, strict=True)
+        }
         self.updates = {name: self._plant(name, weight.shape) for name, weight in self.base.items()}
         width = sum(shape[1] for shape in Planted.SHAPES)
-        self.inputs = {split: torch.randn(count, width, generator=generator("planted", split)) for split in ("train", "validation", "test")}
+        self.inputs = {
+            split: torch.randn(count, width, generator=generator("planted", split))
+            for split in ("train", "validation", "test")
+        }
         self.outputs = {split: self._teach(x, split) for split, x in self.inputs.items()}
 
     @property
@@ -62,13 +69,14 @@ class PlantedTask(Task):
         return self.noise**2 + missed / sum(shape[0] for shape in Planted.SHAPES)
 
     def _draw(self, name: str, shape: tuple[int, int]) -> Tensor:
-        return torch.randn(shape, generator=generator("planted", "base", name)) / shape[1] ** 0.5
+        return torch.randn(shape, generator=generator("planted", "base", name)) / math.sqrt(shape[1])
 
     def _plant(self, name: str, shape: torch.Size) -> Tensor:
         source = generator("planted", "update", name)
         left, _ = torch.linalg.qr(torch.randn(shape[0], self.rank, generator=source))
         right, _ = torch.linalg.qr(torch.randn(shape[1], self.rank, generator=source))
-        return left * self.singular_values @ right.T
+        update: Tensor = left * self.singular_values @ right.T
+        return update
 
     def _teach(self, x: Tensor, split: str) -> Tensor:
         teacher = Planted()
@@ -88,7 +96,8 @@ class PlantedTask(Task):
         return {"x": self.inputs["train"][rows], "y": self.outputs["train"][rows]}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return (model(batch["x"]) - batch["y"]).square().mean()
+        loss: Tensor = (model(batch["x"]) - batch["y"]).square().mean()
+        return loss
 
     def evaluate(self, model: nn.Module, split: Split, device: torch.device) -> dict[str, float]:
         batch = {"x": self.inputs[split].to(device), "y": self.outputs[split].to(device)}

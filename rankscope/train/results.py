@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rankscope.spectrum import MEASURES, Spectrum
+from rankscope.spectra import MEASURES, Spectrum
 from rankscope.train.runs import Record
 from rankscope.train.study import Study
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
-from rankscope.errors import ConfigError, FormatError, RankscopeError, TrainingError, located
+from rankscope.errors import ConfigError, FormatError, TrainingError, located
 from rankscope.formats.files import read_json, write_json
 from rankscope.formats.interface import Store
 from rankscope.formats.store import open as open_store
@@ -89,12 +89,12 @@ def train(
     Args:
         folder: a new folder, or that of the same study: it is taken up where it was left.
         listener: is told of each step, evaluation and end.
-        stop: asked before each step; where it says yes the state is saved and ``Interrupted`` raised.
+        stop: asked before each step; where it says yes the state is saved and ``InterruptedTrainingError`` raised.
 
     Raises:
         ConfigError: the folder holds a study with other settings, or something else.
         TrainingError: another process is at work on this study.
-        Interrupted: ``stop`` said so.
+        InterruptedTrainingError: ``stop`` said so.
     """
     folder = Path(folder)
     device = resolve_device(config.device)

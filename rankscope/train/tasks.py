@@ -110,7 +110,8 @@ class WindowTask(Task):
     def windows(self, split: Split, rows: int = 64) -> Iterator[Tensor]:
         tokens = self.held_out[split]
         count = len(tokens) // self.length
-        yield from tokens[: count * self.length].view(count, self.length).split(rows)
+        whole = tokens[: count * self.length].view(count, self.length)
+        yield from (whole[start : start + rows] for start in range(0, count, rows))
 
     def evaluate(self, model: nn.Module, split: Split, device: torch.device) -> dict[str, float]:
         total, count = 0.0, 0
@@ -183,7 +184,7 @@ def split_blocks(text: bytes, block: int = 4096) -> tuple[Tensor, Tensor, Tensor
 
     Blocks keep neighbouring paragraphs together and still give each part the same mix of topics.
     """
-    blocks = torch.frombuffer(bytearray(text), dtype=torch.uint8).split(block)
+    blocks = torch.split(torch.frombuffer(bytearray(text), dtype=torch.uint8), block)
     train = torch.cat([b for i, b in enumerate(blocks) if i % 10 not in (8, 9)])
     validation = torch.cat([b for i, b in enumerate(blocks) if i % 10 == 8])
     return train, validation, torch.cat([b for i, b in enumerate(blocks) if i % 10 == 9])
