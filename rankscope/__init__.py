@@ -1,0 +1,66 @@
+"""Tests the low-intrinsic-rank hypothesis of LoRA: train at many ranks, measure what rank was used, compare.
+
+The verbs of the command line are functions: ``spectrum``, ``compare``, and ``run_study`` for ``train`` (whose
+name is the subpackage's). Everything is loaded when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rankscope.analysis.comparison import CompareResult as CompareResult
+    from rankscope.analysis.comparison import compare as compare
+    from rankscope.analysis.spectra import SpectrumResult as SpectrumResult
+    from rankscope.analysis.spectra import spectrum as spectrum
+    from rankscope.errors import RankscopeError as RankscopeError
+    from rankscope.formats.store import open as open
+    from rankscope.lora.bank import Bank as Bank
+    from rankscope.lora.spec import AdapterSpec as AdapterSpec
+    from rankscope.spectra import Spectrum as Spectrum
+    from rankscope.subspace import Subspace as Subspace
+    from rankscope.train.config import StudyConfig as StudyConfig
+    from rankscope.train.study import Study as Study
+    from rankscope.train.study import train as run_study  # noqa: F401
+    from rankscope.updates import Dense as Dense
+    from rankscope.updates import LowRank as LowRank
+
+    __version__: str
+
+_HOME = {
+    "AdapterSpec": "lora.spec",
+    "Bank": "lora.bank",
+    "CompareResult": "analysis.comparison",
+    "Dense": "updates",
+    "LowRank": "updates",
+    "RankscopeError": "errors",
+    "Spectrum": "spectra",
+    "SpectrumResult": "analysis.spectra",
+    "Study": "train.study",
+    "StudyConfig": "train.config",
+    "Subspace": "subspace",
+    "compare": "analysis.comparison",
+    "open": "formats.store",
+    "run_study": "train.study",
+    "spectrum": "analysis.spectra",
+}
+_NAMED_THERE = {"run_study": "train"}
+
+__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604 (strings all)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("rankscope")
+    if name not in _HOME:
+        raise AttributeError(f"module 'rankscope' has no attribute {name!r}")
+    value = getattr(import_module(f"rankscope.{_HOME[name]}"), _NAMED_THERE.get(name, name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -193,7 +193,9 @@ def test_patterns_and_rslora(peft, tmp_path, rslora):
     assert store.notes == []
 
 
-@pytest.mark.parametrize("patterns", [{"k": 9, "block.k": 2}, {"lock.k": 9}, {".*k": 7}, {"k$": 7}, {"block": 3}, {"a+": 5}])
+@pytest.mark.parametrize(
+    "patterns", [{"k": 9, "block.k": 2}, {"lock.k": 9}, {".*k": 7}, {"k$": 7}, {"block": 3}, {"a+": 5}]
+)
 def test_pattern_matching_is_pefts_own(peft, tmp_path, patterns):
     from peft.utils.other import get_pattern_key
 

@@ -149,6 +149,7 @@ def test_an_adapter_saved_here_loads_in_peft_and_here(peft: ModuleType, tmp_path
     again = mixed()
     restored = load(again, tmp_path)
     assert torch.equal(again(TOKENS), expected)
+    assert restored.specs[0].init == SPECS[name].init
     assert restored.specs[0].slot("up") == SPECS[name].slot("up")
     assert restored.parameter_count() == bank.parameter_count()
     for path, (A, B) in bank.factors().items():

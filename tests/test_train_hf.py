@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import random
 import shutil
@@ -43,13 +44,17 @@ def word_tokenizer(folder: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
 
 
-def byte_tokenizer(folder: Path, **names: str) -> None:
-    """A token a byte and <end>, nothing to pad with, nothing added; padding in front: GPT-2's."""
+def byte_tokenizer(folder: Path, added: str = "", **names: str) -> None:
+    """A token a byte and <end>, nothing to pad with, padding in front: as GPT-2's."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     made = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate([*alphabet, "<end>"])}, []))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     made.add_special_tokens(["<end>"])
+    if added:
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"$A {added}", special_tokens=[("<end>", 256)]
+        )
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, padding_side="left", **names).save_pretrained(folder)
 
 
@@ -85,8 +90,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with hf_quiet():
         for name, model in models.items():
             wide(model).save_pretrained(root / name)
-            if name in ("llama", "gpt2"):
-                byte_tokenizer(root / name, eos_token="<end>")
+            if name in ("llama", "gpt2"):  # one of them ends each text, with what it is then padded with
+                byte_tokenizer(root / name, added="<end>" * (name == "llama"), eos_token="<end>")
             else:
                 word_tokenizer(root / name)
     return {name: root / name for name in models}
@@ -227,6 +232,19 @@ def test_loss_is_computed_in_float32(tmp_path: Path, folders: dict[str, Path]) -
     assert logits.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(F.cross_entropy(logits.double(), batch["labels"]).item(), rel=1e-6)
+    assert task.loss(model.to(torch.bfloat16), batch).dtype == torch.float32
+
+
+def test_evaluation_pads_little(tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of like length are evaluated together."""
+    task = classifier(tmp_path, folders["bert"])
+    model, widths = task.model(0), []
+    model.register_forward_pre_hook(lambda _, __, given: widths.append(given["input_ids"].shape), with_kwargs=True)
+    task.evaluation_rows = 2
+    with torch.no_grad():
+        task.evaluate(model, "test", CPU)
+    lengths = sorted(task.rows[i].numel() for i in task.splits["test"].tolist())
+    assert widths == [(2, lengths[1]), (2, lengths[3]), (2, lengths[5])]
 
 
 def test_macro_f1_closed_form() -> None:
@@ -312,6 +330,16 @@ def test_a_head_for_other_labels_is_drawn_anew(tmp_path: Path, folders: dict[str
     assert weight.shape == (3, 16)
     assert weight.abs().max() < 0.1  # five deviations of .02; the stored one has .3
     assert torch.equal(weight, task.model(0).get_parameter("classifier.weight"))
+
+
+def test_a_head_that_is_new_in_part_is_trained_whole(tmp_path: Path, folders: dict[str, Path]) -> None:
+    config = transformers.RobertaConfig.from_pretrained(folders["roberta"], num_labels=2)
+    folder = copied(folders, "roberta", tmp_path / "headed")
+    with hf_quiet():
+        transformers.RobertaForSequenceClassification(config).save_pretrained(folder)
+    task = classifier(tmp_path, folder, [{"text": "w1", "label": i % 3} for i in range(60)])
+    assert task.missing == ["classifier.out_proj.weight", "classifier.out_proj.bias"]
+    assert task.heads == ("classifier",)
 
 
 # Lengths
@@ -439,13 +467,21 @@ def test_a_folder_is_silent_and_offline(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     log = transformers.utils.logging
-    before = log.get_verbosity(), log.is_progress_bar_enabled()
-    assert before[1]
+    said: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    monkeypatch.setattr(listener, "emit", said.append)
+    log.add_handler(listener)
+    was = log.get_verbosity()
+    log.set_verbosity_info()
+    assert log.is_progress_bar_enabled()
     classifier(tmp_path, folders["bare"]).model(0)
     lm(tmp_path, folders["gpt2"], max_length=16).model(0)
     with pytest.raises(ConfigError):
         lm(tmp_path, folders["bert"])
-    assert (log.get_verbosity(), log.is_progress_bar_enabled()) == before
+    assert (log.get_verbosity(), log.is_progress_bar_enabled()) == (log.INFO, True)
+    log.set_verbosity(was)
+    log.remove_handler(listener)
+    assert said == []
     assert capfd.readouterr() == ("", "")
 
 
@@ -492,12 +528,14 @@ def one_sentence(tmp_path: Path, model: Path | str, message: str, **more: Any) -
     assert len(str(caught.value)) < 500
 
 
-def test_models_that_cannot_be_used(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_models_that_cannot_be_used(tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str, base: str = "bert") -> Path:
         return copied(folders, base, tmp_path / name)
 
     one_sentence(tmp_path, tmp_path / "nothing", "neither a folder nor an id of the hub")
-    one_sentence(tmp_path, __file__, "neither a folder nor an id of the hub")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.bin").write_bytes(b"")
+    one_sentence(tmp_path, "file.bin", "neither a folder nor an id of the hub")
     (tmp_path / "empty").mkdir()
     one_sentence(tmp_path, tmp_path / "empty", "cannot load it (")
     (broken("adapter") / "adapter_config.json").write_text("{}")

@@ -91,7 +91,7 @@ class BaseWeights:
         self._checkpoint = Checkpoint(base)
         wanted = {module + WEIGHT: module for module in shapes}
         pairing = pair(wanted, self._checkpoint.infos)
-        if not pairing.pairs:
+        if wanted and not pairing.pairs:
             raise FormatError(
                 f"{base}: has no weight for any of the layers {examples(list(shapes))}; it holds "
                 f"{examples(pairing.only_b)}; is this the base that was tuned?"

@@ -73,9 +73,9 @@ class Bank:
         Args:
             model: changed in place; ``detach`` gives it back.
             specs: one spec per adapter.
-            generators: one per adapter, for its initial factors and its dropout. They depend on nothing else: not on
-                N, nor on the other adapters. Generators on the device of the model save copies of dropout masks.
-                Adapters of one sweep need different seeds: with one seed, the first rows of A agree across ranks.
+            generators: one per adapter, the only source of its initial factors and its dropout, whatever N and the
+                other adapters are. On the device of the model, they save copying dropout masks. Adapters of one sweep
+                need different seeds: with one seed, the first rows of A agree across ranks up to scale.
             dtype: of the factors; by default float32, or float64 on a float64 base.
 
         Raises:
@@ -205,7 +205,11 @@ class Bank:
 
     def _check(self, i: int | None) -> None:
         self._require(self.attached, "the adapters have been detached")
-        self._require(i is None or 0 <= i < len(self), f"there is no adapter {i}; there are {len(self)}, from 0")
+        if i is not None:
+            self._check_index(i)
+
+    def _check_index(self, i: int) -> None:
+        self._require(0 <= i < len(self), f"there is no adapter {i}; there are {len(self)}, from 0")
 
     @staticmethod
     def _require(holds: bool, otherwise: str) -> None:
@@ -215,6 +219,7 @@ class Bank:
     # Reading adapters
 
     def _layers_of(self, i: int) -> list[tuple[str, AdapterLayer]]:
+        self._check_index(i)
         return [(name, layer) for name, layer in self.layers.items() if layer.slots[i].rank]
 
     def _whole_parameters(self) -> list[nn.Parameter]:

@@ -183,7 +183,7 @@ class AdapterLayer(nn.Module, ABC):
         return x if autocast else x.to(self.A.dtype)
 
     def drops(self, i: int) -> bool:
-        return self.training and self.slots[i].rank > 0 and self.slots[i].dropout > 0
+        return self.training and self.slots[i].dropout > 0
 
     # Factors of one adapter
 

@@ -1,0 +1,311 @@
+"""``compare``: do two sets of updates point the same way? Layer by layer, each number beside its chance level."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import msgspec
+import torch
+
+from rankscope.analysis.pairs import MOST_DIRECTIONS, LayerComparison, Of, compare_layers, cosine
+from rankscope.analysis.sources import Readable, Source, Track, fits
+from rankscope.analysis.text import decoded, html_table, json_values, short_name
+from rankscope.errors import ConfigError, RankscopeError, ShapeError, located
+from rankscope.formats.interface import Skipped, examples
+from rankscope.formats.names import Pairing, pair
+
+SCHEMA = "rankscope.compare/1"
+INITIAL = "initial"
+"""Folder of a run that holds the factors before training."""
+
+
+class Compared(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the two sources."""
+
+    path: str
+    kind: str
+
+
+class Unmatched(msgspec.Struct, frozen=True, kw_only=True):
+    """Layers without a partner in the other."""
+
+    a: tuple[str, ...]
+    b: tuple[str, ...]
+
+
+class SideSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """Medians over layers: φ(k, k) with k the smaller number of directions, φ of all directions, chance beside each."""
+
+    overlap: float
+    expected: float
+    whole: float
+    whole_expected: float
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """All layers. Norms, cosine and relative difference are those of the layers set side by side as one vector.
+
+    ``initial``: right side of the factors A before training, where both are runs that kept them.
+    """
+
+    left: SideSummary | None
+    right: SideSummary | None
+    initial: SideSummary | None
+    norm_a: float
+    norm_b: float
+    cosine: float | None
+    relative_difference: float | None
+
+
+class CompareResult(msgspec.Struct, frozen=True, eq=False, kw_only=True):
+    """Two sources, layer by layer. ``of``: which matrices; ``to_json`` and ``from_json`` are inverses."""
+
+    schema: str = SCHEMA
+    a: Compared
+    b: Compared
+    of: Of
+    layers: tuple[LayerComparison, ...]
+    summary: Summary
+    unmatched: Unmatched
+    skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> LayerComparison:
+        """The layer that a calls by this name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    @property
+    def titles(self) -> tuple[str, str]:
+        """Short names of a and b."""
+        return short_name(self.a.path), short_name(self.b.path)
+
+    @property
+    def matrices(self) -> str:
+        """What ``of`` means, in words."""
+        return {"update": "updates ΔW", "A": "factors A", "B": "factors B"}[self.of]
+
+    def to_json(self) -> dict[str, Any]:
+        """Strict JSON values: no NaN, no infinity."""
+        return json_values(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> CompareResult:
+        """The result that ``to_json`` described.
+
+        Raises:
+            FormatError: another schema, or fields that are missing or of another type.
+        """
+        return decoded(cls, value, SCHEMA)
+
+    def __repr__(self) -> str:
+        a, b = self.titles
+        sides = {"left": self.summary.left, "right": self.summary.right}
+        said = [f"{name} overlap {s.overlap:.3f} (chance {s.expected:.3f})" for name, s in sides.items() if s]
+        if self.summary.cosine is not None:
+            said.append(f"cosine {self.summary.cosine:.3f}")
+        return f"CompareResult({a!r}, {b!r}: {len(self.layers)} layers of {self.matrices}, {', '.join(said)})"
+
+    def _repr_html_(self) -> str:
+        header = ["layer", "k", "φ left (chance)", "p", "φ right (chance)", "p", "cosine"]
+        return html_table(repr(self), header, [_html_row(layer) for layer in self.layers], self.notes)
+
+
+def _html_row(layer: LayerComparison) -> list[str]:
+    cells: list[str] = []
+    for side in (layer.left, layer.right):
+        cell = side.square if side else None
+        cells += [f"{cell.overlap:.3f} ({cell.expected:.3f})", f"{cell.p:.2g}"] if cell else ["", ""]
+    k = min(min(side.overlap.shape) for side in layer.sides.values())
+    return [layer.name, str(k), *cells, "" if layer.cosine is None else f"{layer.cosine:.3f}"]
+
+
+def compare(
+    a: Readable,
+    b: Readable,
+    base: str | os.PathLike[str] | None = None,
+    layers: str | Iterable[str] | None = None,
+    top: int | None = None,
+    of: Of = "update",
+    device: torch.device | str = "cpu",
+    track: Track = iter,
+) -> CompareResult:
+    """Overlap, principal angles and distances of two sources of updates, layer by layer.
+
+    Args:
+        a, b: paths (adapter, run, file of updates, checkpoint), stores, or mappings of names to updates.
+        base: checkpoint that a path's full weights were tuned from.
+        layers: globs of whole names, or dotted parts of them (``q_proj``, ``layers.0``); None takes all.
+        top: how many directions of each are compared at most. None takes all that are above rounding, at most
+            ``MOST_DIRECTIONS`` of a full update.
+        of: "update" compares ΔW, on both sides; "A" the right singular vectors of the factor A, as in the LoRA
+            paper; "B" the left ones of B.
+        device: where the decompositions run.
+        track: wraps the list of pairs and may show progress.
+
+    Raises:
+        RankscopeError: no layer in common, none that can be compared, or one that holds NaN or infinity.
+    """
+    if top is not None and top < 1:
+        raise ConfigError(f"top = {top}: compare at least one direction")
+    if of not in get_args(Of):
+        raise ConfigError(f"of = {of!r}: compare 'update', 'A' or 'B'")
+    patterns = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
+    left, right = Source.of(a, base, device, "a"), Source.of(b, base, device, "b")
+    pairing = _paired(left, right, patterns)
+    found, skipped = _compared(left, right, pairing, top, of, track)
+    if not found:
+        raise RankscopeError(
+            f"{left.label} and {right.label}: no layer can be compared; {skipped[0].name}: {skipped[0].reason}"
+        )
+    skipped += [Skipped(one.name, f"in {s}: {one.reason}") for s, x in (("a", left), ("b", right)) for one in x.skipped]
+    summary = _summary(found, _initial(left, right, patterns) if of == "update" else None)
+    return CompareResult(
+        a=Compared(path=left.label, kind=left.kind),
+        b=Compared(path=right.label, kind=right.kind),
+        of=of,
+        layers=tuple(found),
+        summary=summary,
+        unmatched=Unmatched(a=tuple(pairing.only_a), b=tuple(pairing.only_b)),
+        skipped=tuple(skipped),
+        notes=tuple(_notes(left, right, found, summary, top)),
+    )
+
+
+def _paired(a: Source, b: Source, patterns: list[str] | None) -> Pairing:
+    """Partners, as far as the patterns fit the name in a or in b."""
+    everything = pair(a.names(), b.names())
+    if not everything.pairs:
+        raise RankscopeError(
+            f"{a.label} and {b.label} have no layer in common; the one has {examples(a.names())}, "
+            f"the other {examples(b.names())}"
+        )
+    if patterns is None:
+        return everything
+
+    def fit(*names: str) -> bool:
+        return any(fits(name, pattern) for name in names for pattern in patterns)
+
+    kept = Pairing(
+        [names for names in everything.pairs if fit(*names)],
+        [name for name in everything.only_a if fit(name)],
+        [name for name in everything.only_b if fit(name)],
+    )
+    if not kept.pairs:
+        shared = [name for name, _ in everything.pairs]
+        raise RankscopeError(
+            f"{a.label} and {b.label}: no layer in common fits {', '.join(map(repr, patterns))}; "
+            f"they share {examples(shared)}"
+        )
+    return kept
+
+
+def _compared(
+    a: Source, b: Source, pairing: Pairing, top: int | None, of: Of, track: Track
+) -> tuple[list[LayerComparison], list[Skipped]]:
+    found: list[LayerComparison] = []
+    skipped: list[Skipped] = []
+    for name, name_b in track(pairing.pairs):
+        one, other = a.read(name), b.read(name_b)
+        try:
+            with located(f"{a.where(name)} against {b.label}"):
+                found.append(compare_layers(name, name_b, one, other, top, of))
+        except ShapeError as error:
+            skipped.append(Skipped(name, str(error.__cause__ or error)))
+    return found, skipped
+
+
+def _summary(layers: Sequence[LayerComparison], initial: SideSummary | None) -> Summary:
+    norm_a = math.sqrt(math.fsum(layer.norm_a**2 for layer in layers))
+    norm_b = math.sqrt(math.fsum(layer.norm_b**2 for layer in layers))
+    inner = [layer.inner for layer in layers if layer.inner is not None]
+    apart = [
+        (layer.relative_difference * max(layer.norm_a, layer.norm_b)) ** 2
+        for layer in layers
+        if layer.relative_difference is not None
+    ]
+    return Summary(
+        left=_side(layers, "left"),
+        right=_side(layers, "right"),
+        initial=initial,
+        norm_a=norm_a,
+        norm_b=norm_b,
+        cosine=cosine(math.fsum(inner), norm_a, norm_b) if inner else None,
+        relative_difference=math.sqrt(math.fsum(apart)) / max(norm_a, norm_b) if apart else None,
+    )
+
+
+def _side(layers: Sequence[LayerComparison], side: Literal["left", "right"]) -> SideSummary | None:
+    found = [layer.sides[side] for layer in layers if side in layer.sides]
+    if not found:
+        return None
+    return SideSummary(
+        overlap=statistics.median(one.square.overlap for one in found),
+        expected=statistics.median(one.square.expected for one in found),
+        whole=statistics.median(one.whole.overlap for one in found),
+        whole_expected=statistics.median(one.whole.expected for one in found),
+    )
+
+
+def _initial(a: Source, b: Source, patterns: list[str] | None) -> SideSummary | None:
+    """How far the factors A of two runs overlapped before training; None where the runs did not keep them."""
+    folders = [_initial_folder(source) for source in (a, b)]
+    if folders[0] is None or folders[1] is None:
+        return None
+    before = compare(folders[0], folders[1], layers=patterns, of="A", device=a.device)
+    return before.summary.right
+
+
+def _initial_folder(source: Source) -> Path | None:
+    if source.folder is None or source.folder.name == INITIAL:
+        return None
+    folder = source.folder.parent / INITIAL
+    return folder if source.kind == "peft" and folder.is_dir() else None
+
+
+def _notes(a: Source, b: Source, layers: Sequence[LayerComparison], summary: Summary, top: int | None) -> Iterable[str]:
+    yield from (f"a: {note}" for note in a.notes)
+    yield from (f"b: {note}" for note in b.notes)
+    if top is None and any(_capped(layer) for layer in layers):
+        yield f"of a full update the top {MOST_DIRECTIONS} directions are compared; top (--top) takes more or fewer"
+    yield from _confound(summary)
+
+
+def _capped(layer: LayerComparison) -> bool:
+    """Whether a full update had more directions than were compared."""
+    ranks = layer.nominal_rank_a, layer.nominal_rank_b
+    sizes = next(iter(layer.sides.values())).overlap.shape
+    return any(rank is None and n == MOST_DIRECTIONS < min(layer.shape) for rank, n in zip(ranks, sizes, strict=True))
+
+
+def _confound(summary: Summary) -> Iterable[str]:
+    """Warn of a right side that says where A started, not what was learned."""
+    left, right, initial = summary.left, summary.right, summary.initial
+    if initial and _excess(initial) > 0.1:
+        yield (
+            f"the rows of A overlapped by {initial.whole:.2f} before training (chance {initial.whole_expected:.2f}): "
+            "the two share initial factors, and their right side proves nothing; judge by the left"
+        )
+    elif right and _excess(right) > 0.9 and (left is None or _excess(left) < 0.25):
+        beside = f" while the left overlap is {left.whole:.2f} (chance {left.whole_expected:.2f})" if left else ""
+        yield (
+            f"the right overlap is {right.whole:.2f} (chance {right.whole_expected:.2f}){beside}: an overlap of the A "
+            "side alone proves nothing, the two may share their initial factors"
+        )
+
+
+def _excess(side: SideSummary) -> float:
+    """How far the whole spans overlap beyond chance: 0 at chance, 1 for equal spans; 0 where chance fills all."""
+    room = 1 - side.whole_expected
+    return (side.whole - side.whole_expected) / room if room > 1e-6 else 0.0

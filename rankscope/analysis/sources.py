@@ -1,0 +1,110 @@
+"""What the analyses read: a path, a store, or a plain mapping of names to updates, all seen alike."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankscope.errors import ConfigError, RankscopeError, located
+from rankscope.formats.interface import Skipped, Store, examples, usable_device
+from rankscope.formats.names import natural_key
+from rankscope.formats.store import open as open_store
+from rankscope.updates import Update
+
+Readable = str | os.PathLike[str] | Store | Mapping[str, Update]
+Track = Callable[[list[Any]], Iterable[Any]]
+"""Hands on the items of a list one by one and may show how far it is: ``iter``, or ``tqdm.tqdm``."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Named updates, wherever they come from. ``label`` is the path, or what a mapping is called."""
+
+    label: str
+    kind: str
+    updates: Mapping[str, Update] | Store
+    device: torch.device
+    skipped: tuple[Skipped, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        readable: Readable,
+        base: str | os.PathLike[str] | None = None,
+        device: torch.device | str = "cpu",
+        label: str = "updates",
+    ) -> Source:
+        """Open a path, or take what is open already (``base`` then has no say); reads no tensor.
+
+        Raises:
+            FormatError: the path holds nothing that is known.
+            ConfigError: the device cannot be used.
+        """
+        if isinstance(readable, str | os.PathLike):
+            label = str(readable)
+            readable = open_store(readable, base, device)
+            return cls._of_store(readable, readable.device, label)
+        place = usable_device(device)
+        if isinstance(readable, Store):
+            return cls._of_store(readable, place, str(readable.path))
+        if not isinstance(readable, Mapping):
+            raise ConfigError(f"expected a path, a store, or a mapping of names to updates, not {type(readable)}")
+        return cls(label, "mapping", readable, place)
+
+    @classmethod
+    def _of_store(cls, store: Store, device: torch.device, label: str) -> Source:
+        return cls(label, store.kind, store, device, tuple(store.skipped), tuple(store.notes))
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the files lie; None for a mapping."""
+        return self.updates.path if isinstance(self.updates, Store) else None
+
+    def names(self) -> list[str]:
+        return sorted(self.updates, key=natural_key)
+
+    def read(self, name: str) -> Update:
+        """One update, on the device asked for."""
+        if isinstance(self.updates, Store):
+            return self.updates[name].to(self.device)
+        with located(self.where(name)):
+            return self.updates[name].to(self.device)
+
+    def where(self, name: str) -> str:
+        """How messages name a layer."""
+        return f"{self.label}: layer {name}"
+
+
+def select(names: Iterable[str], layers: str | Iterable[str] | None, label: str) -> list[str]:
+    """The names that one of the patterns fits, in their order; all where ``layers`` is None.
+
+    Raises:
+        RankscopeError: nothing fits.
+    """
+    names = list(names)
+    patterns = [layers] if isinstance(layers, str) else layers
+    if patterns is None:
+        return names
+    patterns = list(patterns)
+    found = [name for name in names if any(fits(name, pattern) for pattern in patterns)]
+    if not found:
+        raise RankscopeError(f"{label}: no layer fits {', '.join(map(repr, patterns))}; it has {examples(names)}")
+    return found
+
+
+def fits(name: str, pattern: str) -> bool:
+    """A pattern with ``*``, ``?`` or ``[`` is a glob of the whole name; any other is a run of its dotted parts.
+
+    ``q_proj`` fits every query projection, ``layers.1`` the layer 1 and not the layer 10.
+    """
+    if re.search(r"[*?\[]", pattern):
+        return fnmatchcase(name, pattern)
+    return f".{pattern.strip('.')}." in f".{name}."

@@ -1,0 +1,218 @@
+"""``spectrum``: the singular values of every layer, and the rank that each measure makes of them."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import torch
+
+from rankscope.analysis.sources import Readable, Source, Track, select
+from rankscope.analysis.text import decoded, html_table, json_values, short_name
+from rankscope.errors import ConfigError, located
+from rankscope.formats.interface import Skipped
+from rankscope.spectra import (
+    MEASURES,
+    RoundingFloor,
+    Spectrum,
+    gd_count,
+    mp_count,
+    mp_edge,
+    noise_measures,
+    rounding_floor,
+)
+from rankscope.updates import LowRank, Update
+
+SCHEMA = "rankscope.spectrum/1"
+Measures = dict[str, float | int]
+SHOWN = ("numerical_rank", "stable_rank", "participation_ratio", "entropy_rank", "k90")
+"""The measures that tables show; the JSON form has all."""
+
+
+class LayerSpectrum(msgspec.Struct, frozen=True, kw_only=True):
+    """One layer. ``shape`` is (out, in); ``nominal_rank`` LoRA's r, None for an update that is no product.
+
+    ``singular_values``: largest first, perhaps cut, of ``count`` that can differ from zero; the measures are of
+    all. ``noise``, for full updates only: the same measures of a noise matrix of this shape, the edge that the
+    median σ suggests and the counts above it (None where the median is zero). ``rounding_floor``: what storing in
+    half precision can have added (see ``rankscope.spectra.RoundingFloor``).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    nominal_rank: int | None
+    scale: float
+    dtype: str
+    energy: float
+    singular_values: tuple[float, ...]
+    count: int
+    measures: Measures
+    noise: dict[str, float | int | None] | None
+    rounding_floor: RoundingFloor | None
+
+    @property
+    def norm(self) -> float:
+        """‖·‖_F."""
+        return math.sqrt(self.energy)
+
+    @property
+    def full(self) -> bool:
+        """Whether it was not made as a product of thin factors."""
+        return self.nominal_rank is None
+
+
+class Total(msgspec.Struct, frozen=True, kw_only=True):
+    """All layers together. ``zero`` layers have not changed at all and count in neither average.
+
+    ``median``: of each measure over layers. ``weighted_mean``: over layers by their energy.
+    """
+
+    layers: int
+    zero: int
+    energy: float
+    norm: float
+    median: dict[str, float]
+    weighted_mean: dict[str, float]
+
+
+class SpectrumResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Spectra of all layers of one source; ``to_json`` and ``from_json`` are inverses."""
+
+    schema: str = SCHEMA
+    path: str
+    kind: str
+    layers: tuple[LayerSpectrum, ...]
+    total: Total
+    skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> LayerSpectrum:
+        """The layer of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    @property
+    def title(self) -> str:
+        """The end of the path that tells runs apart."""
+        return short_name(self.path)
+
+    def to_json(self) -> dict[str, Any]:
+        """Strict JSON values: no NaN, no infinity."""
+        return json_values(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> SpectrumResult:
+        """The result that ``to_json`` described.
+
+        Raises:
+            FormatError: another schema, or fields that are missing or of another type.
+        """
+        return decoded(cls, value, SCHEMA)
+
+    def __repr__(self) -> str:
+        ranks = ", ".join(f"{name} {self.total.median[name]:.4g}" for name in ("stable_rank", "entropy_rank", "k90"))
+        return f"SpectrumResult({self.title!r}: {len(self.layers)} layers, median {ranks}, norm {self.total.norm:.4g})"
+
+    def _repr_html_(self) -> str:
+        header = ["layer", "out × in", "r", *(name.replace("_", " ") for name in SHOWN), "norm"]
+        return html_table(repr(self), header, [_html_row(layer) for layer in self.layers], self.notes)
+
+
+def _html_row(layer: LayerSpectrum) -> list[str]:
+    noise = layer.noise or {}
+    cells = [f"{layer.measures[m]:.4g}" + (f" (noise {noise[m]:.4g})" if m in noise else "") for m in SHOWN]
+    shape = f"{layer.shape[0]} × {layer.shape[1]}"
+    return [layer.name, shape, str(layer.nominal_rank or ""), *cells, f"{layer.norm:.4g}"]
+
+
+def spectrum(
+    source: Readable,
+    base: str | os.PathLike[str] | None = None,
+    layers: str | Iterable[str] | None = None,
+    top: int | None = None,
+    device: torch.device | str = "cpu",
+    track: Track = iter,
+) -> SpectrumResult:
+    """Singular values and effective ranks of every layer.
+
+    Args:
+        source: path of an adapter, a run, a file of updates or a checkpoint; a store; or a mapping of names to
+            updates.
+        base: checkpoint that a path's full weights were tuned from.
+        layers: globs of whole names, or dotted parts of them (``q_proj``, ``layers.0``); None takes all.
+        top: how many singular values of each layer the result keeps; the measures are of all.
+        device: where the decompositions run.
+        track: wraps the list of names and may show progress.
+
+    Raises:
+        RankscopeError: nothing to read, nothing that fits ``layers``, or a layer that holds NaN or infinity.
+    """
+    if top is not None and top < 1:
+        raise ConfigError(f"top = {top}: keep at least one singular value")
+    opened = Source.of(source, base, device)
+    found = tuple(_layer(opened, name, top) for name in track(select(opened.names(), layers, opened.label)))
+    notes = (*opened.notes, *_zero_note(found))
+    return SpectrumResult(
+        path=opened.label, kind=opened.kind, layers=found, total=_total(found), skipped=opened.skipped, notes=notes
+    )
+
+
+def _layer(source: Source, name: str, top: int | None) -> LayerSpectrum:
+    update = source.read(name)
+    with located(source.where(name)):
+        found = Spectrum.of(update)
+    return LayerSpectrum(
+        name=name,
+        shape=found.shape,
+        nominal_rank=found.nominal_rank,
+        scale=update.scale if isinstance(update, LowRank) else 1.0,
+        dtype=found.stored,
+        energy=found.energy,
+        singular_values=tuple(found.values[:top].tolist()),
+        count=len(found.values),
+        measures=found.measures(),
+        noise=_noise(update, found),
+        rounding_floor=rounding_floor(found),
+    )
+
+
+def _noise(update: Update, found: Spectrum) -> dict[str, float | int | None] | None:
+    if isinstance(update, LowRank):
+        return None
+    counts = {"mp_edge": mp_edge(found), "mp_count": mp_count(found), "gd_count": gd_count(found)}
+    return {**noise_measures(found.shape), **counts}
+
+
+def _zero_note(layers: Sequence[LayerSpectrum]) -> list[str]:
+    zero = [layer.name for layer in layers if layer.energy == 0]
+    if not zero:
+        return []
+    factors = " (a factor is still at its initial zero)" if not layers[0].full else ""
+    return [f"{len(zero)} of {len(layers)} layers have not changed{factors}: {zero[0]}{', …' if len(zero) > 1 else ''}"]
+
+
+def _total(layers: Sequence[LayerSpectrum]) -> Total:
+    changed = [layer for layer in layers if layer.energy > 0]
+    energy = math.fsum(layer.energy for layer in layers)
+
+    def mean(name: str) -> float:
+        return math.fsum(layer.measures[name] * (layer.energy / energy) for layer in changed)
+
+    return Total(
+        layers=len(layers),
+        zero=len(layers) - len(changed),
+        energy=energy,
+        norm=math.sqrt(energy),
+        median={m: float(statistics.median([x.measures[m] for x in changed] or [0])) for m in MEASURES},
+        weighted_mean={name: mean(name) for name in MEASURES},
+    )

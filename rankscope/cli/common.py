@@ -1,0 +1,179 @@
+"""What the commands that read updates share: options, tables, CSV, JSON, progress, notes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+SLOW = 2.0  # seconds after which a bar is shown
+
+
+def grouped(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Several options as one decorator, shown in the order given."""
+
+    def apply(function: Command) -> Command:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+def _plot_path(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Refuse a suffix that cannot be drawn before any work is done."""
+    if value is not None:
+        from rankscope.errors import ConfigError
+        from rankscope.plots import check_suffix
+
+        try:
+            check_suffix(value)
+        except ConfigError as error:
+            raise click.BadParameter(str(error), context, parameter) from error
+    return value
+
+
+reading_options = grouped(
+    click.option("--base", metavar="PATH", help="Pre-trained checkpoint that full weights were tuned from."),
+    click.option(
+        "--layers",
+        multiple=True,
+        metavar="PATTERN",
+        help="Only these: a glob of the whole name ('*v_proj'), or dotted parts of it (q_proj, layers.0). Repeatable.",
+    ),
+    click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to compute: cpu, cuda …"),
+)
+output_options = grouped(
+    click.option("--json", "as_json", is_flag=True, help="Print everything as JSON."),
+    click.option("--csv", "as_csv", is_flag=True, help="Print one row a layer as CSV."),
+    click.option("--plot", metavar="FILE", callback=_plot_path, help="Draw to a .png, .svg or .pdf file."),
+    click.option("-v", "--verbose", is_flag=True, help="List what was skipped, each with its reason."),
+    click.option("--quiet", is_flag=True, help="No notes and no progress."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)
+
+
+def one_format(as_json: bool, as_csv: bool) -> None:
+    """Refuse both at once.
+
+    Raises:
+        UsageError: both were asked for.
+    """
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv both write to stdout; choose one")
+
+
+def print_json(value: Any) -> None:
+    """Strict JSON: NaN and infinity would be an error, not an extension."""
+    click.echo(json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False))
+
+
+def print_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Header and rows; None is an empty field."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, totals: int = 0) -> None:
+    """A table on stdout: the first ``left`` columns flush left, the others right; ``totals`` rows below a line.
+
+    On a terminal it is coloured and may fold names that are too wide; in a pipe it is plain, whole text.
+    """
+    if sys.stdout.isatty():
+        _rich_table(header, rows, left, totals)
+        return
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        click.echo("  ".join(cells).rstrip())
+
+
+def _rich_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int, totals: int) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, name in enumerate(header):
+        fold = {"overflow": "fold"} if i == 0 else {"no_wrap": True}
+        table.add_column(Text(name), justify="left" if i < left else "right", **fold)
+    for i, row in enumerate(rows):
+        table.add_row(*map(Text, row), end_section=i == len(rows) - totals - 1 and totals > 0)
+    Console().print(table)
+
+
+def number(value: float | int | None, digits: int = 4) -> str:
+    """A count as it is, another number to ``digits`` digits, nothing for None."""
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.{digits}g}"
+
+
+def probability(p: float) -> str:
+    """A p-value as far as it means anything."""
+    return "<1e-12" if p < 1e-12 else f"{p:.2g}"
+
+
+def say(quiet: bool, lines: Iterable[str]) -> None:
+    """Notes on stderr."""
+    if not quiet:
+        for line in lines:
+            click.echo(f"note: {line}", err=True)
+
+
+def count(n: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def skipped_lines(skipped: Sequence[Any], verbose: bool) -> Iterator[str]:
+    """How many were skipped, or all of them with their reasons."""
+    if verbose:
+        yield from (f"skipped {one.name}: {one.reason}" for one in skipped)
+    elif skipped:
+        yield f"skipped {count(len(skipped), 'tensor')} ({skipped[0].name}: {skipped[0].reason}); -v lists them"
+
+
+def tracker(quiet: bool, what: str) -> Callable[[list[Any]], Iterable[Any]]:
+    """For the ``track`` of an analysis: a bar on stderr, on a terminal only, once it takes longer than ``SLOW``."""
+
+    def track(items: list[Any]) -> Iterator[Any]:
+        if quiet or not sys.stderr.isatty():
+            yield from items
+            return
+        from rich.console import Console
+        from rich.progress import Progress
+
+        began, shown = time.monotonic(), False
+        with Progress(console=Console(stderr=True), transient=True, disable=False, auto_refresh=False) as progress:
+            task = progress.add_task(what, total=len(items), visible=False)
+            for done, item in enumerate(items):
+                shown = shown or time.monotonic() - began > SLOW
+                progress.update(task, completed=done, visible=shown)
+                if shown:
+                    progress.refresh()
+                yield item
+
+    return track
+
+
+def write_plot(draw: Callable[[], Any], path: str | None, quiet: bool) -> None:
+    """Draw and save where a path was given."""
+    if path is None:
+        return
+    from rankscope.plots import save
+
+    save(draw(), path)
+    if not quiet:
+        click.echo(f"wrote {path}", err=True)

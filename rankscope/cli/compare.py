@@ -1,0 +1,148 @@
+"""``rankscope compare``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from rankscope.cli.common import (
+    count,
+    number,
+    one_format,
+    output_options,
+    print_csv,
+    print_json,
+    print_table,
+    probability,
+    reading_options,
+    say,
+    skipped_lines,
+    tracker,
+    write_plot,
+)
+
+if TYPE_CHECKING:
+    from rankscope.analysis.comparison import CompareResult, SideSummary
+    from rankscope.analysis.pairs import LayerComparison, SideComparison
+
+CELL = ("i", "j", "overlap", "expected", "z", "p")
+DISTANCES = ("projection", "geodesic", "chordal", "fubini_study", "procrustes")
+
+
+@click.command()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@reading_options
+@click.option("--top", type=click.IntRange(min=1), metavar="K", help="Compare the top K directions at most.")
+@click.option(
+    "--of",
+    type=click.Choice(["update", "A", "B"]),
+    default="update",
+    show_default=True,
+    help="Which matrices: ΔW, the factors A (right side, as in the LoRA paper), or the factors B (left side).",
+)
+@click.option("--layer", metavar="NAME", help="The layer that --plot draws [the median over layers].")
+@output_options
+def command(
+    a: str,
+    b: str,
+    base: str | None,
+    layers: tuple[str, ...],
+    device: str,
+    top: int | None,
+    of: Literal["update", "A", "B"],
+    layer: str | None,
+    as_json: bool,
+    as_csv: bool,
+    plot: str | None,
+    verbose: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Overlap, angles and distance of two sets of updates.
+
+    A and B are PEFT adapters, runs, or checkpoints (with --base). Left is the output space, right the input space. φ
+    is the overlap of the top k directions of each, k the smaller number of the two, with the overlap of random
+    directions in brackets; z and p say how far from random it is. --json has φ for every pair of cuts.
+
+    \b
+    Examples:
+      rankscope compare adapterA adapterB
+      rankscope compare study/runs/lora-r8-lr0.01-s0 study/runs/full-lr0.001-s0 --plot overlap.png
+    """
+    from rankscope.analysis.comparison import compare
+
+    one_format(as_json, as_csv)
+    if layer and not plot:
+        raise click.UsageError("--layer says what --plot draws; give --plot FILE too")
+    result = compare(a, b, base, layers or None, top, of, device, tracker(quiet, "layers"))
+    say(quiet, [*result.notes, *unmatched_lines(result, verbose), *skipped_lines(result.skipped, verbose)])
+    if as_json:
+        print_json(result.to_json())
+    elif as_csv:
+        print_csv(csv_header(), csv_rows(result))
+    else:
+        print_result(result)
+    if plot:
+        from rankscope.plots import plot_overlap
+
+        write_plot(lambda: plot_overlap(result, layer), plot, quiet)
+
+
+def unmatched_lines(result: CompareResult, verbose: bool) -> Iterator[str]:
+    """Layers without a partner: how many, or all of them."""
+    for side, names in (("a", result.unmatched.a), ("b", result.unmatched.b)):
+        if names:
+            shown = ", ".join(names if verbose else names[:1]) + ("" if verbose or len(names) == 1 else ", …")
+            yield f"{count(len(names), 'layer')} only in {side}: {shown}"
+
+
+def print_result(result: CompareResult) -> None:
+    """A row a layer, and the medians."""
+    summary = result.summary
+    sides = [side for side in ("left", "right") if getattr(summary, side)]
+    header = ["layer", "k", *(title for side in sides for title in (f"φ {side} (chance)", "z", "p"))]
+    if summary.cosine is not None:
+        header += ["cosine", "‖a − b‖ rel."]
+    header += ["‖a‖ / ‖b‖"]
+    last = ["median; cosine of all", "", *(cell for side in sides for cell in _medians(getattr(summary, side)))]
+    last += _distance(summary.cosine, summary.relative_difference)
+    last += [number(summary.norm_a / summary.norm_b)]
+    print_table(header, [*(_cells(layer) for layer in result.layers), last], totals=1)
+
+
+def _cells(layer: LayerComparison) -> list[str]:
+    cells = [layer.name, str(next(iter(layer.sides.values())).square.i)]
+    for side in layer.sides.values():
+        cell = side.square
+        cells += [f"{cell.overlap:.3f} ({cell.expected:.3f})", f"{cell.z:.1f}", probability(cell.p)]
+    return [*cells, *_distance(layer.cosine, layer.relative_difference), number(layer.norm_a / layer.norm_b)]
+
+
+def _distance(cosine: float | None, relative: float | None) -> list[str]:
+    return [] if cosine is None or relative is None else [f"{cosine:.3f}", f"{relative:.3f}"]
+
+
+def _medians(side: SideSummary) -> tuple[str, str, str]:
+    return f"{side.overlap:.3f} ({side.expected:.3f})", "", ""
+
+
+def csv_header() -> list[str]:
+    sides = [f"{side}_{name}" for side in ("left", "right") for name in (*CELL, *DISTANCES)]
+    ends = ["norm_a", "norm_b", "inner", "cosine", "relative_difference"]
+    return ["layer", "layer_b", "out", "in", *sides, *ends]
+
+
+def csv_rows(result: CompareResult) -> Iterator[list[object]]:
+    for layer in result.layers:
+        sides = [value for side in (layer.left, layer.right) for value in _csv_side(side)]
+        ends = [layer.norm_a, layer.norm_b, layer.inner, layer.cosine, layer.relative_difference]
+        yield [layer.name, layer.name_b, *layer.shape, *sides, *ends]
+
+
+def _csv_side(side: SideComparison | None) -> list[object]:
+    if side is None:
+        return [None] * (len(CELL) + len(DISTANCES))
+    return [*(getattr(side.square, name) for name in CELL), *(side.distance[name] for name in DISTANCES)]

@@ -1,0 +1,163 @@
+"""``rankscope spectrum``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from rankscope.cli.common import (
+    number,
+    one_format,
+    output_options,
+    print_csv,
+    print_json,
+    print_table,
+    reading_options,
+    say,
+    skipped_lines,
+    tracker,
+    write_plot,
+)
+
+if TYPE_CHECKING:
+    from rankscope.analysis.spectra import LayerSpectrum, SpectrumResult
+
+COLUMNS = {
+    "numerical": "numerical_rank",
+    "stable": "stable_rank",
+    "participation": "participation_ratio",
+    "entropy": "entropy_rank",
+    "k90": "k90",
+}
+NOISE = {"noise k90": "k90", "MP": "mp_count", "GD": "gd_count"}
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@reading_options
+@click.option("--top", type=click.IntRange(min=1), metavar="K", help="Keep K singular values of each layer.")
+@output_options
+def command(
+    paths: tuple[str, ...],
+    base: str | None,
+    layers: tuple[str, ...],
+    device: str,
+    top: int | None,
+    as_json: bool,
+    as_csv: bool,
+    plot: str | None,
+    verbose: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Singular spectra and effective ranks.
+
+    PATH is a PEFT adapter, a run, a checkpoint (with --base), or a study, which stands for each of its runs. Updates
+    that are no product of thin factors have beside them k90 of a noise matrix of their shape, and how many singular
+    values noise does not explain (MP, GD). --json gives one object for one PATH, and {"results": [...]} for several
+    or a study; --top shortens its lists, and the curves of --plot.
+
+    \b
+    Examples:
+      rankscope spectrum ./adapter
+      rankscope spectrum ./tuned --base ./base --layers "*v_proj" --plot spectra.png
+    """
+    from rankscope.analysis.spectra import spectrum
+
+    one_format(as_json, as_csv)
+    places, several = expand(paths)
+    results = [spectrum(place, base, layers or None, top, device, tracker(quiet, Path(place).name)) for place in places]
+    for result in results:
+        prefix = f"{result.title}: " if len(results) > 1 else ""
+        say(quiet, (prefix + line for line in (*result.notes, *skipped_lines(result.skipped, verbose))))
+    if as_json and several:
+        print_json({"schema": "rankscope.spectrum-list/1", "results": [result.to_json() for result in results]})
+    elif as_json:
+        print_json(results[0].to_json())
+    elif as_csv:
+        print_csv(csv_header(), (row for result in results for row in csv_rows(result)))
+    else:
+        print_results(results)
+    if plot:
+        from rankscope.plots import plot_spectra
+
+        write_plot(lambda: plot_spectra(results), plot, quiet)
+
+
+def expand(paths: Sequence[str]) -> tuple[list[str], bool]:
+    """Paths with the runs of a study in its place, and whether the result is a list.
+
+    Raises:
+        FormatError: a study without a run that ended and has an update.
+    """
+    from rankscope.errors import FormatError
+
+    found: list[str] = []
+    studies = [path for path in paths if (Path(path) / "study.json").is_file()]
+    for path in paths:
+        if path not in studies:
+            found.append(path)
+            continue
+        from rankscope.train.study import Study
+
+        study = Study(path)
+        runs = [str(study.path(record.run)) for record in study.done() if record.run.method != "base"]
+        if not runs:
+            raise FormatError(f"{path}: no run of this study has ended yet; let it go on with rankscope train")
+        found += runs
+    return found, len(paths) > 1 or bool(studies)
+
+
+def print_results(results: Sequence[SpectrumResult]) -> None:
+    """A table each; a heading where there are several."""
+    for i, result in enumerate(results):
+        if len(results) > 1:
+            click.echo(("\n" if i else "") + result.path)
+        full = any(layer.noise for layer in result.layers)
+        header = ["layer", "out × in", "r", *COLUMNS, *(NOISE if full else ()), "norm"]
+        print_table(header, [*(_cells(layer, full) for layer in result.layers), _last(result, full)], totals=1)
+
+
+def _cells(layer: LayerSpectrum, full: bool) -> list[str]:
+    shape = f"{layer.shape[0]} × {layer.shape[1]}"
+    measures = [number(layer.measures[name]) for name in COLUMNS.values()]
+    noise = [number((layer.noise or {}).get(name)) for name in NOISE.values()] if full else []
+    return [layer.name, shape, number(layer.nominal_rank), *measures, *noise, number(layer.norm)]
+
+
+def _last(result: SpectrumResult, full: bool) -> list[str]:
+    measures = [number(result.total.median[name]) for name in COLUMNS.values()]
+    return ["median; total norm", "", "", *measures, *([""] * len(NOISE) if full else []), number(result.total.norm)]
+
+
+def csv_header() -> list[str]:
+    from rankscope.spectra import MEASURES
+
+    noise = [f"noise_{name}" for name in MEASURES] + ["mp_edge", "mp_count", "gd_count"]
+    floor = ["rounding_norm", "rounding_edge", "above_rounding"]
+    described = ["path", "layer", "out", "in", "nominal_rank", "scale", "dtype", "energy", "norm"]
+    return [*described, *MEASURES, *noise, *floor]
+
+
+def csv_rows(result: SpectrumResult) -> Iterator[list[object]]:
+    from rankscope.spectra import MEASURES
+
+    for layer in result.layers:
+        noise = layer.noise or {}
+        floor = layer.rounding_floor
+        yield [
+            result.path,
+            layer.name,
+            *layer.shape,
+            layer.nominal_rank,
+            layer.scale,
+            layer.dtype,
+            layer.energy,
+            layer.norm,
+            *(layer.measures[name] for name in MEASURES),
+            *(noise.get(name) for name in (*MEASURES, "mp_edge", "mp_count", "gd_count")),
+            *((floor.norm, floor.edge, floor.above) if floor else (None, None, None)),
+        ]

@@ -1,0 +1,78 @@
+"""What all figures share: colours, size, and being written to a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from rankscope.errors import ConfigError, FormatError
+from rankscope.formats.files import write_atomic
+
+SUFFIXES = ("png", "svg", "pdf")
+DPI = 160
+SMALL = 8  # points; titles and labels are matplotlib's own 10 to 12
+
+# Okabe & Ito 2008, told apart with every common kind of colour blindness; without the yellow, too pale on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "#888888"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches that draws itself without a display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def check_suffix(path: str | os.PathLike[str]) -> str:
+    """The kind of picture a path asks for by its suffix.
+
+    Raises:
+        ConfigError: not one of ``SUFFIXES``.
+    """
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: a plot is written as {', '.join('.' + s for s in SUFFIXES)}, by its suffix")
+    return suffix
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as png, svg or pdf, atomically and without a date: the same figure gives the same bytes.
+
+    Raises:
+        ConfigError: another suffix.
+        FormatError: the file cannot be written.
+    """
+    kind, target = check_suffix(path), Path(path).expanduser()
+    if target.is_dir():
+        raise FormatError(f"{target}: is a folder; give the plot a name of its own")
+    undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
+
+    def write(file: Path) -> None:
+        with matplotlib.rc_context({"svg.hashsalt": "rankscope"}):
+            figure.savefig(file, format=kind, dpi=DPI, metadata=undated[kind])
+
+    write_atomic(target, write)
+    return target
+
+
+def log2_axis(axes: Axes) -> None:
+    """A logarithmic x axis with ticks at 1, 2, 4, …, written as numbers."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def plain_grid(axes: Axes) -> None:
+    """Light lines behind the data, no box around it."""
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=SMALL)

@@ -1,0 +1,145 @@
+"""Rank spectra: singular values of every layer, effective ranks, and the edge of the noise."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from rankscope.analysis.spectra import LayerSpectrum, SpectrumResult
+from rankscope.errors import ConfigError
+from rankscope.plots.figure import COLOURS, GREY, SMALL, log2_axis, new_figure, plain_grid
+
+PANELS_A_ROW = 4
+LINEAR_UP_TO = 32
+"""More singular values than this, and the index gets a logarithmic axis."""
+DECADES = 6
+"""The axis ends this far below the largest σ: what lies lower is rounding."""
+LEGEND: dict[str, Any] = {"fontsize": SMALL - 1, "title_fontsize": SMALL - 1}
+MARKS = {"stable_rank": "o", "k90": "s", "entropy_rank": "D"}
+
+
+def plot_spectra(results: Sequence[SpectrumResult], figure: Figure | None = None) -> Figure:
+    """Singular values of every layer against their index, one panel a result, all on the same axes.
+
+    A line is a layer, its colour the kind of module, darker with depth. Marks: effective ranks, the median over
+    layers. Dashed and dotted, for full updates: the largest σ that noise, or rounding in storage, would have
+    (median over layers, the band from least to largest).
+
+    Args:
+        results: from ``rankscope.spectrum``.
+        figure: an empty one to draw on; None makes one.
+
+    Raises:
+        ConfigError: no results.
+    """
+    if not results:
+        raise ConfigError("nothing to plot: no spectra")
+    rows = -(-len(results) // PANELS_A_ROW)
+    columns = -(-len(results) // rows)
+    figure = figure or new_figure(max(5.6, 3.5 * columns), 0.6 + 3.4 * rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    colours = _colours(results)
+    panels: list[Axes] = list(grid.flat)
+    for panel, result in zip(panels, results, strict=False):
+        _panel(panel, result, colours)
+    for unused in panels[len(results) :]:
+        unused.remove()
+    _axes(panels[: len(results)], results, columns)
+    handles = [Line2D([], [], color=colour, label=kind) for kind, colour in colours.items()]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=SMALL, frameon=False
+    )
+    return figure
+
+
+def kind_of(name: str) -> str:
+    """What a layer is called within its block: the last part of its name that is not a number."""
+    parts = [part for part in name.split(".") if not part.isdecimal()]
+    return parts[-1] if parts else name
+
+
+def _colours(results: Sequence[SpectrumResult]) -> dict[str, str]:
+    """A colour for each of the most frequent kinds of module; the rest is grey."""
+    counts = Counter(kind_of(layer.name) for result in results for layer in result.layers)
+    kinds = [kind for kind, _ in counts.most_common(len(COLOURS))]
+    colours = dict(zip(sorted(kinds), COLOURS, strict=False))
+    return colours if len(counts) <= len(COLOURS) else {**colours, "other": GREY}
+
+
+def _panel(axes: Axes, result: SpectrumResult, colours: dict[str, str]) -> None:
+    changed = [layer for layer in result.layers if layer.energy > 0]
+    plain_grid(axes)
+    axes.set_title(f"{result.title} ({len(result.layers)} layers)", fontsize=SMALL + 1)
+    if len(changed) < len(result.layers):
+        said = f"{len(result.layers) - len(changed)} of {len(result.layers)} layers have not changed"
+        axes.text(0.02, 0.02, said, transform=axes.transAxes, fontsize=SMALL, color="#444444")
+    if not changed:
+        return
+    depth = {kind: [layer.name for layer in changed if kind_of(layer.name) == kind] for kind in colours}
+    for layer in changed:
+        kind = kind_of(layer.name)
+        same = depth.get(kind, [layer.name])
+        alpha = 0.35 + 0.6 * (same.index(layer.name) + 1) / len(same)
+        values = [value for value in layer.singular_values if value > 0]
+        marker = "." if len(values) <= 2 else ""
+        axes.plot(
+            range(1, len(values) + 1), values, color=colours.get(kind, GREY), alpha=alpha, linewidth=1, marker=marker
+        )
+    handles = _marks(axes, result, changed) + _edges(axes, changed)
+    axes.legend(handles=handles, loc="lower left", framealpha=0.85, title="median over layers", **LEGEND)
+
+
+def _marks(axes: Axes, result: SpectrumResult, changed: Sequence[LayerSpectrum]) -> list[Line2D]:
+    """Effective ranks along the upper edge, each with a thin line down; at three heights, as they may agree."""
+    handles = []
+    for height, (measure, marker) in zip((0.97, 0.93, 0.89), MARKS.items(), strict=True):
+        rank = result.total.median[measure]
+        noise = [layer.noise[measure] or 0 for layer in changed if layer.noise]
+        beside = f" (noise {statistics.median(noise):.3g})" if noise else ""
+        label = f"{measure.replace('_', ' ')} {rank:.3g}{beside}"
+        axes.axvline(rank, color=GREY, linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
+        axes.plot([rank], [height], marker, color="#222222", markersize=4, transform=axes.get_xaxis_transform())
+        handles.append(Line2D([], [], color="#222222", marker=marker, markersize=4, linestyle="none", label=label))
+    return handles
+
+
+def _edges(axes: Axes, changed: Sequence[LayerSpectrum]) -> list[Line2D]:
+    """The largest σ of noise and of rounding, as far as the layers have them."""
+    noise = [edge for layer in changed if layer.noise and (edge := layer.noise["mp_edge"])]
+    rounding = [layer.rounding_floor.edge for layer in changed if layer.rounding_floor]
+    handles = []
+    for name, dashes, edges in (("noise edge (MP)", (4, 2), noise), ("rounding edge", (1, 1), rounding)):
+        if edges:
+            middle = statistics.median(edges)
+            line = axes.axhline(middle, color="#222222", linestyle=(0, dashes), linewidth=1.1)
+            line.set_label(f"{name} {middle:.2g}")
+            axes.axhspan(min(edges), max(edges), color=GREY, alpha=0.15, linewidth=0)
+            handles.append(line)
+    return handles
+
+
+def _axes(panels: Sequence[Axes], results: Sequence[SpectrumResult], columns: int) -> None:
+    values = [s for result in results for layer in result.layers for s in layer.singular_values if s > 0]
+    longest = max(len(layer.singular_values) for result in results for layer in result.layers)
+    first = panels[0]
+    first.set_yscale("log")
+    if values:
+        first.set_ylim(max(min(values), max(values) * 10.0**-DECADES) / 1.5, max(values) * 4)
+    if longest > LINEAR_UP_TO:
+        for panel in panels:
+            log2_axis(panel)
+        first.set_xlim(0.9, longest * 1.1)
+    else:
+        first.set_xlim(0.5, longest + 0.5)
+    for number, panel in enumerate(panels):
+        if number % columns == 0:
+            panel.set_ylabel("singular value σ")
+        if number + columns >= len(panels):
+            panel.set_xlabel("index")
+            panel.tick_params(labelbottom=True)
