@@ -609,3 +609,52 @@ def test_data_that_does_not_fit(tmp_path: Path, folders: dict[str, Path]) -> Non
     with pytest.raises(FormatError, match="is empty"):
         classifier(tmp_path, bert, [{"text": " ", "label": 1}])
     assert len(classifier(tmp_path, bert, blank).rows) == 9  # [CLS] [UNK] [SEP]: odd, but text
+
+
+def test_dropout_of_the_base_is_the_runs_own(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """BERT drops from torch's global stream: a run must not depend on it, nor on being stopped half-way."""
+    from rankscope.train.loop import InterruptedTrainingError
+    from rankscope.train.study import Silent, Study, train
+
+    config = settings(
+        tmp_path, folders["bert"], classified(60), ranks=(2,), full=False, steps=6, batch=8, targets=("query", "value")
+    )
+
+    def learned(study: Study) -> list[torch.Tensor]:
+        store = study.store(study.done()[-1].run)
+        return [store[name].dense() for name in store]
+
+    whole = learned(train(config, tmp_path / "whole", Silent()))
+    torch.rand(5)
+    state = torch.get_rng_state()
+    asked = iter([False] * 3 + [True])
+    with pytest.raises(InterruptedTrainingError):
+        train(config, tmp_path / "cut", Silent(), lambda: next(asked))
+    assert torch.equal(torch.get_rng_state(), state)
+    for a, b in zip(whole, learned(train(config, tmp_path / "cut", Silent())), strict=True):
+        assert torch.equal(a, b)
+        assert a.norm() > 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning:transformers")
+def test_an_adapter_with_its_head_gives_peft_the_same_logits(tmp_path: Path, folders: dict[str, Path]) -> None:
+    import peft
+
+    from rankscope.lora import load
+    from rankscope.train.study import Silent, train
+
+    config = settings(
+        tmp_path, folders["bert"], classified(60), ranks=(2,), full=False, steps=6, batch=8, targets=("query", "value")
+    )
+    study = train(config, tmp_path / "study", Silent())
+    adapter = study.path(study.done()[-1].run) / "adapter"
+    task = ClassifyTask(config)
+    batch = {key: value for key, value in task.batch(0, 0, 8).items() if key in ("input_ids", "attention_mask")}
+    ours = task.model(0)
+    with torch.no_grad():
+        untrained = ours.eval()(**batch).logits
+        load(ours, adapter)
+        theirs = peft.PeftModel.from_pretrained(task.model(1), adapter).eval()
+        expected = theirs(**batch).logits
+        assert torch.allclose(ours.eval()(**batch).logits, expected, atol=1e-5)
+        assert (untrained - expected).abs().max() > 1e-3

@@ -70,8 +70,8 @@ def one_format(as_json: bool, as_csv: bool) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Strict JSON: NaN and infinity would be an error, not an extension."""
-    click.echo(json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False))
+    """Strict JSON on one line (grids are long): NaN and infinity would be an error, not an extension."""
+    click.echo(json.dumps(value, allow_nan=False, ensure_ascii=False))
 
 
 def print_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -14,7 +14,7 @@ from rankscope.errors import ConfigError
 from rankscope.plots.figure import COLOURS, SMALL, log2_axis, new_figure, plain_grid
 
 LORA, FULL = COLOURS[0], COLOURS[1]
-LABEL_WIDTH = 0.1  # of a panel
+STYLES = {"lora": ("o", LORA, "LoRA"), "full": ("D", FULL, "full fine-tuning")}
 WIDE = 16
 """Largest over smallest effective rank from which that axis is logarithmic."""
 
@@ -67,6 +67,9 @@ def plot_performance(
             axes.axhline(baseline, color="#222222", linestyle=":", linewidth=1.1, label="untouched base")
     _against_nominal(left, points)
     _against_effective(right, points, measure)
+    scores = [point.score for point in points] + ([] if baseline is None else [baseline])
+    room = 0.12 * (max(scores) - min(scores) or abs(scores[0]) or 1.0)
+    left.set_ylim(min(scores) - room, max(scores) + room)
     left.set_ylabel(f"{metric} ({'higher' if higher_is_better else 'lower'} is better)")
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=SMALL, frameon=False)
@@ -91,9 +94,15 @@ def _full_band(axes: Axes, points: Sequence[PerformancePoint]) -> None:
         axes.axhline(statistics.fmean(scores), color=FULL, linewidth=1, linestyle="--", label="full fine-tuning, mean")
 
 
+def _runs(axes: Axes, x: Sequence[float], runs: Sequence[PerformancePoint]) -> None:
+    """A marker for each run, of one method."""
+    if runs:
+        marker, colour, name = STYLES[runs[0].method]
+        axes.plot(x, [run.score for run in runs], marker, color=colour, markersize=5, label=f"{name}, a run")
+
+
 def _against_nominal(axes: Axes, points: Sequence[PerformancePoint]) -> None:
     means = _means(points)
-    lora = [point for point in points if point.nominal_rank is not None]
     axes.set_xlabel("nominal rank r")
     axes.set_title("rank given", fontsize=SMALL + 2)
     log2_axis(axes)
@@ -101,44 +110,28 @@ def _against_nominal(axes: Axes, points: Sequence[PerformancePoint]) -> None:
         axes.text(0.5, 0.5, "no LoRA run", transform=axes.transAxes, ha="center")
         axes.set_xticks([])
         return
-    axes.plot([rank for rank, _, _ in means], [score for _, _, score in means], color=LORA, linewidth=1.2)
-    axes.plot([p.nominal_rank or 0 for p in lora], [p.score for p in lora], "o", color=LORA, markersize=5, label="LoRA")
-    axes.set_xticks([rank for rank, _, _ in means])
+    ranks = [rank for rank, _, _ in means]
+    axes.plot(ranks, [score for _, _, score in means], color=LORA, linewidth=1.2)
+    lora = [point for point in points if point.nominal_rank is not None]
+    _runs(axes, [float(point.nominal_rank or 0) for point in lora], lora)
+    axes.set_xticks(ranks)
 
 
 def _against_effective(axes: Axes, points: Sequence[PerformancePoint], measure: str) -> None:
-    means = _means(points)
     axes.set_xlabel(f"effective rank of the update: {measure.replace('_', ' ')}")
     axes.set_title("rank used", fontsize=SMALL + 2)
     ranks = [point.effective_rank for point in points if point.effective_rank > 0]
     if ranks and max(ranks) / min(ranks) > WIDE:
         log2_axis(axes)
-    axes.plot([effective for _, effective, _ in means], [score for _, _, score in means], color=LORA, linewidth=1.2)
-    for method, marker, colour, label in (("lora", "o", LORA, "LoRA"), ("full", "D", FULL, "full fine-tuning")):
+    for method in STYLES:
         same = [point for point in points if point.method == method]
-        if same:
-            x, y = [p.effective_rank for p in same], [p.score for p in same]
-            axes.plot(x, y, marker, color=colour, markersize=5, label=label)
-    _label_ranks(axes, [point for point in points if point.nominal_rank is not None], means)
-
-
-def _label_ranks(axes: Axes, lora: Sequence[PerformancePoint], means: Sequence[tuple[int, float, float]]) -> None:
-    """``r = 8`` above the best or below the worst run of a rank, in turn; further out where a neighbour is there."""
-    axes.margins(y=0.12)
-    placed: list[tuple[bool, float]] = []
-    for turn, (rank, effective, _) in enumerate(means):
-        above = turn % 2 == 0
-        scores = [point.score for point in lora if point.nominal_rank == rank]
-        across = float(axes.transLimits.transform(axes.transScale.transform((effective, scores[0])))[0])
-        near = sum(side == above and abs(x - across) < LABEL_WIDTH for side, x in placed)
-        placed.append((above, across))
-        axes.annotate(
-            f"r = {rank}",
-            (effective, max(scores) if above else min(scores)),
-            xytext=(0, (1 if above else -1) * (6 + 10 * near)),
-            textcoords="offset points",
-            ha="center",
-            va="bottom" if above else "top",
-            fontsize=SMALL,
-            bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5},
-        )
+        _runs(axes, [point.effective_rank for point in same], same)
+    means = _means(points)
+    if not means:
+        return
+    x, y = [effective for _, effective, _ in means], [score for _, _, score in means]
+    axes.plot(x, y, color=LORA, linewidth=1.2)
+    axes.plot(x, y, "o", color=LORA, markerfacecolor="white", markersize=14, zorder=3)
+    axes.plot([], [], "o", color=LORA, markerfacecolor="white", markersize=9, label="LoRA, mean of the rank inside")
+    for rank, effective, score in means:
+        axes.annotate(str(rank), (effective, score), ha="center", va="center", fontsize=SMALL - 1, zorder=4)

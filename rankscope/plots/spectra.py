@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from rankscope.analysis.spectra import LayerSpectrum, SpectrumResult
 from rankscope.errors import ConfigError
@@ -20,7 +21,18 @@ LINEAR_UP_TO = 32
 """More singular values than this, and the index gets a logarithmic axis."""
 DECADES = 6
 """The axis ends this far below the largest σ: what lies lower is rounding."""
-LEGEND: dict[str, Any] = {"fontsize": SMALL - 1, "title_fontsize": SMALL - 1}
+CAPTION = "marks: effective rank by its measure, median over layers"
+LEGEND: dict[str, Any] = {
+    "loc": "lower center",
+    "bbox_to_anchor": (0.5, 1.0),
+    "ncols": 2,
+    "fontsize": SMALL - 1,
+    "title_fontsize": SMALL + 1,
+    "columnspacing": 1.0,
+    "handlelength": 1.6,
+    "handletextpad": 0.4,
+    "frameon": False,
+}
 MARKS = {"stable_rank": "o", "k90": "s", "entropy_rank": "D"}
 
 
@@ -42,7 +54,7 @@ def plot_spectra(results: Sequence[SpectrumResult], figure: Figure | None = None
         raise ConfigError("nothing to plot: no spectra")
     rows = -(-len(results) // PANELS_A_ROW)
     columns = -(-len(results) // rows)
-    figure = figure or new_figure(max(5.6, 3.5 * columns), 0.6 + 3.4 * rows)
+    figure = figure or new_figure(max(5.6, 3.5 * columns), 0.6 + 3.6 * rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     colours = _colours(results)
     panels: list[Axes] = list(grid.flat)
@@ -66,20 +78,24 @@ def kind_of(name: str) -> str:
 
 def _colours(results: Sequence[SpectrumResult]) -> dict[str, str]:
     """A colour for each of the most frequent kinds of module; the rest is grey."""
-    counts = Counter(kind_of(layer.name) for result in results for layer in result.layers)
+    counts = Counter(kind_of(layer.name) for result in results for layer in result.layers if layer.energy > 0)
     kinds = [kind for kind, _ in counts.most_common(len(COLOURS))]
     colours = dict(zip(sorted(kinds), COLOURS, strict=False))
     return colours if len(counts) <= len(COLOURS) else {**colours, "other": GREY}
 
 
+def _layers(result: SpectrumResult) -> str:
+    count, zero = result.total.layers, result.total.zero
+    return f"{count} layer{'' if count == 1 else 's'}" + (f", {zero} unchanged" if zero else "")
+
+
 def _panel(axes: Axes, result: SpectrumResult, colours: dict[str, str]) -> None:
     changed = [layer for layer in result.layers if layer.energy > 0]
     plain_grid(axes)
-    axes.set_title(f"{result.title} ({len(result.layers)} layers)", fontsize=SMALL + 1)
-    if len(changed) < len(result.layers):
-        said = f"{len(result.layers) - len(changed)} of {len(result.layers)} layers have not changed"
-        axes.text(0.02, 0.02, said, transform=axes.transAxes, fontsize=SMALL, color="#444444")
+    title = f"{result.title} ({_layers(result)})"
     if not changed:
+        axes.set_title(title, fontsize=SMALL + 1)
+        axes.text(0.5, 0.5, "no layer has changed", transform=axes.transAxes, fontsize=SMALL, ha="center")
         return
     depth = {kind: [layer.name for layer in changed if kind_of(layer.name) == kind] for kind in colours}
     for layer in changed:
@@ -92,7 +108,8 @@ def _panel(axes: Axes, result: SpectrumResult, colours: dict[str, str]) -> None:
             range(1, len(values) + 1), values, color=colours.get(kind, GREY), alpha=alpha, linewidth=1, marker=marker
         )
     handles = _marks(axes, result, changed) + _edges(axes, changed)
-    axes.legend(handles=handles, loc="lower left", framealpha=0.85, title="median over layers", **LEGEND)
+    # Above the axes it can hide no line.
+    axes.legend(handles=handles, title=title, **LEGEND)
 
 
 def _marks(axes: Axes, result: SpectrumResult, changed: Sequence[LayerSpectrum]) -> list[Line2D]:
@@ -102,7 +119,7 @@ def _marks(axes: Axes, result: SpectrumResult, changed: Sequence[LayerSpectrum])
         rank = result.total.median[measure]
         noise = [layer.noise[measure] or 0 for layer in changed if layer.noise]
         beside = f" (noise {statistics.median(noise):.3g})" if noise else ""
-        label = f"{measure.replace('_', ' ')} {rank:.3g}{beside}"
+        label = f"{measure.removesuffix('_rank')} {rank:.3g}{beside}"
         axes.axvline(rank, color=GREY, linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
         axes.plot([rank], [height], marker, color="#222222", markersize=4, transform=axes.get_xaxis_transform())
         handles.append(Line2D([], [], color="#222222", marker=marker, markersize=4, linestyle="none", label=label))
@@ -128,14 +145,17 @@ def _axes(panels: Sequence[Axes], results: Sequence[SpectrumResult], columns: in
     values = [s for result in results for layer in result.layers for s in layer.singular_values if s > 0]
     longest = max(len(layer.singular_values) for result in results for layer in result.layers)
     first = panels[0]
-    first.set_yscale("log")
-    if values:
+    if not values:
+        first.set_yticks([])
+    else:
+        first.set_yscale("log")
         first.set_ylim(max(min(values), max(values) * 10.0**-DECADES) / 1.5, max(values) * 4)
     if longest > LINEAR_UP_TO:
         for panel in panels:
             log2_axis(panel)
         first.set_xlim(0.9, longest * 1.1)
     else:
+        first.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         first.set_xlim(0.5, longest + 0.5)
     for number, panel in enumerate(panels):
         if number % columns == 0:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,6 +139,22 @@ def generator(*parts: object) -> torch.Generator:
     """
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@contextmanager
+def seeded(device: torch.device, *parts: object) -> Iterator[None]:
+    """Within, torch's global stream is the one named by ``parts``; afterwards it is what it was.
+
+    Models of others, such as BERT with its dropout, draw from the global stream and take no other.
+    """
+    seed = generator(*parts).initial_seed()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.default_generators[
+                torch.cuda.current_device() if device.index is None else device.index
+            ].manual_seed(seed)
+        yield
 
 
 def resolve_device(name: str) -> torch.device:

@@ -27,6 +27,7 @@ from rankscope.train.pretrained import (
 from rankscope.train.tables import read_table
 from rankscope.train.tasks import Batch, Split, Task, WindowTask, epoch_indices, file_hash
 
+MOST_VALIDATION = 1000
 LOGITS = 2**25  # numbers that one evaluation pass may make: 128 MiB in float32
 
 
@@ -49,8 +50,8 @@ class ClassifyTask(Task):
 
     metric = "accuracy"
     higher_is_better = True
-    lrs = (1e-3,)
-    full_lrs = (1e-4,)
+    lora_rate = 2e-3
+    full_rate = 1e-4
     peft_task = "SEQ_CLS"
 
     def __init__(self, config: StudyConfig, evaluation_rows: int = 64) -> None:
@@ -137,8 +138,8 @@ class ClassifyTask(Task):
 class LmTask(WindowTask):
     """The next token of running text: documents joined by the end-of-text token, cut into windows."""
 
-    lrs = (1e-3,)
-    full_lrs = (1e-4,)
+    lora_rate = 2e-3
+    full_rate = 1e-4
     peft_task = "CAUSAL_LM"
 
     def __init__(self, config: StudyConfig) -> None:
@@ -243,11 +244,11 @@ def split_rows(counts: list[int], where: str) -> dict[str, Tensor]:
     """Rows of each split, when the rows of all files follow each other; the same for every seed.
 
     With a second file it is the test split and a tenth of the first is for validation; with one file
-    a tenth each.
+    a tenth each. Validation is looked at over and over: it takes ``MOST_VALIDATION`` rows at most.
     """
     order = torch.randperm(counts[0], generator=generator("split"))
     tenth = max(1, counts[0] // 10)
-    validation, rest = order[:tenth], order[tenth:]
+    validation, rest = order[: min(tenth, MOST_VALIDATION)], order[min(tenth, MOST_VALIDATION) :]
     test, train = (torch.arange(counts[0], sum(counts)), rest) if counts[1:] else (rest[:tenth], rest[tenth:])
     if not len(train) or not len(test):
         raise ConfigError(f"{where}: {counts[0]} rows are too few to hold some out; give more")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rankscope.errors import FormatError, TrainingError
 from rankscope.formats.files import write_atomic
-from rankscope.train.config import StudyConfig
+from rankscope.train.config import StudyConfig, seeded
 from rankscope.train.costs import optimizer_bytes, peak_memory, reset_peak_memory, total_bytes
 from rankscope.train.methods import METHODS, Trained
 from rankscope.train.runs import Cost, Record, Run
@@ -72,8 +72,16 @@ class Loop:
     """One run: the model, its optimizer, and where it stands."""
 
     def __init__(
-        self, task: Task, config: StudyConfig, run: Run, folder: Path, device: torch.device, listener: Listener
+        self,
+        task: Task,
+        config: StudyConfig,
+        run: Run,
+        folder: Path,
+        before: Mapping[str, Mapping[str, float]],
+        device: torch.device,
+        listener: Listener,
     ) -> None:
+        self.before = before
         self.task, self.config, self.run, self.folder, self.device = task, config, run, folder, device
         self.listener = listener
         self.steps = config.steps or task.steps
@@ -122,33 +130,41 @@ class Loop:
         step, config = self.progress.step, self.config
         for group in self.optimizer.param_groups:
             group["lr"] = self.run.lr * rate(step, self.steps, config)  # type: ignore[operator]
-        for micro in range(config.accumulate):
-            batch = self.task.batch(self.run.seed, step * config.accumulate + micro, config.batch)
-            with autocast(self.device, config):
-                loss = self.task.loss(self.model, move(batch, self.device)) / config.accumulate
-            torch.autograd.backward(loss)
-            # Summed on the device: reading the loss here would make the host wait at every step.
-            self.loss_sum += loss.detach()
+        with seeded(self.device, self.run.seed, "model", step):
+            for micro in range(config.accumulate):
+                self._backward(step * config.accumulate + micro)
         nn.utils.clip_grad_norm_(self.parameters.values(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.progress.step += 1
         self.since_evaluation += 1
 
+    def _backward(self, index: int) -> None:
+        """Add the gradients of one batch."""
+        batch = self.task.batch(self.run.seed, index, self.config.batch)
+        with autocast(self.device, self.config):
+            loss = self.task.loss(self.model, move(batch, self.device)) / self.config.accumulate
+        torch.autograd.backward(loss)
+        # Summed on the device: reading the loss here would make the host wait at every step.
+        self.loss_sum += loss.detach()
+
     def _evaluated(self) -> bool:
         return bool(self.progress.history) and self.progress.history[-1]["step"] == self.progress.step
 
     def _evaluate(self) -> bool:
         """Measure held-out data and note it; False where the loss is no longer finite."""
-        step, last = self.progress.step, self.progress.step >= self.steps
+        step = self.progress.step
         line: dict[str, Any] = {"step": step, "seconds": round(self.progress.seconds, 3)}
         if self.since_evaluation:
             line["train_loss"] = float(self.loss_sum) / self.since_evaluation
             if not math.isfinite(line["train_loss"]):
                 return False
-        splits: tuple[Split, ...] = ("validation", "test") if step == 0 or last else ("validation",)
-        for split in splits:
-            line[split] = self._measure(split)
+        # Every method starts as the base, which has been measured.
+        line |= (
+            self.before
+            if step == 0
+            else self._measure(("validation", "test") if step >= self.steps else ("validation",))
+        )
         if not all(math.isfinite(value) for value in line["validation"].values()):
             return False
         self.loss_sum.zero_()
@@ -158,10 +174,8 @@ class Loop:
         self.listener.evaluated(self.run, step, line["validation"])
         return True
 
-    def _measure(self, split: Split) -> dict[str, float]:
-        self.model.eval()
-        with torch.no_grad(), autocast(self.device, self.config):
-            return self.task.evaluate(self.model, split, self.device)
+    def _measure(self, splits: Sequence[Split]) -> dict[str, dict[str, float]]:
+        return evaluate(self.task, self.model, splits, self.config, self.device)
 
     def _write_history(self) -> None:
         text = "".join(json.dumps(line) + "\n" for line in self.progress.history)
@@ -170,13 +184,13 @@ class Loop:
     def _end(self, status: str) -> Record:
         """Save the result, then the record, then drop the state: a kill between any two loses nothing."""
         saved = self.trained.save(self.folder) if status == "done" else 0
-        first, last = self.progress.history[0], self.progress.history[-1]
+        last = self.progress.history[-1]
         record = Record(
             run=self.run,
             status="done" if status == "done" else "diverged",
             steps=self.progress.step,
             metrics={split: last[split] for split in ("validation", "test") if split in last} if saved else {},
-            before={split: first[split] for split in ("validation", "test")},
+            before={split: dict(metrics) for split, metrics in self.before.items()},
             cost=self._cost(saved),
         )
         record.write(self.folder)
@@ -259,12 +273,18 @@ def move(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+def evaluate(
+    task: Task, model: nn.Module, splits: Sequence[Split], config: StudyConfig, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Metrics of each split, in the arithmetic of the settings."""
+    model.eval()
+    with torch.no_grad(), autocast(device, config):
+        return {split: task.evaluate(model, split, device) for split in splits}
+
+
 def evaluate_base(task: Task, config: StudyConfig, run: Run, folder: Path, device: torch.device) -> Record:
     """The untouched base as a run of no steps: what every method starts from."""
-    model = task.model(run.seed).to(device).eval()
-    splits: tuple[Split, ...] = ("validation", "test")
-    with torch.no_grad(), autocast(device, config):
-        metrics: dict[str, dict[str, float]] = {split: task.evaluate(model, split, device) for split in splits}
+    metrics = evaluate(task, task.model(run.seed).to(device), ("validation", "test"), config, device)
     record = Record(run=run, status="done", steps=0, metrics=metrics, before=metrics)
     record.write(folder)
     return record

@@ -40,12 +40,14 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 def grid(config: StudyConfig, task: Task) -> list[Run]:
     """Every run of the study in the order they are trained: the untouched base, LoRA by rank, full fine-tuning."""
-    full_lrs = (config.full_lrs or task.rates(None)) if config.full else ()
+    full_lrs = (config.full_lrs or (task.rate(None),)) if config.full else ()
     runs = [Run(method="base", seed=seed) for seed in config.seeds]
     for seed in config.seeds:
         for rank in config.ranks:
             alpha = config.alpha if config.alpha is not None else 2.0 * rank
-            runs += [Run(method="lora", seed=seed, rank=rank, alpha=alpha, lr=lr) for lr in config.lrs or task.rates(rank)]
+            runs += [
+                Run(method="lora", seed=seed, rank=rank, alpha=alpha, lr=lr) for lr in config.lrs or (task.rate(rank),)
+            ]
         runs += [Run(method="full", seed=seed, lr=lr) for lr in full_lrs]
     return runs
 

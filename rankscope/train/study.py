@@ -110,7 +110,8 @@ def train(
                 if run.method == "base":
                     evaluate_base(task, config, run, target, device)
                 else:
-                    Loop(task, config, run, target, device, listener).train(stop)
+                    base = Record.read(folder / "runs" / Run(method="base", seed=run.seed).name)
+                    Loop(task, config, run, target, base.metrics, device, listener).train(stop)
     return Study(folder)
 
 
