@@ -10,8 +10,6 @@ import torch
 from torch import nn
 
 import rankscope
-from rankscope.lora import AdapterSpec, Bank
-from rankscope.spectra import Spectrum
 
 
 def main() -> None:
@@ -19,20 +17,21 @@ def main() -> None:
     model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 8))
     x = torch.randn(512, 32, generator=source)
     y = torch.sin(x @ torch.randn(32, 8, generator=source))
-    bank = Bank.attach(model, AdapterSpec(rank=8, alpha=16, targets=["0", "2"]), source)
+    bank = rankscope.Bank.attach(model, rankscope.AdapterSpec(rank=8, alpha=16, targets=["0", "2"]), source)
     optimizer = torch.optim.AdamW(bank.trainable_parameters(), lr=1e-2)
     for step in range(201):
         loss = (model(x) - y).square().mean()
         if step % 50 == 0 and step > 0:
-            ranks = {name: Spectrum.of(update).entropy_rank for name, update in bank.updates(0).items()}
+            ranks = {name: rankscope.Spectrum.of(update).entropy_rank for name, update in bank.updates(0).items()}
             shown = "  ".join(f"layer {name}: {rank:.2f}" for name, rank in ranks.items())
             print(f"step {step}  loss {loss.item():.4f}  entropy rank of 8  {shown}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    unmerged = model(x)
-    bank.merge(0)
-    print(f"merged and unmerged outputs differ by {float((model(x) - unmerged).abs().max()):.1e}")
+    with torch.no_grad():
+        unmerged = model(x)
+        bank.merge(0)
+        print(f"merged and unmerged outputs differ by {float((model(x) - unmerged).abs().max()):.1e}")
     bank.unmerge()
     with tempfile.TemporaryDirectory() as folder:
         bank.save(0, Path(folder) / "adapter")

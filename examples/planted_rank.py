@@ -6,26 +6,25 @@ python examples/planted_rank.py
 import tempfile
 from pathlib import Path
 
-from rankscope.spectra import Spectrum, mp_count
-from rankscope.train.config import StudyConfig
+import rankscope
+from rankscope.spectra import mp_count
 from rankscope.train.planted import PlantedTask
-from rankscope.train.study import Silent, train
 
 PLANTED = 3
 
 
 def main() -> None:
-    config = StudyConfig(task="planted", planted_rank=PLANTED, ranks=(1, 2, 3, 4, 8), batch=128)
+    config = rankscope.StudyConfig(task="planted", planted_rank=PLANTED, ranks=(1, 2, 3, 4, 8), batch=128)
     truth = PlantedTask(PLANTED, config.planted_noise)
     with tempfile.TemporaryDirectory() as folder:
-        study = train(config, Path(folder) / "study", Silent())
+        study = rankscope.run_study(config, Path(folder) / "study")
         print(f"planted rank {PLANTED}; loss at each rank, beside the least that rank can reach")
         for record in study.done():
             if record.run.rank is not None:
                 print(f"  r = {record.run.rank}:  {study.score(record):.4f}  least {truth.floor(record.run.rank):.4f}")
         full = study.store(study.done()[-1].run)
         for name in full:
-            spectrum = Spectrum.of(full[name])
+            spectrum = rankscope.Spectrum.of(full[name])
             above = mp_count(spectrum)
             print(f"full fine-tuning, {name}: {above} singular values above the noise edge, k90 {spectrum.k90}")
 

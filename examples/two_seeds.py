@@ -6,19 +6,18 @@ python examples/two_seeds.py
 import tempfile
 from pathlib import Path
 
-from rankscope.analysis.comparison import compare
-
+import rankscope
 from rankscope import plots
-from rankscope.train.config import StudyConfig
-from rankscope.train.study import Silent, train
 
 
 def main() -> None:
-    config = StudyConfig(ranks=(8,), full=False, seeds=(0, 1), steps=60, evaluations=0, targets=("q_proj", "v_proj"))
+    config = rankscope.StudyConfig(
+        ranks=(8,), full=False, seeds=(0, 1), steps=60, evaluations=0, targets=("q_proj", "v_proj")
+    )
     with tempfile.TemporaryDirectory() as folder:
-        study = train(config, Path(folder) / "study", Silent())
+        study = rankscope.run_study(config, Path(folder) / "study")
         a, b = (study.store(record.run) for record in study.done() if record.run.method == "lora")
-        result = compare(a, b)
+        result = rankscope.compare(a, b)
         print(result)
         plots.save(plots.plot_overlap(result), Path("two_seeds.png"))
         print("wrote two_seeds.png")

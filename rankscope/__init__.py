@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rankscope.subspace import Subspace as Subspace
     from rankscope.train.config import StudyConfig as StudyConfig
     from rankscope.train.study import Study as Study
-    from rankscope.train.study import train as run_study  # noqa: F401
+    from rankscope.train.study import run_study as run_study
     from rankscope.updates import Dense as Dense
     from rankscope.updates import LowRank as LowRank
 
@@ -45,7 +45,6 @@ _HOME = {
     "run_study": "train.study",
     "spectrum": "analysis.spectra",
 }
-_NAMED_THERE = {"run_study": "train"}
 
 __all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604 (strings all)
 
@@ -57,7 +56,7 @@ def __getattr__(name: str) -> Any:
         return version("rankscope")
     if name not in _HOME:
         raise AttributeError(f"module 'rankscope' has no attribute {name!r}")
-    value = getattr(import_module(f"rankscope.{_HOME[name]}"), _NAMED_THERE.get(name, name))
+    value = getattr(import_module(f"rankscope.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

@@ -614,7 +614,7 @@ def test_data_that_does_not_fit(tmp_path: Path, folders: dict[str, Path]) -> Non
 def test_dropout_of_the_base_is_the_runs_own(tmp_path: Path, folders: dict[str, Path]) -> None:
     """BERT drops from torch's global stream: a run must not depend on it, nor on being stopped half-way."""
     from rankscope.train.loop import InterruptedTrainingError
-    from rankscope.train.study import Silent, Study, train
+    from rankscope.train.study import Silent, Study, run_study
 
     config = settings(
         tmp_path, folders["bert"], classified(60), ranks=(2,), full=False, steps=6, batch=8, targets=("query", "value")
@@ -624,14 +624,14 @@ def test_dropout_of_the_base_is_the_runs_own(tmp_path: Path, folders: dict[str, 
         store = study.store(study.done()[-1].run)
         return [store[name].dense() for name in store]
 
-    whole = learned(train(config, tmp_path / "whole", Silent()))
+    whole = learned(run_study(config, tmp_path / "whole"))
     torch.rand(5)
     state = torch.get_rng_state()
     asked = iter([False] * 3 + [True])
     with pytest.raises(InterruptedTrainingError):
-        train(config, tmp_path / "cut", Silent(), lambda: next(asked))
+        run_study(config, tmp_path / "cut", Silent(), lambda: next(asked))
     assert torch.equal(torch.get_rng_state(), state)
-    for a, b in zip(whole, learned(train(config, tmp_path / "cut", Silent())), strict=True):
+    for a, b in zip(whole, learned(run_study(config, tmp_path / "cut")), strict=True):
         assert torch.equal(a, b)
         assert a.norm() > 0
 
@@ -641,12 +641,12 @@ def test_an_adapter_with_its_head_gives_peft_the_same_logits(tmp_path: Path, fol
     import peft
 
     from rankscope.lora import load
-    from rankscope.train.study import Silent, train
+    from rankscope.train.study import run_study
 
     config = settings(
         tmp_path, folders["bert"], classified(60), ranks=(2,), full=False, steps=6, batch=8, targets=("query", "value")
     )
-    study = train(config, tmp_path / "study", Silent())
+    study = run_study(config, tmp_path / "study")
     adapter = study.path(study.done()[-1].run) / "adapter"
     task = ClassifyTask(config)
     batch = {key: value for key, value in task.batch(0, 0, 8).items() if key in ("input_ids", "attention_mask")}

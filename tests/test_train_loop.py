@@ -14,7 +14,7 @@ from rankscope.errors import ConfigError, FormatError
 from rankscope.train.config import StudyConfig, generator, make_config, read_config
 from rankscope.train.loop import InterruptedTrainingError, evaluation_steps, make_optimizer, rate
 from rankscope.train.runs import Record, Run, grid
-from rankscope.train.study import Silent, Study, train
+from rankscope.train.study import Silent, Study, run_study
 from rankscope.train.tasks import epoch_indices, make_task
 
 SMALL = {"task": "planted", "ranks": (1, 4), "steps": 30, "batch": 32, "evaluations": 2}
@@ -99,7 +99,7 @@ def test_weight_decay_spares_vectors() -> None:
 def test_a_step_is_that_of_plain_adamw(tmp_path: Path) -> None:
     """The loop against the same training written out: batches, clipping, schedule, accumulation."""
     config = small(ranks=(), full_lrs=(0.01,), steps=5, accumulate=2, clip=0.05, dropout=0.0, warmup=0.4)
-    study = train(config, tmp_path / "study", Silent())
+    study = run_study(config, tmp_path / "study")
     task = make_task(config)
     model = task.model(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=config.weight_decay)
@@ -121,9 +121,9 @@ def test_a_step_is_that_of_plain_adamw(tmp_path: Path) -> None:
 
 
 def test_the_same_settings_give_the_same_numbers(tmp_path: Path) -> None:
-    a = train(small(dropout=0.1), tmp_path / "a", Silent())
+    a = run_study(small(dropout=0.1), tmp_path / "a")
     torch.rand(3)  # the global stream must not matter
-    assert_same(a, train(small(dropout=0.1), tmp_path / "b", Silent()))
+    assert_same(a, run_study(small(dropout=0.1), tmp_path / "b"))
 
 
 def test_seeds_and_ranks_start_apart() -> None:
@@ -135,7 +135,7 @@ def test_seeds_and_ranks_start_apart() -> None:
 def test_initial_factors_of_ranks_are_unrelated(tmp_path: Path) -> None:
     """The same-seed confound: A at rank 8 must not contain A at rank 4."""
     config = small(ranks=(4, 8), steps=2, full=False)
-    study = train(config, tmp_path / "study", Silent())
+    study = run_study(config, tmp_path / "study")
     from rankscope.formats.files import read_tensors
 
     key = "base_model.model.first.lora_A.weight"
@@ -148,12 +148,12 @@ def test_initial_factors_of_ranks_are_unrelated(tmp_path: Path) -> None:
 @pytest.mark.parametrize("after", [1, 17, 30, 31, 44, 75])
 def test_a_stopped_study_goes_on_to_the_same_numbers(tmp_path: Path, after: int) -> None:
     config = small(dropout=0.2)
-    whole = train(config, tmp_path / "whole", Silent())
+    whole = run_study(config, tmp_path / "whole")
     stopper = StopAfter(after)
     with pytest.raises(InterruptedTrainingError):
-        train(config, tmp_path / "cut", stopper, stopper)
+        run_study(config, tmp_path / "cut", stopper, stopper)
     curve = Curve()
-    resumed = train(config, tmp_path / "cut", curve)
+    resumed = run_study(config, tmp_path / "cut", curve)
     assert_same(whole, resumed)
     assert max(curve.begun.values()) > 0 or after % 30 == 0
     for record in whole.done()[1:]:
@@ -168,35 +168,35 @@ def test_a_stopped_study_goes_on_to_the_same_numbers(tmp_path: Path, after: int)
 
 
 def test_a_finished_study_is_not_trained_again(tmp_path: Path) -> None:
-    train(small(), tmp_path / "study", Silent())
+    run_study(small(), tmp_path / "study")
     curve = Curve()
-    train(small(), tmp_path / "study", curve)
+    run_study(small(), tmp_path / "study", curve)
     assert curve.begun == {}
 
 
 def test_the_grid_may_grow(tmp_path: Path) -> None:
-    train(small(ranks=(1,)), tmp_path / "study", Silent())
+    run_study(small(ranks=(1,)), tmp_path / "study")
     curve = Curve()
-    study = train(small(ranks=(1, 2), lrs=(0.01, 0.02)), tmp_path / "study", curve)
+    study = run_study(small(ranks=(1, 2), lrs=(0.01, 0.02)), tmp_path / "study", curve)
     assert set(curve.begun) == {"lora-r1-lr0.02-s0", "lora-r2-lr0.01-s0", "lora-r2-lr0.02-s0"}
     assert len(study.best()) == 4  # base, full, and one rate of each rank
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
-    train(small(), tmp_path / "study", Silent())
+    run_study(small(), tmp_path / "study")
     with pytest.raises(ConfigError, match=r"weight_decay = 0\.01, not 0\.5"):
-        train(small(weight_decay=0.5), tmp_path / "study", Silent())
+        run_study(small(weight_decay=0.5), tmp_path / "study")
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match="exists and is not a study"):
-        train(small(), tmp_path, Silent())
+        run_study(small(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
-    study = train(small(lrs=(1e30, 0.01), clip=1e30, full=False, warmup=0.0), tmp_path / "study", Silent())
+    study = run_study(small(lrs=(1e30, 0.01), clip=1e30, full=False, warmup=0.0), tmp_path / "study")
     status = {record.run.name: record.status for record in study.records}
     assert status["lora-r1-lr1e+30-s0"] == "diverged"
     assert status["lora-r1-lr0.01-s0"] == "done"
@@ -206,12 +206,12 @@ def test_a_run_that_diverges_is_recorded_and_the_others_go_on(tmp_path: Path) ->
 def test_a_damaged_state_is_one_sentence(tmp_path: Path) -> None:
     stopper = StopAfter(5)
     with pytest.raises(InterruptedTrainingError):
-        train(small(), tmp_path / "study", stopper, stopper)
+        run_study(small(), tmp_path / "study", stopper, stopper)
     state = next((tmp_path / "study").glob("runs/*/state.pt"))
     for damage in (b"", b"garbage", state.read_bytes()[:2000]):
         state.write_bytes(damage)
         with pytest.raises(FormatError, match="not the state of this run"):
-            train(small(), tmp_path / "study", Silent())
+            run_study(small(), tmp_path / "study")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": "rankscope.run/1"}', '{"run": {"method": "magic"}}'])
@@ -226,17 +226,17 @@ def test_only_one_process_trains_a_study(tmp_path: Path) -> None:
     from rankscope.train.study import locked
 
     config = small(ranks=(1,), steps=2, full=False)
-    train(config, tmp_path / "study", Silent())
+    run_study(config, tmp_path / "study")
     with locked(tmp_path / "study"), pytest.raises(TrainingError, match="another process"):
-        train(config, tmp_path / "study", Silent())
+        run_study(config, tmp_path / "study")
 
 
 def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
     config = small(ranks=(1,), steps=2, full=False)
-    train(config, tmp_path / "study", Silent())
+    run_study(config, tmp_path / "study")
     leftover = tmp_path / "study" / "runs" / "lora-r1-lr0.01-s0" / ".state.pt.abc.tmp"
     leftover.write_bytes(b"half")
-    train(config, tmp_path / "study", Silent())
+    run_study(config, tmp_path / "study")
     assert not leftover.exists()
 
 

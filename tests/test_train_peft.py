@@ -11,7 +11,7 @@ import torch
 
 from rankscope.lora import load
 from rankscope.train.config import make_config
-from rankscope.train.study import Silent, Study, train
+from rankscope.train.study import Study, run_study
 from rankscope.train.tasks import DocsTask, base_folder
 
 # transformers deprecates names that PEFT still calls.
@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     config = make_config({"ranks": (3,), "steps": 6, "evaluations": 0, "rslora": True, "lrs": (2e-2,)}, "test")
-    return train(config, tmp_path_factory.mktemp("docs") / "study", Silent())
+    return run_study(config, tmp_path_factory.mktemp("docs") / "study")
 
 
 @pytest.fixture(scope="module")

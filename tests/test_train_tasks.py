@@ -14,7 +14,7 @@ from rankscope.train.config import make_config
 from rankscope.train.llama import Llama, LlamaConfig, load_llama, save_llama
 from rankscope.train.planted import PlantedTask
 from rankscope.train.results import baseline, rows
-from rankscope.train.study import Silent, train
+from rankscope.train.study import run_study
 from rankscope.train.tasks import DocsTask, WindowTask, base_folder, documentation, split_blocks
 
 
@@ -131,7 +131,7 @@ def test_the_planted_rank_is_recovered(tmp_path: Path, planted: int) -> None:
     ranks = (1, 2, 3, 5, 8)
     settings = {"planted_rank": planted, "ranks": ranks, "batch": 128, "steps": 500, "evaluations": 0}
     config = make_config({"task": "planted", **settings}, "test")
-    study = train(config, tmp_path / "study", Silent())
+    study = run_study(config, tmp_path / "study")
     task = PlantedTask(planted, config.planted_noise)
     scores = {record.run.rank: study.score(record) for record in study.done() if record.run.method == "lora"}
     for rank, score in scores.items():
@@ -148,7 +148,7 @@ def test_the_planted_rank_is_recovered(tmp_path: Path, planted: int) -> None:
 
 def test_rows_of_a_study_say_what_its_runs_did(tmp_path: Path) -> None:
     config = make_config({"task": "planted", "ranks": (2,), "lrs": (1e-2, 1e-4), "steps": 40}, "test")
-    study = train(config, tmp_path / "study", Silent())
+    study = run_study(config, tmp_path / "study")
     found = {row.record.run.name: row for row in rows(study)}
     assert found["lora-r2-lr0.01-s0"].best
     assert not found["lora-r2-lr0.0001-s0"].best

@@ -44,7 +44,7 @@ def cli() -> None:
     \b
     Examples:
       rankscope train                           the embedded task, ranks 1 to 64 and full fine-tuning
-      rankscope spectrum study/runs/lora-r8*    what rank an adapter really has
+      rankscope spectrum study                  what rank each run's update really has
       rankscope compare adapterA adapterB       do two adapters learn the same directions?
     """
 

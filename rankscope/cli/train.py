@@ -101,7 +101,7 @@ def command(output: str, config_file: str | None, as_json: bool, quiet: bool, de
     from rankscope.train.config import make_config, read_config
     from rankscope.train.loop import InterruptedTrainingError
     from rankscope.train.results import rows
-    from rankscope.train.study import train
+    from rankscope.train.study import run_study
 
     overrides = {key: value for key, value in settings.items() if value is not None}
     if ("model" in overrides or "data" in overrides) and "task" not in overrides and config_file is None:
@@ -109,7 +109,7 @@ def command(output: str, config_file: str | None, as_json: bool, quiet: bool, de
     config = read_config(Path(config_file), overrides) if config_file else make_config(overrides, "options")
     try:
         with stop_on_signal() as stop, listen(quiet) as listener:
-            study = train(config, output, listener, stop)
+            study = run_study(config, output, listener, stop)
     except InterruptedTrainingError as error:
         click.echo(f"rankscope: {error}; the same command goes on from there", err=True)
         raise click.exceptions.Exit(130) from error

@@ -64,9 +64,9 @@ def plot_spectra(results: Sequence[SpectrumResult], figure: Figure | None = None
         unused.remove()
     _axes(panels[: len(results)], results, columns)
     handles = [Line2D([], [], color=colour, label=kind) for kind, colour in colours.items()]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=SMALL, frameon=False
-    )
+    if handles:
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False}
+        figure.legend(handles=handles, title=CAPTION, fontsize=SMALL, title_fontsize=SMALL, **place)
     return figure
 
 

@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,15 @@ class Study:
         """The updates that a run learned: its adapter, or the update of full fine-tuning."""
         return open_store(self.path(run))
 
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><td>{escape(r.run.name)}</td><td>{r.status}</td>"
+            f"<td>{format(self.score(r), '.4f') if r.status == 'done' else ''}</td></tr>"
+            for r in self.records
+        )
+        head = f"<tr><th>run</th><th>status</th><th>test {escape(self.metric)}</th></tr>"
+        return f"<p><b>{escape(repr(self))}</b></p><table><thead>{head}</thead><tbody>{cells}</tbody></table>"
+
     def __repr__(self) -> str:
         return f"Study({str(self.folder)!r}, {len(self.records)} runs, {self.metric})"
 
@@ -81,14 +91,17 @@ def _order(record: Record) -> tuple[int, int, float, int]:
     return ("base", "lora", "full").index(run.method), run.rank or 0, run.lr or 0.0, run.seed
 
 
-def train(
-    config: StudyConfig, folder: Path | str, listener: Listener, stop: Callable[[], bool] = lambda: False
+def run_study(
+    config: StudyConfig,
+    folder: Path | str,
+    listener: Listener | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Study:
     """Train every run of the study that has not ended yet.
 
     Args:
         folder: a new folder, or that of the same study: it is taken up where it was left.
-        listener: is told of each step, evaluation and end.
+        listener: is told of each step, evaluation and end; nobody is where it is None.
         stop: asked before each step; where it says yes the state is saved and ``InterruptedTrainingError`` raised.
 
     Raises:
@@ -111,7 +124,7 @@ def train(
                     evaluate_base(task, config, run, target, device)
                 else:
                     base = Record.read(folder / "runs" / Run(method="base", seed=run.seed).name)
-                    Loop(task, config, run, target, base.metrics, device, listener).train(stop)
+                    Loop(task, config, run, target, base.metrics, device, listener or Silent()).train(stop)
     return Study(folder)
 
 

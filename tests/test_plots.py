@@ -1,0 +1,285 @@
+"""Figures: they show the numbers they are given, mark what must be marked, and are written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from makers import normal, planted
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rankscope import plots
+from rankscope.analysis.comparison import CompareResult, compare
+from rankscope.analysis.spectra import spectrum
+from rankscope.errors import ConfigError, FormatError
+from rankscope.plots import PerformancePoint
+from rankscope.plots.overlap import _ticks
+from rankscope.plots.spectra import kind_of
+from rankscope.updates import Dense, LowRank
+
+MAGIC = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
+
+
+def drawn(figure: Figure) -> list[Axes]:
+    figure.canvas.draw()
+    return [axes for axes in figure.axes if axes.get_visible()]
+
+
+def texts(figure: Figure) -> str:
+    """All that a figure says: titles, labels, legends, notes."""
+    figure.canvas.draw()
+    found = []
+    for axes in figure.axes:
+        found += [axes.get_title(), axes.get_xlabel(), axes.get_ylabel(), *(t.get_text() for t in axes.texts)]
+        if (legend := axes.get_legend()) is not None:
+            found += [legend.get_title().get_text(), *(t.get_text() for t in legend.get_texts())]
+    found += [t.get_text() for legend in figure.legends for t in (legend.get_title(), *legend.get_texts())]
+    return "\n".join([*found, *(t.get_text() for t in figure.texts), figure.get_suptitle()])
+
+
+def adapter(layers: int = 2, r: int = 4) -> dict[str, LowRank]:
+    sigma = np.geomspace(4, 0.5, r)
+    return {
+        f"layers.{n}.attn.{kind}": planted((20, 16), sigma * (n + 1), seed=10 * n + k)
+        for n in range(layers)
+        for k, kind in enumerate(("q_proj", "v_proj"))
+    }
+
+
+def full() -> Dense:
+    return Dense(planted((48, 40), [3.0, 2.0]).dense() + 0.01 * normal(48, 40))
+
+
+def curves(axes: Axes) -> list[np.ndarray]:
+    """y of the lines over data; marks and edges are drawn in other coordinates."""
+    found = [line for line in axes.lines if line.get_transform() == axes.transData and len(line.get_xdata()) > 2]
+    return [np.asarray(line.get_ydata()) for line in found]
+
+
+def test_spectra_draw_every_layer_on_a_log_axis() -> None:
+    figure = plots.plot_spectra([spectrum(adapter())])
+    (axes,) = drawn(figure)
+    assert axes.get_yscale() == "log"
+    assert axes.get_xlabel()
+    assert axes.get_ylabel()
+    expected = [np.geomspace(4, 0.5, 4) * (n + 1) for n in (0, 0, 1, 1)]
+    np.testing.assert_allclose(sorted(map(tuple, curves(axes))), sorted(map(tuple, expected)), rtol=1e-12)
+    said = texts(figure)
+    for part in ("q_proj", "v_proj", "stable", "entropy", "k90", "4 layers"):
+        assert part in said
+    assert "noise" not in said
+
+
+def test_layers_of_one_kind_share_a_colour() -> None:
+    (axes,) = drawn(plots.plot_spectra([spectrum(adapter(layers=3))]))
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 4]
+    assert len({line.get_color() for line in lines}) == 2
+    assert len({line.get_alpha() for line in lines}) == 3
+
+
+def test_effective_ranks_are_marked_where_they_are() -> None:
+    result = spectrum(adapter())
+    (axes,) = drawn(plots.plot_spectra([result]))
+    marked = {float(line.get_xdata()[0]) for line in axes.lines if len(line.get_xdata()) == 1}
+    assert marked == {result.total.median[name] for name in ("stable_rank", "entropy_rank", "k90")}
+
+
+def test_full_updates_show_the_noise_edge() -> None:
+    result = spectrum({"layers.0.fc": full()})
+    figure = plots.plot_spectra([result])
+    (axes,) = drawn(figure)
+    noise = result.layers[0].noise
+    assert noise is not None
+    levels = [line.get_ydata()[0] for line in axes.lines if line.get_label().startswith("noise edge")]
+    assert levels == [noise["mp_edge"]]
+    assert f"(noise {noise['k90']:.3g})" in texts(figure)
+    assert axes.get_xscale() == "log"  # 40 singular values
+
+
+def test_half_precision_shows_the_rounding_edge() -> None:
+    base = normal(48, 40, dtype=torch.bfloat16)
+    tuned = (base.float() + planted((48, 40), [1.0]).dense()).to(torch.bfloat16)
+    result = spectrum({"fc": Dense.difference(tuned, base)})
+    (axes,) = drawn(plots.plot_spectra([result]))
+    floor = result.layers[0].rounding_floor
+    assert floor is not None
+    levels = [line.get_ydata()[0] for line in axes.lines if line.get_label().startswith("rounding edge")]
+    assert levels == [floor.edge]
+
+
+def test_unchanged_layers_are_said() -> None:
+    zero = LowRank(torch.zeros(20, 4), torch.ones(4, 16))
+    assert "3 layers, 1 unchanged" in texts(plots.plot_spectra([spectrum({**adapter(1), "o_proj": zero})]))
+    assert "no layer has changed" in texts(plots.plot_spectra([spectrum({"o_proj": zero})]))
+
+
+def test_panels_share_axes_and_leave_no_empty_one() -> None:
+    figure = plots.plot_spectra([spectrum(adapter(r=r)) for r in (1, 2, 3, 4, 8)])
+    panels = drawn(figure)
+    assert len(panels) == 5
+    assert len({axes.get_ylim() for axes in panels}) == len({axes.get_xlim() for axes in panels}) == 1
+
+
+def test_many_kinds_do_not_flood_the_legend() -> None:
+    many = {f"layers.0.{chr(97 + k) * 3}": planted((20, 16), [2.0, 1.0, 0.5], seed=k) for k in range(12)}
+    figure = plots.plot_spectra([spectrum(many)])
+    entries = figure.legends[0].get_texts()
+    assert len(entries) == 8
+    assert entries[-1].get_text() == "other"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("h.0.q_proj", "q_proj"), ("block.q.0", "q"), ("3", "3")])
+def test_kind(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def pair() -> CompareResult:
+    sigma = [4.0, 3.99, 2.0, 1.0]
+    a = {f"l.{n}": planted((30, 20), sigma, seed=2 * n) for n in range(3)}
+    b = {f"l.{n}": planted((30, 20), [3.0, 2.0, 1.0], seed=40 + 2 * n) for n in range(3)}
+    return compare(a, b)
+
+
+def images(figure: Figure) -> list[np.ndarray]:
+    return [np.asarray(image.get_array()) for axes in drawn(figure) for image in axes.images]
+
+
+def test_overlap_stands_beside_chance_on_the_same_colours() -> None:
+    result = pair()
+    figure = plots.plot_overlap(result)
+    left, left_chance, right, right_chance = images(figure)
+    sides = [(layer.left, layer.right) for layer in result.layers]
+    np.testing.assert_array_equal(left, np.median([side.overlap for side, _ in sides], axis=0))
+    np.testing.assert_array_equal(right, np.median([side.overlap for _, side in sides], axis=0))
+    i, j = np.mgrid[1:5, 1:4]
+    np.testing.assert_allclose(left_chance, np.maximum(i, j) / 30)
+    np.testing.assert_allclose(right_chance, np.maximum(i, j) / 20)
+    assert {image.get_clim() for axes in figure.axes for image in axes.images} == {(0.0, 1.0)}
+    said = texts(figure)
+    for part in ("top i directions of a", "top j directions of b", "overlap φ", "median over 3 layers", "updates ΔW"):
+        assert part in said
+
+
+def test_cuts_inside_a_cluster_are_hatched() -> None:
+    figure = plots.plot_overlap(pair())
+    spans = [patch for axes in figure.axes for patch in axes.patches if patch.get_hatch()]
+    assert len(spans) == 2  # the cut after the first of a, on the left and on the right
+    assert "arbitrary" in texts(figure)
+    plain = {"w": planted((30, 20), [3.0, 2.0])}
+    assert "arbitrary" not in texts(plots.plot_overlap(compare(plain, plain)))
+
+
+def test_one_layer_and_one_side() -> None:
+    result = pair()
+    figure = plots.plot_overlap(result, layer="l.1")
+    assert result["l.1"].left is not None
+    np.testing.assert_array_equal(images(figure)[0], result["l.1"].left.overlap)
+    assert "l.1" in figure.get_suptitle()
+    with pytest.raises(ConfigError, match=r"no layer 'l\.9'"):
+        plots.plot_overlap(result, layer="l.9")
+    a = {"w": planted((30, 20), [3.0, 2.0])}
+    one = plots.plot_overlap(compare(a, a, of="A"))
+    assert len(images(one)) == 2
+    assert "factors A" in texts(one)
+    assert "input space" in texts(one)
+
+
+def test_the_most_common_size_is_shown_and_said() -> None:
+    a = {name: planted((30, 20), [3.0, 2.0, 1.0][:r], seed=r) for name, r in (("p", 3), ("q", 3), ("o", 2))}
+    figure = plots.plot_overlap(compare(a, a))
+    assert images(figure)[0].shape == (3, 3)
+    assert "median over 2 layers (1 with another number of directions left out)" in figure.get_suptitle()
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 9, 16, 64, 65, 300, 5000])
+def test_ticks_are_few_and_inside(n: int) -> None:
+    ticks = _ticks(n)
+    assert ticks[0] == 1
+    assert ticks == sorted(set(ticks))
+    assert ticks[-1] <= n
+    assert len(ticks) <= 9
+
+
+def points(seeds: int = 2) -> list[PerformancePoint]:
+    lora = [
+        PerformancePoint(f"r = {r}", "lora", r, min(r, 3) + 0.1 * s, 0.8 + 0.02 * i + 0.01 * s, s)
+        for i, r in enumerate((1, 4, 16))
+        for s in range(seeds)
+    ]
+    return lora + [PerformancePoint("full", "full", None, 90.0, 0.9 + 0.01 * s, s) for s in range(seeds)]
+
+
+def test_performance_against_both_ranks() -> None:
+    figure = plots.plot_performance(points(), metric="accuracy", measure="entropy_rank", baseline=0.6)
+    left, right = drawn(figure)
+    assert left.get_xscale() == "log"
+    assert left.get_xlabel() == "nominal rank r"
+    assert right.get_xlabel() == "effective rank of the update: entropy rank"
+    assert "higher is better" in left.get_ylabel()
+    runs = {tuple(xy) for line in left.lines if line.get_marker() == "o" for xy in line.get_xydata()}
+    assert runs == {(p.nominal_rank, p.score) for p in points() if p.method == "lora"}
+    (means,) = [line.get_xydata() for line in left.lines if line.get_marker() == "None" and len(line.get_xdata()) == 3]
+    np.testing.assert_allclose(means, [(1, 0.805), (4, 0.825), (16, 0.845)])
+    (own,) = [line.get_xydata() for line in right.lines if line.get_marker() == "D"]
+    np.testing.assert_allclose(own, [(90, 0.9), (90, 0.91)])
+    assert {text.get_text() for text in right.texts} == {"1", "4", "16"}
+    for axes in (left, right):
+        levels = [line.get_ydata()[0] for line in axes.lines if line.get_label() == "untouched base"]
+        assert levels == [0.6]
+    said = texts(figure)
+    for part in ("LoRA", "full fine-tuning", "untouched base"):
+        assert part in said
+
+
+def test_performance_with_parts_missing() -> None:
+    lora = [point for point in points(1) if point.method == "lora"]
+    figure = plots.plot_performance(lora, metric="loss", measure="k90", higher_is_better=False)
+    said = texts(figure)
+    assert "lower is better" in said
+    assert "full" not in said
+    assert "base" not in said
+    alone = [point for point in points(1) if point.method == "full"]
+    assert "no LoRA run" in texts(plots.plot_performance(alone, metric="loss", measure="k90"))
+    with pytest.raises(ConfigError, match="nothing to plot"):
+        plots.plot_performance([], metric="loss", measure="k90")
+    with pytest.raises(ConfigError, match="nothing to plot"):
+        plots.plot_spectra([])
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf", "PNG"])
+def test_saved_whole_and_reproducibly(suffix: str, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.{suffix}" for name in "ab"]
+    for path in paths:
+        assert plots.save(plots.plot_spectra([spectrum(adapter(1))]), path) == path
+    first, second = (path.read_bytes() for path in paths)
+    assert first.startswith(MAGIC[suffix.lower()])
+    assert first == second
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+@pytest.mark.parametrize("name", ["plot.jpg", "plot", "plot.png.txt", ".png"])
+def test_other_suffixes_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\.png, \.svg, \.pdf"):
+        plots.save(Figure(), tmp_path / name)
+    assert not any(tmp_path.iterdir())
+
+
+def test_unwritable_place_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FormatError, match="cannot be written"):
+        plots.save(Figure(), tmp_path / "file" / "plot.png")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(FormatError, match="is a folder"):
+        plots.save(Figure(), tmp_path / "folder.png")
+
+
+def test_no_global_state() -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    figure = plots.plot_overlap(pair())
+    figure.canvas.draw()
+    assert dict(matplotlib.rcParams) == before
