@@ -77,13 +77,16 @@ def test_spectrum_table(adapter: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_compare_table(adapter: Path, turned: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By hand: φ = ½ of chance ¼ in four dimensions, sd ¼, p = 1 − (2/π)(π/4 + ½) = .18; φ = 1 of ⅓ in three."""
+    """By hand: φ = ½ of chance ¼ in four dimensions, sd ¼, p = 1 − (2/π)(π/4 + ½) = .18; φ = 1 of ⅓ in three.
+
+    Norms √10 and 3, inner product 9/√2: cosine .671, ‖a − b‖² = 19 − 18/√2, its root over √10 .792.
+    """
     code, out, err = run(capsys, "compare", adapter, turned, "--top", 1)
     assert code == 0
     assert out.splitlines()[:2] == [
         "layer                  k  φ left (chance)    z     p  φ right (chance)    z       p  cosine  ‖a − b‖ rel."
         "  ‖a‖ / ‖b‖",
-        "block.q                1    0.500 (0.250)  1.0  0.18     1.000 (0.333)  2.2  <1e-12   0.671         0.793"
+        "block.q                1    0.500 (0.250)  1.0  0.18     1.000 (0.333)  2.2  <1e-12   0.671         0.792"
         "      1.054",
     ]
     assert "1 layer only in a: block.v" in err

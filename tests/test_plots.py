@@ -166,7 +166,11 @@ def test_overlap_stands_beside_chance_on_the_same_colours() -> None:
 def test_cuts_inside_a_cluster_are_hatched() -> None:
     figure = plots.plot_overlap(pair())
     spans = [patch for axes in figure.axes for patch in axes.patches if patch.get_hatch()]
-    assert len(spans) == 2  # the cut after the first of a, on the left and on the right
+    assert len(spans) == 2  # the cut after the first of a, on the left and on the right: a row of cells
+    assert {(span.get_y(), span.get_height()) for span in spans} == {(0.5, 1.0)}
+    turned = plots.plot_overlap(compare({"w": planted((30, 20), [3.0])}, {"w": planted((30, 20), [2.0, 1.0, 0.999])}))
+    columns = [patch for axes in turned.axes for patch in axes.patches if patch.get_hatch()]
+    assert {(span.get_x(), span.get_width()) for span in columns} == {(1.5, 1.0)}
     assert "arbitrary" in texts(figure)
     plain = {"w": planted((30, 20), [3.0, 2.0])}
     assert "arbitrary" not in texts(plots.plot_overlap(compare(plain, plain)))

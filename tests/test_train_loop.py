@@ -282,3 +282,11 @@ def test_options_override_the_file(tmp_path: Path) -> None:
     path.write_text("ranks = [1,")
     with pytest.raises(ConfigError, match="cannot be read as TOML"):
         read_config(path, {})
+
+
+def test_bfloat16_is_near_float32_and_not_it(tmp_path: Path) -> None:
+    exact = run_study(small(), tmp_path / "float32")
+    coarse = run_study(small(dtype="bfloat16"), tmp_path / "bfloat16")
+    for a, b in zip(exact.done()[1:], coarse.done()[1:], strict=True):
+        assert exact.score(a) != coarse.score(b)
+        assert exact.score(a) == pytest.approx(coarse.score(b), rel=0.02)  # bfloat16 keeps eight bits

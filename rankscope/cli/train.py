@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+
+from rankscope.cli.common import grouped
 
 
 class Values(click.ParamType[tuple[Any, ...]]):
@@ -22,17 +23,6 @@ class Values(click.ParamType[tuple[Any, ...]]):
             return tuple(self.kind(part.strip()) for part in str(value).split(",") if part.strip())
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers separated by commas", param, ctx)
-
-
-def grouped(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Several options as one decorator, shown in the order given."""
-
-    def apply(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
 
 
 data_options = grouped(

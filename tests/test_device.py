@@ -1,0 +1,413 @@
+"""Our code on an accelerator: the fake one of ``fake_device``, and shapes on torch's "meta" device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_device
+import numpy as np
+import pytest
+import torch
+from fake_device import DEVICE, DeviceTensor, waits
+from makers import MAKERS, generator, normal, planted_dense
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from rankscope.analysis.comparison import compare
+from rankscope.analysis.spectra import spectrum
+from rankscope.formats.store import open as open_store
+from rankscope.formats.store import write_updates
+from rankscope.lora import AdapterSpec, Bank, load
+from rankscope.spectra import Spectrum
+from rankscope.subspace import Subspace, angles, chance, overlap
+from rankscope.train.config import StudyConfig, resolve_device
+from rankscope.train.llama import Llama, LlamaConfig
+from rankscope.train.loop import InterruptedTrainingError, Loop
+from rankscope.train.runs import Run, grid
+from rankscope.train.study import Silent, Study, run_study
+from rankscope.train.tasks import make_task
+
+CPU = torch.device("cpu")
+# The fake device computes with the CPU's kernels; only the order of sums may differ, with the layout of a tensor.
+FLOAT64, FLOAT32 = 1e-12, 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _accelerated() -> Iterator[None]:
+    with fake_device.accelerated():
+        yield
+
+
+def close(a: Any, b: Any, tolerance: float) -> bool:
+    """Largest difference, relative to the largest number."""
+    a, b = (x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x) for x in (a, b))
+    return a.shape == b.shape and bool(np.abs(a - b).max() <= tolerance * max(np.abs(a).max(), 1e-30))
+
+
+# The device itself
+
+
+def test_what_a_gpu_refuses_is_refused() -> None:
+    there, here = normal(3, 3).to("fake"), normal(3, 3)
+    assert there.device == torch.zeros(2, device="fake").device == DEVICE
+    for mixed in (
+        lambda: there + here,
+        lambda: here @ there,
+        lambda: here.add_(there),
+        lambda: torch.cat([there, here]),
+        lambda: here[torch.tensor([0]).to("fake")],
+        lambda: torch.zeros(()).add_(there.sum()),
+    ):
+        with pytest.raises(RuntimeError, match="same device"):
+            mixed()
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.zeros(2, device="fake").normal_(generator=generator())
+    for to_numpy in (there.numpy, lambda: np.asarray(there)):
+        with pytest.raises((RuntimeError, TypeError)):
+            to_numpy()
+    if not torch.cuda.is_available():
+        with pytest.raises(AssertionError):
+            there.to("cuda")
+
+
+def test_what_a_gpu_allows_is_allowed() -> None:
+    there, here = normal(3, 3).to("fake"), normal(3, 3)
+    assert close(there * torch.tensor(2.0), here * 2, 0)
+    assert close(there[torch.tensor([2, 0])], here[[2, 0]], 0)
+    assert close(torch.zeros(3, 3, dtype=torch.float64).copy_(there), here, 0)
+    assert close(torch.zeros_like(there).copy_(here), here, 0)
+
+
+@pytest.mark.parametrize(
+    ("use", "count"),
+    [
+        (lambda x: x.sum().item(), 1),
+        (lambda x: float(x[0, 0]), 1),
+        (lambda x: bool((x > 0).any()), 1),
+        (lambda x: x.cpu(), 1),
+        (lambda x: x.tolist(), 1),
+        (lambda x: x.to("cpu", non_blocking=True), 1),  # into memory that is not pinned
+        (lambda x: torch.equal(x, x), 1),
+        (lambda x: x[x > 0], 1),
+        (lambda x: x.nonzero(), 1),
+        (lambda x: torch.zeros(3, 3).to(x.device), 1),
+        (lambda x: torch.zeros(3, 3).to(x.device, non_blocking=True), 0),
+        (lambda x: torch.tensor(1.0, device=x.device), 1),
+        (lambda x: x.double().to(x.device), 0),
+        (lambda x: x[torch.zeros(2, dtype=torch.long, device=x.device)], 0),
+        (lambda x: (x @ x).softmax(0).sum() + torch.ones(3, device=x.device), 0),
+    ],
+)
+def test_waits_are_counted(use: Any, count: int) -> None:
+    x = normal(3, 3, dtype=torch.float32).to("fake")
+    with waits() as noted:
+        use(x)
+    assert len(noted) == count, noted
+
+
+# Analysis
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_spectra_and_subspaces_on_the_device(name: str) -> None:
+    pair = [MAKERS[name].make(40, 28, seed) for seed in (0, 5)]
+    there = [update.to("fake") for update in pair]
+    assert all(isinstance(update.dense(), DeviceTensor) and update.device == DEVICE for update in there)
+    exact = MAKERS[name].exact
+    for mine, other in zip(pair, there, strict=True):
+        a, b = Spectrum.of(mine), Spectrum.of(other)
+        assert close(a.values, b.values, exact)
+        assert a.measures() == pytest.approx(b.measures(), rel=10 * exact)  # squares of σ, and sums of them
+        assert close(mine.T @ normal(40, 2), other.T @ normal(40, 2).to("fake"), FLOAT64)
+        assert mine.energy == pytest.approx(other.energy, rel=FLOAT64)
+    assert pair[0].inner(pair[1]) == pytest.approx(there[0].inner(there[1]), rel=1e-10)
+    sides = [[Subspace.pair(update, 3) for update in updates] for updates in (pair, there)]
+    for (a, b), (c, d) in zip(*(zip(*side, strict=True) for side in sides), strict=True):
+        assert isinstance(c.basis, DeviceTensor)
+        assert close(overlap(a, b), overlap(c, d), 10 * exact)
+        assert close(angles(a, b), angles(c, d), 10 * exact)
+        assert close(chance(overlap(a, b), a.dim).p, chance(overlap(c, d), c.dim).p, 100 * exact)
+
+
+def test_stores_and_results_on_the_device(tmp_path: Path) -> None:
+    bank = Bank.attach(tiny(CPU), SPECS[0], generator(1))
+    fill(bank)
+    bank.save(0, tmp_path / "adapter")
+    write_updates(tmp_path / "update.safetensors", {n: update.dense() for n, update in bank.updates().items()})
+    for path in (tmp_path / "adapter", tmp_path / "update.safetensors"):
+        store = open_store(path, device="fake")
+        assert {store[name].device for name in store} == {DEVICE}
+        here, there = (spectrum(path, device=device) for device in ("cpu", "fake"))
+        for a, b in zip(here.layers, there.layers, strict=True):
+            assert close(a.spectrum.values, b.spectrum.values, FLOAT32)
+    one, two = (compare(tmp_path / "adapter", tmp_path / "update.safetensors", device=d) for d in ("cpu", "fake"))
+    for a, b in zip(one.layers, two.layers, strict=True):
+        assert a.left is not None
+        assert b.left is not None
+        assert close(a.left.overlap, b.left.overlap, FLOAT32)
+        assert a.cosine == pytest.approx(b.cosine, rel=FLOAT32)
+
+
+def test_a_checkpoint_against_its_base_on_the_device() -> None:
+    from rankscope.updates import Dense
+
+    base = normal(24, 16, dtype=torch.float32)
+    tuned = (base + planted_dense((24, 16), [3.0, 1.0]).matrix).bfloat16()
+    here, there = Dense.difference(tuned, base), Dense.difference(tuned.to("fake"), base.to("fake"))
+    assert there.device == DEVICE
+    assert close(here.matrix, there.matrix, 0)
+    assert here.rounding == pytest.approx(there.rounding, rel=FLOAT64)
+
+
+# Adapters
+
+TINY = LlamaConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+)  # fmt: skip
+SPECS = [
+    AdapterSpec(rank=2, alpha=4, targets=("q_proj", "down_proj", "embed_tokens"), dropout=0.2),
+    AdapterSpec(rank=3, alpha=3, targets="all-linear", init="gaussian"),
+]
+
+
+def tiny(device: torch.device) -> Llama:
+    """The decoder with known weights."""
+    with torch.device("meta"):
+        model = Llama(TINY)
+    weights = {
+        name: normal(*weight.shape, seed=i, dtype=torch.float32) / weight.shape[-1] ** 0.5
+        for i, (name, weight) in enumerate(model.state_dict().items())
+    }
+    model.load_state_dict(weights, assign=True)
+    return model.to(device)
+
+
+@torch.no_grad()
+def fill(bank: Bank) -> None:
+    """Factors that change something."""
+    for i, factor in enumerate(bank.trainable_parameters()):
+        factor.copy_(0.1 * normal(*factor.shape, seed=i, dtype=torch.float32))
+
+
+def tokens(device: torch.device, rows: int = 4) -> Tensor:
+    return torch.randint(TINY.vocab_size, (rows, 12), generator=generator()).to(device)
+
+
+def next_token_loss(model: nn.Module, x: Tensor) -> Tensor:
+    return cross_entropy(model(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+
+
+def adapt(device: torch.device, move_first: bool, count: int, select: int | None) -> tuple[Bank, list[Tensor]]:
+    """Three steps of AdamW on a bank of ``count`` adapters; the bank and its losses."""
+    model = tiny(device if move_first else CPU)
+    bank = Bank.attach(model, SPECS[:count], [generator(seed) for seed in range(count)])
+    model.to(device)
+    bank.select(select)
+    optimizer = torch.optim.AdamW(bank.trainable_parameters(), lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = next_token_loss(model.train(), tokens(device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return bank, losses
+
+
+@pytest.mark.parametrize("move_first", [True, False], ids=["moved, attached", "attached, moved"])
+@pytest.mark.parametrize(("count", "select"), [(1, 0), (2, None), (2, 1)])
+def test_adapters_learn_the_same_on_the_device(move_first: bool, count: int, select: int | None) -> None:
+    here, expected = adapt(CPU, move_first, count, select)
+    there, losses = adapt(DEVICE, move_first, count, select)
+    assert {p.device for p in there.model.parameters()} == {DEVICE}
+    assert close(expected, [loss.cpu() for loss in losses], FLOAT32)
+    assert float(losses[0]) != float(losses[-1])
+    for i in range(count):
+        updates = there.updates(i)
+        for name, update in here.updates(i).items():
+            assert updates[name].device == DEVICE
+            # Adam divides by √v, which enlarges the rounding of small gradients.
+            assert close(update.dense(), updates[name].dense(), 1e-3), name
+
+
+def test_merged_adapters_on_the_device(tmp_path: Path) -> None:
+    model = tiny(DEVICE).eval()
+    bank = Bank.attach(model, SPECS, [generator(0), generator(1)])
+    fill(bank)
+    weights = {name: weight.cpu() for name, weight in model.state_dict().items()}
+    x = tokens(DEVICE)
+    for i, put in enumerate((bank.merge, bank.switch)):
+        apart = on_cpu_after_load(bank, i, tmp_path / str(i))
+        put(i)
+        assert close(apart, model(x), FLOAT32)
+    bank.unmerge()
+    assert all(torch.equal(weights[name], weight.cpu()) for name, weight in model.state_dict().items())
+    base = tiny(CPU)
+    assert close(base(tokens(CPU)), bank.detach()(x), FLOAT32)
+
+
+def on_cpu_after_load(bank: Bank, i: int, folder: Path) -> Tensor:
+    """Save an adapter from the device, load it on the CPU and on the device, and run it on both."""
+    bank.save(i, folder)
+    here, there = tiny(CPU).eval(), tiny(DEVICE).eval()
+    load(here, folder)
+    load(there, folder)
+    result: Tensor = here(tokens(CPU)).detach()
+    assert close(result, there(tokens(DEVICE)), FLOAT32)
+    return result
+
+
+def test_biases_and_heads_go_along_to_the_device(tmp_path: Path) -> None:
+    """What is trained whole is found, trained and saved after the move."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3))
+    spec = AdapterSpec(rank=2, alpha=2, targets=("0", "1"), bias="lora_only", modules_to_save=("2",))
+    bank = Bank.attach(model, spec, generator())
+    model.to(DEVICE)
+    weights = bank.trainable_parameters()
+    assert {weight.device for weight in weights} == {DEVICE}
+    before = bank.biases["0"].detach().cpu()
+    optimizer = torch.optim.AdamW(weights, lr=0.1)
+    model(normal(7, 6, dtype=torch.float32).to(DEVICE)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, bank.biases["0"].cpu())
+    bank.save(0, tmp_path)
+    from rankscope.formats.files import read_tensors
+
+    saved = read_tensors(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(saved["base_model.model.0.base_layer.bias"], bank.biases["0"].cpu())
+    assert torch.equal(saved["base_model.model.2.weight"], model[2].weight.cpu())
+
+
+# Training
+
+STEPS = 8
+
+
+def settings(device: str, **changes: Any) -> StudyConfig:
+    planted = {"task": "planted", "ranks": (3,), "steps": STEPS, "batch": 16, "evaluations": 2, "dropout": 0.1}
+    return StudyConfig(**{**planted, **changes, "device": device})
+
+
+def lines(study: Study) -> dict[str, list[dict[str, Any]]]:
+    """The learning curve of each run, without times."""
+    curves = {}
+    for record in study.records:
+        path = study.path(record.run) / "metrics.jsonl"
+        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        curves[record.run.name] = [{**line, "seconds": 0} for line in found]
+    return curves
+
+
+def losses(study: Study) -> list[float]:
+    return [line[key]["loss"] for curve in lines(study).values() for line in curve for key in line if key in SPLITS] + [
+        line["train_loss"] for curve in lines(study).values() for line in curve[1:]
+    ]
+
+
+SPLITS = ("validation", "test")
+
+
+def test_training_on_the_device_gives_the_losses_of_the_cpu(tmp_path: Path) -> None:
+    assert resolve_device("fake").type == DEVICE.type
+    here, there = (run_study(settings(device), tmp_path / device) for device in ("cpu", "fake"))
+    assert [record.run.method for record in there.done()] == ["base", "lora", "full"]
+    assert len(losses(here)) == 2 * (4 + 1 + 3)
+    # the evaluations of both runs and one test each, and the mean training losses between them
+    assert losses(there) == pytest.approx(losses(here), rel=FLOAT32)
+    for record in here.done()[1:]:
+        a, b = here.store(record.run), there.store(record.run)
+        assert all(close(a[name].dense(), b[name].dense(), 1e-3) for name in a)
+
+
+@pytest.mark.parametrize("after", [3, STEPS + 5])
+@pytest.mark.parametrize("first", ["cpu", "fake"])
+def test_a_study_stopped_on_one_device_goes_on_on_another(tmp_path: Path, after: int, first: str) -> None:
+    whole = run_study(settings("fake"), tmp_path / "whole")
+    asked = iter([False] * after + [True])
+    with pytest.raises(InterruptedTrainingError):
+        run_study(settings(first), tmp_path / "cut", Silent(), lambda: next(asked))
+    assert list((tmp_path / "cut").glob("runs/*/state.pt"))
+    resumed = run_study(settings("fake"), tmp_path / "cut")
+    assert losses(resumed) == pytest.approx(losses(whole), rel=0 if first == "fake" else FLOAT32)
+
+
+def looped(folder: Path, task: str = "planted", method: str = "lora", **changes: Any) -> Loop:
+    """A run on the device, ready to step."""
+    config = settings("fake", task=task, **changes)
+    made = make_task(config)
+    run = next(run for run in grid(config, made) if run.method == method)
+    return Loop(made, config, run, folder, {"validation": {"loss": 1.0}}, DEVICE, Silent())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [("planted", {}), ("planted", {"accumulate": 2, "dropout": 0.0}), ("docs", {"max_length": 16, "batch": 2})],
+    ids=["planted", "accumulating", "docs"],
+)
+def test_a_training_step_never_waits_for_the_device(
+    tmp_path: Path, task: str, method: str, changes: dict[str, Any]
+) -> None:
+    loop = looped(tmp_path, task, method, **changes)
+    with waits() as noted:
+        loop._step()
+        loop._step()
+    assert noted == []
+    assert loop.progress.step == 2
+    assert float(loop.loss_sum) > 0
+
+
+def test_a_step_after_a_resumption_does_not_wait_either(tmp_path: Path) -> None:
+    """The optimizer's count of steps stays with the host, which reads it."""
+    loop = looped(tmp_path)
+    loop._step()
+    loop._save_state()
+    again = looped(tmp_path)
+    assert again._resume()
+    assert {weight.device for weight in again.parameters.values()} == {DEVICE}
+    with waits() as noted:
+        again._step()
+    assert noted == []
+
+
+def test_a_wait_in_a_step_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = looped(tmp_path)
+    honest = loop.task.loss
+
+    def reading(model: nn.Module, batch: Any) -> Tensor:
+        loss = honest(model, batch)
+        assert float(loss.detach()) > 0
+        return loss
+
+    monkeypatch.setattr(loop.task, "loss", reading)
+    with waits() as noted:
+        loop._step()
+    assert noted == ["aten._local_scalar_dense.default"]
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("select", [0, None])
+def test_the_embedded_decoder_with_a_bank_on_the_meta_device(select: int | None) -> None:
+    """Full size, no memory: forward, backward and AdamW agree on shapes and stay on one device."""
+    meta = torch.device("meta")
+    with meta:
+        model = Llama(LlamaConfig())
+    bank = Bank.attach(model, SPECS, [generator(0), generator(1)])
+    bank.select(select)
+    optimizer = torch.optim.AdamW(bank.trainable_parameters(), lr=1e-2)
+    x = torch.zeros(4, 128, dtype=torch.long, device=meta)
+    logits = model.train()(x)
+    assert (logits.shape, logits.device) == ((4, 128, 256), meta)
+    next_token_loss(model, x).backward()
+    for weight in bank.trainable_parameters():
+        assert weight.grad is not None
+        assert (weight.grad.shape, weight.grad.device) == (weight.shape, meta)
+    optimizer.step()
+    state = [value for values in optimizer.state.values() for value in values.values() if value.ndim]
+    assert {value.device for value in state} == {meta}
+    assert sum(value.numel() for value in state) == 2 * sum(w.numel() for w in bank.trainable_parameters())
