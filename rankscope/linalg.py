@@ -25,6 +25,15 @@ def working_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def may_copy_ahead(device: torch.device) -> bool:
+    """Whether the host may go on while a copy to the device runs (``non_blocking``).
+
+    CUDA stages memory that is not pinned before it returns. Apple's GPUs read it later, when it may have been freed:
+    github.com/pytorch/pytorch/issues/189690.
+    """
+    return device.type != "mps"
+
+
 def product_core(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Q_L, core, Q_R with left · right = Q_L · core · Q_Rᵀ; left (out, r), right (r, in).
 

@@ -16,11 +16,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Generator, Tag, Tensor
-
 from torch.utils import backend_registration as backend
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+if torch.cuda.is_available() or not hasattr(backend, "_setup_privateuseone_for_python_backend"):
+    pytest.skip("needs a torch without CUDA, where devices can be written in Python", allow_module_level=True)
 
 aten = torch.ops.aten
 DEVICE = torch.device("cpu")  # replaced below, once torch knows the name
@@ -37,6 +41,11 @@ class Module(backend._DummyBackendModule):
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
+
+
+class Hooks(backend._DummyPrivateUse1Hook):
+    def is_available(self) -> bool:
+        return False
 
 
 class DeviceTensor(Tensor):
@@ -79,7 +88,10 @@ def run(op: Any, *args: Any, **kwargs: Any) -> Any:
         return torch.device("cpu") if is_fake(value) else value
 
     def wrap(value: Tensor) -> Tensor:
-        return wrappers[id(value)] if id(value) in wrappers else DeviceTensor(value)
+        made = wrappers.get(id(value))
+        if made is not None and made.shape != value.shape:
+            raise NotImplementedError(f"{op} changes the shape of a tensor in place; give it a kernel of its own")
+        return DeviceTensor(value) if made is None else made
 
     result = op(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
     if op is aten.copy_.default:
@@ -108,7 +120,7 @@ def check(op: Any, args: Any, kwargs: Any) -> None:
 
 
 def note_wait(op: Any, args: Any, kwargs: Any) -> None:
-    """Note the operations for which CUDA lets the host wait: it needs a value, or a copy that does not say otherwise."""
+    """Note where CUDA lets the host wait: it needs a value of the device, or copies without saying ``non_blocking``."""
     to_host = isinstance(args[0], DeviceTensor) if args else False
     if op is aten._to_copy.default:
         target = kwargs.get("device") or args[0].device
@@ -164,13 +176,18 @@ def accelerated() -> Iterator[None]:
         torch.__future__.set_swap_module_params_on_conversion(swap)
 
 
+def close(a: Any, b: Any, tolerance: float) -> bool:
+    """Largest difference, relative to the largest number."""
+    a, b = (x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x) for x in (a, b))
+    return a.shape == b.shape and bool(np.abs(a - b).max() <= tolerance * max(np.abs(a).max(), 1e-30))
+
+
 # At import: the engine of autograd counts devices once, at the first backward pass of the process.
-backend._setup_privateuseone_for_python_backend("fake", Module())
+backend._setup_privateuseone_for_python_backend("fake", Module(), Hooks())
 DEVICE = torch.device("fake:0")
 _kernels = torch.library.Library("aten", "IMPL")
-for _name, _op in (
-    ("empty.memory_format", aten.empty.memory_format),
-    ("empty_strided", aten.empty_strided.default),
-    ("copy_", aten.copy_.default),
-):
-    _kernels.impl(_name, partial(run, _op), "PrivateUse1")
+_OPS = (aten.empty.memory_format, aten.empty_strided.default, aten.copy_.default)
+# These would make an empty tensor and resize it.
+_OPS += (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default, aten.eye.m)
+for _op in _OPS:
+    _kernels.impl(_op.name().removeprefix("aten::"), partial(run, _op), "PrivateUse1")

@@ -102,6 +102,10 @@ def test_files_against_numpy_and_scipy(tmp_path: Path) -> None:
     apart = np.linalg.norm(a - b) / max(np.linalg.norm(a), np.linalg.norm(b))
     assert layer.relative_difference == pytest.approx(apart, rel=1e-10)
     assert layer.left.square.j == 2
+    summary = compare(path_a, path_b).summary.left
+    assert summary is not None
+    assert (summary.expected, summary.whole_expected) == pytest.approx((2 / 23, 3 / 23))
+    assert summary.whole == pytest.approx(layer.left.overlap[1, 2])
 
 
 def test_lora_against_full_from_files(tmp_path: Path) -> None:
@@ -215,6 +219,8 @@ def test_top_limits_the_grid() -> None:
     assert whole.layers[0].left is not None
     assert whole.layers[0].left.overlap.shape == (MOST_DIRECTIONS, MOST_DIRECTIONS)
     assert any("top 64" in note for note in whole.notes)
+    small = compare({"w": Dense(normal(9, 8))}, {"w": Dense(normal(9, 8))})  # all 8 are compared
+    assert small.notes == ()
     wide = planted((90, 80), np.linspace(4, 1, 64))
     assert not any("top 64" in note for note in compare({"w": wide}, {"w": wide}).notes)
 
@@ -225,6 +231,7 @@ def test_clusters_are_marked() -> None:
     assert side is not None
     assert side.cluster_a == (True, False, False, False)
     assert side.cluster_b == (False, False, False)
+    np.testing.assert_allclose(side.gaps_b, [1 / 3, 1 / 2, 1], rtol=1e-9)
     np.testing.assert_allclose(side.gaps_a, [0.001 / 3, 1.999 / 2.999, 0.5, 1], rtol=1e-9)
 
 

@@ -69,10 +69,10 @@ def test_spectrum_table(adapter: Path, capsys: pytest.CaptureFixture[str]) -> No
     code, out, err = run(capsys, "spectrum", adapter)
     assert (code, err) == (0, "")
     assert out == (
-        "layer               out × in  r  numerical  stable  participation  entropy  k90   norm\n"
-        "block.q                4 × 3  2          2   1.111           1.22    1.755    1  3.162\n"
-        "block.v                4 × 3  2          1       1              1        1    1      1\n"
-        "median; total norm                     1.5   1.056           1.11    1.377    1  3.317\n"
+        "layer        out × in  r  numerical  stable  participation  entropy  k90   norm\n"
+        "block.q         4 × 3  2          2   1.111           1.22    1.755    1  3.162\n"
+        "block.v         4 × 3  2          1       1              1        1    1      1\n"
+        "median; all                     1.5   1.056           1.11    1.377    1  3.317\n"
     )
 
 
@@ -84,10 +84,8 @@ def test_compare_table(adapter: Path, turned: Path, capsys: pytest.CaptureFixtur
     code, out, err = run(capsys, "compare", adapter, turned, "--top", 1)
     assert code == 0
     assert out.splitlines()[:2] == [
-        "layer                  k  φ left (chance)    z     p  φ right (chance)    z       p  cosine  ‖a − b‖ rel."
-        "  ‖a‖ / ‖b‖",
-        "block.q                1    0.500 (0.250)  1.0  0.18     1.000 (0.333)  2.2  <1e-12   0.671         0.792"
-        "      1.054",
+        "layer        k  φ left (chance)    z     p  φ right (chance)    z       p  cosine  rel. diff.  ‖a‖/‖b‖",
+        "block.q      1    0.500 (0.250)  1.0  0.18     1.000 (0.333)  2.2  <1e-12   0.671       0.792    1.054",
     ]
     assert "1 layer only in a: block.v" in err
 
@@ -295,6 +293,14 @@ def test_help_has_two_examples(command: str, capsys: pytest.CaptureFixture[str])
         assert option in out
 
 
+def test_names_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = write_adapter(tmp_path / "adapter", linear("block\x1b[2J.q"))
+    code, out, _ = run(capsys, "spectrum", hostile)
+    assert code == 0
+    assert "\x1b" not in out
+    assert len(out.splitlines()) == 3
+
+
 @pytest.mark.parametrize(("p", "shown"), [(0.0, "<1e-12"), (9e-13, "<1e-12"), (3.21e-5, "3.2e-05"), (0.25, "0.25")])
 def test_probabilities(p: float, shown: str) -> None:
     assert common.probability(p) == shown
@@ -305,14 +311,17 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_gets_a_whole_table_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_narrow_terminal_loses_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setenv("COLUMNS", "60")
-    common.print_table(["layer", "k90"], [["model.layers.0.self_attn.q_proj[0]", "12"], ["median", "3"]], totals=1)
-    shown = screen.getvalue()
-    for part in ("layer", "k90", "q_proj[0]", "12", "median", "3"):
-        assert part in shown
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = [["model.layers.0.self_attn.q_proj", "12.345", "0.001 (0.002)"], ["median", "3", ""]]
+    common.print_table(["layer", "k90", "overlap (chance)"], rows, totals=1)
+    header, first, rule, last = screen.getvalue().splitlines()
+    assert "layer" in header
+    assert first == "…elf_attn.q_proj  12.345     0.001 (0.002)"
+    assert set(rule) == {"─"}
+    assert last.split() == ["median", "3"]
 
 
 def test_progress_shows_on_a_slow_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:

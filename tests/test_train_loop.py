@@ -96,21 +96,29 @@ def test_weight_decay_spares_vectors() -> None:
     assert torch.equal(weights["bias"], torch.ones(2))
 
 
-def test_a_step_is_that_of_plain_adamw(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clip", [0.05, 0.3])
+def test_a_step_is_that_of_plain_adamw(tmp_path: Path, clip: float) -> None:
     """The loop against the same training written out: batches, clipping, schedule, accumulation."""
-    config = small(ranks=(), full_lrs=(0.01,), steps=5, accumulate=2, clip=0.05, dropout=0.0, warmup=0.4)
+    config = small(ranks=(), full_lrs=(0.01,), steps=5, accumulate=2, clip=clip, dropout=0.0, warmup=0.4)
     study = run_study(config, tmp_path / "study")
     task = make_task(config)
     model = task.model(0)
+    losses = []
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=config.weight_decay)
     for step in range(5):
         optimizer.param_groups[0]["lr"] = 0.01 * rate(step, 5, config)
         batches = [task.batch(0, 2 * step + micro, 32) for micro in range(2)]
         joined = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
         optimizer.zero_grad()
-        task.loss(model, joined).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        loss = task.loss(model, joined)
+        loss.backward()
+        losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
+    path = study.path(study.done()[-1].run)
+    assert json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])["train_loss"] == pytest.approx(
+        sum(losses[3:]) / 2, rel=1e-5
+    )
     store = study.store(study.done()[-1].run)
     base = task.model(0)
     for name in ("first", "second"):

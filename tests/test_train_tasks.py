@@ -156,6 +156,11 @@ def test_rows_of_a_study_say_what_its_runs_did(tmp_path: Path) -> None:
     assert found["full-lr0.003-s0"].ranks["numerical_rank"] > 2
     assert found["base-s0"].ranks == {}
     assert baseline(study) == found["base-s0"].score
+    store = study.store(found["full-lr0.003-s0"].record.run)
+    stable = [Spectrum.of(store[name]).stable_rank for name in store]
+    # the median of two layers is their mean
+    assert found["full-lr0.003-s0"].ranks["stable_rank"] == pytest.approx(sum(stable) / 2)
+    assert stable[0] != pytest.approx(stable[1], rel=1e-3)
     cost = found["lora-r2-lr0.01-s0"].record.cost
     assert cost is not None
     # A (2, in) and B (out, 2) of a 64 × 96 and a 96 × 64 map, float32; AdamW keeps two moments and a step count

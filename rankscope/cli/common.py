@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+SHORTEST_NAME = 16
 SLOW = 2.0  # seconds after which a bar is shown
 
 
@@ -84,33 +86,31 @@ def print_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, totals: int = 0) -> None:
     """A table on stdout: the first ``left`` columns flush left, the others right; ``totals`` rows below a line.
 
-    On a terminal it is coloured and may fold names that are too wide; in a pipe it is plain, whole text.
+    In a pipe every name is whole and nothing but text is written. A narrow terminal gets the ends of the names in
+    the first column, which tell layers apart, and every number whole.
     """
-    if sys.stdout.isatty():
-        _rich_table(header, rows, left, totals)
-        return
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows):
-        cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        click.echo("  ".join(cells).rstrip())
+    screen = sys.stdout.isatty()
+    table = [[printable(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    if screen:
+        room = shutil.get_terminal_size().columns - sum(widths[1:]) - 2 * (len(widths) - 1)
+        widths[0] = min(widths[0], max(room, SHORTEST_NAME))
+    for number, row in enumerate(table):
+        cells = (_aligned(cell, width, i < left) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        line = "  ".join(cells).rstrip()
+        if screen and totals and number == len(table) - totals:
+            click.echo("─" * (sum(widths) + 2 * (len(widths) - 1)))
+        click.echo(click.style(line, bold=True) if screen and number == 0 else line)
 
 
-def _rich_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int, totals: int) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _aligned(cell: str, width: int, left: bool) -> str:
+    cell = cell if len(cell) <= width else "…" + cell[len(cell) - width + 1 :]
+    return cell.ljust(width) if left else cell.rjust(width)
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for i, name in enumerate(header):
-        fold = {"overflow": "fold"} if i == 0 else {"no_wrap": True}
-        table.add_column(Text(name), justify="left" if i < left else "right", **fold)
-    for i, row in enumerate(rows):
-        table.add_row(*map(Text, row), end_section=i == len(rows) - totals - 1 and totals > 0)
-    Console().print(table)
+
+def printable(text: str) -> str:
+    """Text without control characters: names come from files, and must not steer the terminal."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 def number(value: float | int | None, digits: int = 4) -> str:
@@ -129,7 +129,7 @@ def say(quiet: bool, lines: Iterable[str]) -> None:
     """Notes on stderr."""
     if not quiet:
         for line in lines:
-            click.echo(f"note: {line}", err=True)
+            click.echo(f"note: {printable(line)}", err=True)
 
 
 def count(n: int, noun: str) -> str:
@@ -155,15 +155,17 @@ def tracker(quiet: bool, what: str) -> Callable[[list[Any]], Iterable[Any]]:
         from rich.console import Console
         from rich.progress import Progress
 
-        began, shown = time.monotonic(), False
-        with Progress(console=Console(stderr=True), transient=True, disable=False, auto_refresh=False) as progress:
-            task = progress.add_task(what, total=len(items), visible=False)
+        began = time.monotonic()
+        progress = Progress(console=Console(stderr=True), transient=True)
+        task = progress.add_task(what, total=len(items))
+        try:
             for done, item in enumerate(items):
-                shown = shown or time.monotonic() - began > SLOW
-                progress.update(task, completed=done, visible=shown)
-                if shown:
-                    progress.refresh()
+                progress.update(task, completed=done)
+                if time.monotonic() - began > SLOW:
+                    progress.start()
                 yield item
+        finally:
+            progress.stop()
 
     return track
 

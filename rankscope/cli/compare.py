@@ -70,7 +70,7 @@ def command(
     \b
     Examples:
       rankscope compare adapterA adapterB
-      rankscope compare study/runs/lora-r8-lr0.01-s0 study/runs/full-lr0.001-s0 --plot overlap.png
+      rankscope compare study/runs/lora-r8-lr0.007-s0 study/runs/full-lr0.002-s0 --plot overlap.png
     """
     from rankscope.analysis.comparison import compare
 
@@ -105,9 +105,9 @@ def print_result(result: CompareResult) -> None:
     sides = [side for side in ("left", "right") if getattr(summary, side)]
     header = ["layer", "k", *(title for side in sides for title in (f"φ {side} (chance)", "z", "p"))]
     if summary.cosine is not None:
-        header += ["cosine", "‖a − b‖ rel."]
-    header += ["‖a‖ / ‖b‖"]
-    last = ["median; cosine of all", "", *(cell for side in sides for cell in _medians(getattr(summary, side)))]
+        header += ["cosine", "rel. diff."]
+    header += ["‖a‖/‖b‖"]
+    last = ["median; all", "", *(cell for side in sides for cell in _medians(getattr(summary, side)))]
     last += _distance(summary.cosine, summary.relative_difference)
     last += [number(summary.norm_a / summary.norm_b)]
     print_table(header, [*(_cells(layer) for layer in result.layers), last], totals=1)

@@ -130,7 +130,7 @@ def _cells(layer: LayerSpectrum, full: bool) -> list[str]:
 
 def _last(result: SpectrumResult, full: bool) -> list[str]:
     measures = [number(result.total.median[name]) for name in COLUMNS.values()]
-    return ["median; total norm", "", "", *measures, *([""] * len(NOISE) if full else []), number(result.total.norm)]
+    return ["median; all", "", "", *measures, *([""] * len(NOISE) if full else []), number(result.total.norm)]
 
 
 def csv_header() -> list[str]:

@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 
 from rankscope.errors import ConfigError, ShapeError
 from rankscope.formats.peft_keys import Kind
+from rankscope.linalg import may_copy_ahead
 from rankscope.lora.spec import Init, Slot
 from rankscope.updates import LowRank
 
@@ -174,7 +175,7 @@ class AdapterLayer(nn.Module, ABC):
             return x
         kept, source = 1 - self.slots[i].dropout, self.route.generators[i]
         mask = torch.empty(x.shape, device=source.device).bernoulli_(kept, generator=source)
-        return x * mask.div_(kept).to(x.device, x.dtype)
+        return x * mask.div_(kept).to(x.device, x.dtype, non_blocking=may_copy_ahead(x.device))
 
     def cast(self, x: Tensor) -> Tensor:
         """x in the dtype of the factors; under autocast, which casts for itself, as it is."""

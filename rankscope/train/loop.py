@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rankscope.errors import FormatError, TrainingError
 from rankscope.formats.files import write_atomic
+from rankscope.linalg import may_copy_ahead
 from rankscope.train.config import StudyConfig, seeded
 from rankscope.train.costs import optimizer_bytes, peak_memory, reset_peak_memory, total_bytes
 from rankscope.train.methods import METHODS, Trained
@@ -233,13 +234,14 @@ class Loop:
         if not path.exists():
             return False
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            # To the host first: the optimizer moves its moments to the device, and reads its count of steps here.
+            state = torch.load(path, map_location="cpu", weights_only=True)
             with torch.no_grad():
                 for name, weight in self.parameters.items():
                     weight.copy_(state["parameters"][name])
             self.optimizer.load_state_dict(state["optimizer"])
             for generator, value in zip(self.trained.generators(), state["generators"], strict=True):
-                generator.set_state(value.cpu())
+                generator.set_state(value)
             self.loss_sum.copy_(state["loss_sum"])
             self.since_evaluation = state["since_evaluation"]
             self.progress = Progress(**state["progress"])
@@ -270,7 +272,7 @@ def autocast(device: torch.device, config: StudyConfig) -> torch.autocast:
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {name: tensor.to(device, non_blocking=may_copy_ahead(device)) for name, tensor in batch.items()}
 
 
 def evaluate(
