@@ -27,7 +27,7 @@ SIGMA = 2e-5
 @pytest.fixture(autouse=True)
 def seeded():
     """Layers and PEFT draw from torch's global generator, which is left as it was."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         yield
 

@@ -53,9 +53,10 @@ def test_command(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsy
 def test_command_on_your_files_is_understood(line: str) -> None:
     """Every option exists and takes its value; the files are the reader's."""
     name, *arguments = shlex.split(line)[1:]
-    command = cli.get_command(click.Context(cli), name)
+    root = click.Context(cli, info_name="rankscope", **cli.context_settings)
+    command = cli.get_command(root, name)
     assert command is not None
-    context = command.make_context(name, arguments)
+    context = command.make_context(name, arguments, parent=root)
     assert context.params
 
 

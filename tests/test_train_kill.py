@@ -69,8 +69,8 @@ def test_interrupt_saves_and_says_so(tmp_path: Path) -> None:
     config.write_text(CONFIG.replace("save_seconds = 0.02", "save_seconds = 1000"))
     process = start(config, tmp_path / "study")
     assert process.stderr is not None
-    process.stderr.readline()
-    process.stderr.readline()
+    while "step 119" not in process.stderr.readline():
+        pass
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -25,12 +25,13 @@ traceback); 2 wrong usage; 130 interrupted, state saved.
 
 def reference() -> str:
     """The whole page."""
-    root = click.Context(cli, info_name="rankscope", terminal_width=110, max_content_width=110)
+    width = {"terminal_width": 110, "max_content_width": 110}
+    root = click.Context(cli, info_name="rankscope", **{**cli.context_settings, **width})
     parts = [HEAD, "\n## rankscope\n\n```\n" + cli.get_help(root) + "\n```\n"]
     for name in COMMANDS:
         command = cli.get_command(root, name)
         if command is not None:
-            context = click.Context(command, info_name=name, parent=root, terminal_width=110, max_content_width=110)
+            context = click.Context(command, info_name=name, parent=root, **width)
             parts.append(f"\n## rankscope {name}\n\n```\n{command.get_help(context)}\n```\n")
     return "".join(parts)
 
