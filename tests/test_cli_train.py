@@ -66,6 +66,9 @@ def test_piped_progress_is_plain_lines(study: Path, capsys: pytest.CaptureFixtur
         (["--task", "planted", "--targets", "nothing"], 1, "matches no module"),
         (["--task", "planted", "--device", "cuda:77"], 1, "cuda:77"),
         (["--task", "classify"], 1, "needs --model"),
+        (["--task", "planted", "--planted-rank", "100"], 1, "1 to 64"),
+        (["--task", "planted", "--data", "x.csv"], 1, "brings its own"),
+        (["--max-length", "10000000"], 1, "a part of the data has"),
     ],
 )
 def test_wrong_input_is_one_sentence(

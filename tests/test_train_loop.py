@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rankscope.errors import ConfigError, FormatError
+from rankscope.errors import ConfigError, FormatError, TrainingError
 from rankscope.train.config import StudyConfig, generator, make_config, read_config
 from rankscope.train.loop import InterruptedTrainingError, evaluation_steps, make_optimizer, rate
 from rankscope.train.runs import Record, Run, grid
-from rankscope.train.study import Silent, Study, run_study
+from rankscope.train.study import Silent, Study, locked, run_study
 from rankscope.train.tasks import epoch_indices, make_task
 
 SMALL = {"task": "planted", "ranks": (1, 4), "steps": 30, "batch": 32, "evaluations": 2}
@@ -230,9 +230,6 @@ def test_a_damaged_record_is_one_sentence(tmp_path: Path, text: str) -> None:
 
 
 def test_only_one_process_trains_a_study(tmp_path: Path) -> None:
-    from rankscope.errors import TrainingError
-    from rankscope.train.study import locked
-
     config = small(ranks=(1,), steps=2, full=False)
     run_study(config, tmp_path / "study")
     with locked(tmp_path / "study"), pytest.raises(TrainingError, match="another process"):
@@ -298,3 +295,89 @@ def test_bfloat16_is_near_float32_and_not_it(tmp_path: Path) -> None:
     for a, b in zip(exact.done()[1:], coarse.done()[1:], strict=True):
         assert exact.score(a) != coarse.score(b)
         assert exact.score(a) == pytest.approx(coarse.score(b), rel=0.02)  # bfloat16 keeps eight bits
+
+
+def test_a_refused_process_leaves_the_study_as_it_was(tmp_path: Path) -> None:
+    run_study(small(ranks=(1,), full=False, steps=2), tmp_path / "study")
+    before = (tmp_path / "study" / "study.json").read_bytes()
+    with locked(tmp_path / "study"), pytest.raises(TrainingError, match="another process"):
+        run_study(small(ranks=(7,), full=False, steps=2), tmp_path / "study")
+    assert (tmp_path / "study" / "study.json").read_bytes() == before
+
+
+def test_a_kill_at_the_very_start_or_end_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / ".study.json.abc.tmp").write_text("{")
+    config = small(ranks=(1,), full=False, steps=2)
+    study = run_study(config, folder)
+    state = study.path(study.done()[-1].run) / "state.pt"
+    state.write_bytes(b"left by a kill after run.json was written")
+    run_study(config, folder)
+    assert not state.exists()
+    assert not list(folder.glob(".study.json.*"))
+
+
+def test_who_made_a_study_is_kept_when_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(ranks=(1,), full=False, steps=2)
+    run_study(config, tmp_path / "study")
+    monkeypatch.setattr("rankscope.train.study.versions", lambda: {"torch": "99"})
+    study = run_study(config, tmp_path / "study")
+    assert study.description["versions"] == {"torch": "99"}
+    assert study.description["earlier"][0]["versions"]["torch"] == torch.__version__
+
+
+def test_rates_that_differ_late_are_runs_of_their_own() -> None:
+    a, b = (Run(method="full", seed=0, lr=lr).name for lr in (0.01234567, 0.01234568))
+    assert a != b
+
+
+def test_running_out_of_memory_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for raised in (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
+
+        def fail(*_: object, error: Exception = raised) -> None:
+            raise error
+
+        monkeypatch.setattr("rankscope.train.loop.Loop._step", fail)
+        with pytest.raises(TrainingError, match="smaller --batch"):
+            run_study(small(ranks=(1,), full=False, steps=2), tmp_path / "study")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("study.json", "rankscope.study/1", "rankscope.study/99", "its schema is"),
+        ("study.json", '"config": {', '"config": 3, "more": {', "expected settings by name"),
+        ("runs/base-s0/run.json", "rankscope.run/1", "rankscope.run/99", "its schema is"),
+        ("runs/base-s0/run.json", '"validation"', '"valid"', "lacks loss"),
+        ("runs/base-s0/run.json", '"seed": 0', '"seed": 5', "give the folder that name back"),
+    ],
+)
+def test_a_study_that_was_tampered_with_is_one_sentence(
+    tmp_path: Path, name: str, old: str, new: str, message: str
+) -> None:
+    run_study(small(ranks=(1,), full=False, steps=2), tmp_path / "study")
+    path = tmp_path / "study" / name
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises((FormatError, ConfigError), match=message):
+        Study(tmp_path / "study")
+
+
+def test_tied_weights_are_one_update(tmp_path: Path) -> None:
+    from rankscope.train.methods import FullTrained
+    from rankscope.train.planted import PlantedTask
+
+    class Tied(PlantedTask):
+        def model(self, seed: int) -> torch.nn.Module:
+            model = super().model(seed)
+            model.again = torch.nn.Linear(96, 64, bias=False)
+            model.again.weight = model.get_submodule("first").weight  # type: ignore[assignment]
+            return model
+
+    trained = FullTrained(Tied(2, 0.1, 64), small(), Run(method="full", seed=0, lr=0.1))
+    assert set(trained.updates()) == {"first", "second"}

@@ -62,14 +62,14 @@ def _cells(row: Row) -> tuple[str, ...]:
 def write_plots(study: Study, found: list[Row]) -> list[Path]:
     """``spectra.png`` and ``performance.png`` in the study's folder, where there are runs to draw."""
     from rankscope import plots
-    from rankscope.analysis.spectra import spectrum
 
-    drawn = [row for row in found if row.best and row.ranks]
+    drawn = [row for row in found if row.best and row.spectra]
     if not drawn:
         return []
-    runs = [row.record.run for row in drawn if row.record.run.seed == study.config.seeds[0]]
+    first = min(row.record.run.seed for row in drawn)
+    one_seed = [row.spectra for row in drawn if row.spectra and row.record.run.seed == first]
     spectra, performance = study.folder / "spectra.png", study.folder / "performance.png"
-    plots.save(plots.plot_spectra([spectrum(study.store(run)) for run in runs]), spectra)
+    plots.save(plots.plot_spectra(one_seed), spectra)
     figure = plots.plot_performance(
         [_point(row) for row in drawn],
         metric=study.metric,

@@ -28,10 +28,10 @@ class Values(click.ParamType[tuple[Any, ...]]):
 data_options = grouped(
     click.option("--task", type=click.Choice(["docs", "planted", "classify", "lm"]), help="What to learn [docs]."),
     click.option("--model", metavar="DIR_OR_ID", help="Base model, a folder or a hub id (classify, lm)."),
-    click.option("--data", metavar="FILE", help="Training examples: csv, tsv, jsonl or parquet."),
+    click.option("--data", metavar="FILE", help="Training examples (classify, lm): csv, tsv, jsonl or parquet."),
     click.option("--eval", metavar="FILE", help="Held-out examples; without it a tenth of --data."),
-    click.option("--text", metavar="COLUMN", help="Column of the text [text]."),
-    click.option("--label", metavar="COLUMN", help="Column of the class [label]."),
+    click.option("--text", metavar="COLUMN", help="Column of the text (classify, lm) [text]."),
+    click.option("--label", metavar="COLUMN", help="Column of the class (classify) [label]."),
     click.option("--max-length", type=int, metavar="N", help="Tokens kept of a text."),
     click.option("--planted-rank", type=int, metavar="R", help="Rank of the planted update (planted) [4]."),
 )
@@ -52,7 +52,7 @@ adapter_options = grouped(
 )
 training_options = grouped(
     click.option("--steps", type=int, help="Optimizer steps of each run; overrides --epochs."),
-    click.option("--epochs", type=float, help="Passes over the training data [3]."),
+    click.option("--epochs", type=float, help="Passes over the training data (classify, lm) [3]."),
     click.option("--batch", type=int, help="Examples a step [16]."),
     click.option("--accumulate", type=int, help="Batches whose gradients make one step [1]."),
     click.option("--warmup", type=float, help="Share of the steps with rising rate [0.06]."),
@@ -104,7 +104,9 @@ def command(output: str, config_file: str | None, as_json: bool, quiet: bool, de
         click.echo(f"rankscope: {error}; the same command goes on from there", err=True)
         raise click.exceptions.Exit(130) from error
     found = rows(study)
+    # Drawn first: whoever pipes the table into head may end this process.
+    written = write_plots(study, found)
     print_study(study, found, as_json)
-    for path in write_plots(study, found):
+    for path in written:
         if not quiet:
             click.echo(f"wrote {path}", err=True)

@@ -67,7 +67,8 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 # What may differ when a study is taken up again: the grid may grow, and the place may change.
-RESUMABLE = frozenset({"ranks", "full", "lrs", "full_lrs", "seeds", "device", "save_seconds"})
+# Files may be named otherwise: the fingerprint has their hashes.
+RESUMABLE = frozenset({"ranks", "full", "lrs", "full_lrs", "seeds", "device", "save_seconds", "model", "data", "eval"})
 
 
 def problems(config: StudyConfig) -> list[tuple[str, str]]:
@@ -86,8 +87,10 @@ def problems(config: StudyConfig) -> list[tuple[str, str]]:
         require(key, all(0 < lr < math.inf for lr in getattr(config, key)), "rates above 0")
     require("seeds", len(config.seeds) > 0, "at least one seed")
     require("ranks", bool(config.ranks) or config.full, "at least one rank, or full fine-tuning")
-    for key in ("batch", "accumulate", "planted_rank"):
+    for key in ("batch", "accumulate"):
         require(key, getattr(config, key) > 0, "at least 1")
+    require("planted_rank", 1 <= config.planted_rank <= 64, "1 to 64: the planted maps are 64 × 96")
+    require("planted_noise", config.planted_noise <= 1e6, "at most a million")
     for key in ("steps", "max_length"):
         value = getattr(config, key)
         require(key, value is None or value > 1, "at least 2")
@@ -98,9 +101,11 @@ def problems(config: StudyConfig) -> list[tuple[str, str]]:
         require(key, 0 <= getattr(config, key) < math.inf, "0 or more")
     for key in ("warmup", "dropout"):
         require(key, 0 <= getattr(config, key) < 1, "a share from 0 up to 1")
-    if config.task in ("classify", "lm"):
-        for key in ("model", "data"):
-            require(key, getattr(config, key) is not None, f"a value: task {config.task!r} needs --{key}")
+    own = config.task in ("classify", "lm")
+    for key in ("model", "data"):
+        require(key, not own or getattr(config, key) is not None, f"a value: task {config.task!r} needs --{key}")
+    for key in ("model", "data", "eval"):
+        require(key, own or getattr(config, key) is None, f"nothing: task {config.task!r} brings its own")
     return found
 
 
@@ -111,8 +116,7 @@ def read_config(path: Path, overrides: Mapping[str, Any]) -> StudyConfig:
         ConfigError: the file is missing or not TOML; a key is unknown or of the wrong type.
     """
     try:
-        with path.open("rb") as file:
-            values = tomllib.load(file)
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
@@ -122,6 +126,8 @@ def read_config(path: Path, overrides: Mapping[str, Any]) -> StudyConfig:
 
 def make_config(values: Mapping[str, Any], where: str) -> StudyConfig:
     """Check and convert plain values; ``where`` is named in the error."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected settings by name, found {type(values).__name__}")
     try:
         return msgspec.convert(dict(values), StudyConfig)
     except msgspec.ValidationError as error:
@@ -148,13 +154,25 @@ def seeded(device: torch.device, *parts: object) -> Iterator[None]:
     Models of others, such as BERT with its dropout, draw from the global stream and take no other.
     """
     seed = generator(*parts).initial_seed()
+    kept = torch.mps.get_rng_state() if device.type == "mps" else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            torch.cuda.default_generators[
-                torch.cuda.current_device() if device.index is None else device.index
-            ].manual_seed(seed)
-        yield
+        for stream in streams(device):
+            stream.manual_seed(seed)
+        try:
+            yield
+        finally:
+            if kept is not None:
+                torch.mps.set_rng_state(kept)
+
+
+def streams(device: torch.device) -> list[torch.Generator]:
+    """torch's global generators that code running on this device draws from."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return [torch.default_generator, torch.cuda.default_generators[index]]
+    if device.type == "mps":
+        return [torch.default_generator, torch.mps._get_default_mps_generator()]
+    return [torch.default_generator]
 
 
 def resolve_device(name: str) -> torch.device:

@@ -24,6 +24,8 @@ from rankscope.train.runs import Cost, Record, Run
 from rankscope.train.tasks import Batch, Split, Task
 
 STATE = "state.pt"
+# What torch.load and reading its result raise on a file that is damaged or not ours.
+BROKEN_STATE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError)
 
 
 class InterruptedTrainingError(TrainingError):
@@ -245,10 +247,8 @@ class Loop:
             self.loss_sum.copy_(state["loss_sum"])
             self.since_evaluation = state["since_evaluation"]
             self.progress = Progress(**state["progress"])
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
-            raise FormatError(
-                f"{path}: not the state of this run ({error}); delete it to start the run again"
-            ) from error
+        except BROKEN_STATE as error:
+            raise FormatError(f"{path}: not the state of this run; delete it to start the run again") from error
         return True
 
 
@@ -287,6 +287,8 @@ def evaluate(
 def evaluate_base(task: Task, config: StudyConfig, run: Run, folder: Path, device: torch.device) -> Record:
     """The untouched base as a run of no steps: what every method starts from."""
     metrics = evaluate(task, task.model(run.seed).to(device), ("validation", "test"), config, device)
+    if not all(math.isfinite(value) for split in metrics.values() for value in split.values()):
+        raise TrainingError("the base's own metrics are not finite; are its weights whole?")
     record = Record(run=run, status="done", steps=0, metrics=metrics, before=metrics)
     record.write(folder)
     return record

@@ -107,8 +107,12 @@ class FullTrained(Trained):
         """tuned − base of every weight in float32 on the CPU, matrices (out, in) by module path."""
         base = self.task.model(self.run.seed)
         found = {}
+        seen: set[int] = set()
         for path, module in self.model.named_modules():
             for name, weight in module.named_parameters(recurse=False):
+                if id(weight) in seen:  # tied: its change is counted once, under its first name
+                    continue
+                seen.add(id(weight))
                 start = base.get_parameter(f"{path}.{name}" if path else name)
                 difference = weight.detach().cpu().float() - start.detach().float()
                 if name == "weight" and difference.ndim >= 2:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rankscope.spectra import MEASURES, Spectrum
+from rankscope.analysis.spectra import SpectrumResult, spectrum
+from rankscope.spectra import MEASURES
 from rankscope.train.runs import Record
 from rankscope.train.study import Study
 
@@ -19,14 +20,15 @@ MEASURE = "entropy_rank"
 class Row:
     """One run: ``score`` is the study's metric on the test split, ``chosen_by`` the same on the validation split.
 
-    ``ranks`` holds each measure of METHODS, the median over the layers that every run has; empty for the base
-    and for a run that diverged.
+    ``spectra`` are those of its update, None for the base and for a run that diverged; ``ranks`` each measure of
+    ``MEASURES``, the median over the layers that every run has.
     """
 
     record: Record
     score: float | None
     chosen_by: float | None
     ranks: dict[str, float]
+    spectra: SpectrumResult | None
     best: bool
     """At the best rate of its method, rank and seed."""
 
@@ -58,9 +60,10 @@ def rows(study: Study) -> list[Row]:
 
 def _row(study: Study, record: Record, best: bool, layers: list[str]) -> Row:
     if record.status != "done":
-        return Row(record, None, None, {}, False)
-    ranks = {} if record.run.method == "base" else effective_ranks(study, record, layers)
-    return Row(record, study.score(record), study.score(record, "validation"), ranks, best)
+        return Row(record, None, None, {}, None, False)
+    spectra = None if record.run.method == "base" else spectrum(study.store(record.run))
+    ranks = effective_ranks(spectra, layers) if spectra else {}
+    return Row(record, study.score(record), study.score(record, "validation"), ranks, spectra, best)
 
 
 def shared_layers(study: Study) -> list[str]:
@@ -73,10 +76,9 @@ def shared_layers(study: Study) -> list[str]:
     return found or []
 
 
-def effective_ranks(study: Study, record: Record, layers: Iterable[str]) -> dict[str, float]:
-    """Each measure of a run's update, the median over ``layers``."""
-    store = study.store(record.run)
-    measured = [Spectrum.of(store[name]).measures() for name in layers]
+def effective_ranks(spectra: SpectrumResult, layers: Iterable[str]) -> dict[str, float]:
+    """Each measure of an update, the median over ``layers``."""
+    measured = [spectra[name].measures for name in layers]
     if not measured:
         return {}
     return {name: float(statistics.median(measures[name] for measures in measured)) for name in MEASURES}

@@ -29,7 +29,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         """Folder name: unique in a study, readable, the same at every start."""
         rank = f"-r{self.rank}" if self.rank is not None else ""
-        lr = f"-lr{self.lr:g}" if self.lr is not None else ""
+        lr = f"-lr{self.lr!r}" if self.lr is not None else ""
         return f"{self.method}{rank}{lr}-s{self.seed}"
 
     @property
@@ -98,8 +98,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         """
         path = folder / "run.json"
         try:
-            return msgspec.json.decode(path.read_bytes(), type=cls)
+            record = msgspec.json.decode(path.read_bytes(), type=cls)
         except FileNotFoundError as error:
             raise FormatError(f"{path}: no such file") from error
         except (OSError, msgspec.DecodeError) as error:
             raise FormatError(f"{path}: not a record of a run ({error})") from error
+        if record.schema != SCHEMA:
+            raise FormatError(f"{path}: its schema is {record.schema!r}, not {SCHEMA!r}")
+        return record

@@ -20,11 +20,12 @@ from rankscope.formats.files import read_json, write_json
 from rankscope.formats.interface import Store
 from rankscope.formats.store import open as open_store
 from rankscope.train.config import RESUMABLE, StudyConfig, make_config, resolve_device
-from rankscope.train.loop import Listener, Loop, evaluate_base
+from rankscope.train.loop import STATE, Listener, Loop, evaluate_base
 from rankscope.train.runs import Record, Run, grid
 from rankscope.train.tasks import Task, make_task
 
 SCHEMA = "rankscope.study/1"
+LOCK = ".lock"
 
 
 class Study:
@@ -37,6 +38,9 @@ class Study:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.description = read_json(self.folder / "study.json")
+        if self.description.get("schema") != SCHEMA:
+            found = self.description.get("schema")
+            raise FormatError(f"{self.folder / 'study.json'}: its schema is {found!r}, not {SCHEMA!r}")
         for key in ("config", "metric", "higher_is_better"):
             if key not in self.description:
                 raise FormatError(f"{self.folder / 'study.json'}: holds no {key!r}; is this a study of rankscope?")
@@ -44,7 +48,19 @@ class Study:
         self.metric: str = self.description["metric"]
         self.higher_is_better: bool = self.description["higher_is_better"]
         folders = sorted(path.parent for path in self.folder.glob("runs/*/run.json"))
-        self.records = sorted((Record.read(path) for path in folders), key=_order)
+        self.records = sorted((self._read(path) for path in folders), key=_order)
+
+    def _read(self, folder: Path) -> Record:
+        record = Record.read(folder)
+        if folder.name != record.run.name:
+            raise FormatError(f"{folder}: holds the run {record.run.name}; give the folder that name back")
+        if record.status == "done" and not all(
+            self.metric in record.metrics.get(s, {}) for s in ("validation", "test")
+        ):
+            raise FormatError(
+                f"{folder / 'run.json'}: lacks {self.metric} of a split; delete the folder to run it again"
+            )
+        return record
 
     def score(self, record: Record, split: str = "test") -> float:
         """The study's metric of a run that is done."""
@@ -112,14 +128,15 @@ def run_study(
     folder = Path(folder)
     device = resolve_device(config.device)
     task = make_task(config)
-    _describe(folder, config, task, device)
+    _check_free(folder)
     with locked(folder):
         _sweep_leftovers(folder)
+        _describe(folder, config, task, device)
         for run in grid(config, task):
             target = folder / "runs" / run.name
             if (target / "run.json").exists():
                 continue
-            with located(run.name):
+            with located(run.name), memory_errors():
                 if run.method == "base":
                     evaluate_base(task, config, run, target, device)
                 else:
@@ -128,23 +145,54 @@ def run_study(
     return Study(folder)
 
 
+def _check_free(folder: Path) -> None:
+    """Refuse a folder that holds something else than a study, before anything is written to it."""
+    if (folder / "study.json").exists() or not folder.exists():
+        return
+    if not folder.is_dir() or any(not path.name.startswith((LOCK, ".study.json.")) for path in folder.iterdir()):
+        raise ConfigError(f"{folder} exists and is not a study; choose another folder with -o")
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn what torch and Python raise when memory runs out into one TrainingError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # The CPU's allocator raises a bare RuntimeError, CUDA's a torch.OutOfMemoryError, which is one too.
+        text = str(error)
+        if (
+            isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or "allocate memory" in text
+            or "enough memory" in text
+        ):
+            raise TrainingError("out of memory; try a smaller --batch with more --accumulate") from error
+        raise
+
+
 def _describe(folder: Path, config: StudyConfig, task: Task, device: torch.device) -> None:
     """Write study.json, or check that the one there is of the same study."""
     path = folder / "study.json"
     fingerprint = task.fingerprint()
+    made_by = {
+        "versions": versions(),
+        "machine": machine(device),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+    earlier: list[Any] = []
     if path.exists():
-        _check_same(Study(folder), config, fingerprint)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is not a study; choose another folder with -o")
+        study = Study(folder)
+        _check_same(study, config, fingerprint)
+        before = {key: study.description.get(key) for key in made_by}
+        earlier = list(study.description.get("earlier", [])) + ([before] if before != made_by else [])
     description = {
         "schema": SCHEMA,
         "config": msgspec.to_builtins(config),
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
         "fingerprint": fingerprint,
-        "versions": versions(),
-        "machine": machine(device),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        **made_by,
+        "earlier": earlier,
     }
     write_json(path, description)
 
@@ -157,10 +205,11 @@ def _check_same(study: Study, config: StudyConfig, fingerprint: Mapping[str, str
                 f"{study.folder} is a study with {key} = {old!r}, not {new!r}; "
                 "give it the same settings to go on with it, or choose another folder with -o"
             )
-    for key, value in study.description.get("fingerprint", {}).items():
-        if fingerprint.get(key) != value:
+    begun = study.description.get("fingerprint", {})
+    for key in {**begun, **fingerprint}:
+        if fingerprint.get(key) != begun.get(key):
             raise ConfigError(
-                f"{study.folder} was begun with another {key} ({value}, now {fingerprint.get(key)}); "
+                f"{study.folder} was begun with another {key} ({begun.get(key)}, now {fingerprint.get(key)}); "
                 "its runs could not be compared: choose another folder with -o"
             )
 
@@ -178,13 +227,17 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the study for this process; the lock goes with the process, however it ends."""
+    """Make the folder and hold it for this process; the lock goes with the process, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FormatError(f"{folder}: cannot be made ({error.strerror or error})") from error
     try:
         import fcntl
     except ImportError:  # Windows: no advisory locks, the second process is not noticed
         yield
         return
-    with (folder / ".lock").open("w") as file:
+    with (folder / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -194,8 +247,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _sweep_leftovers(folder: Path) -> None:
     """Remove what a killed process was writing; the names are ours alone (see ``write_atomic``)."""
-    for path in folder.glob("runs/**/.*.tmp"):
+    for path in (*folder.glob("runs/**/.*.tmp"), *folder.glob(".study.json.*.tmp")):
         path.unlink(missing_ok=True)
+    for path in folder.glob(f"runs/*/{STATE}"):
+        if (path.parent / "run.json").exists():
+            path.unlink(missing_ok=True)
 
 
 class Silent:

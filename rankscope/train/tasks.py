@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankscope.errors import ConfigError
 from rankscope.train.config import StudyConfig, generator
 from rankscope.train.llama import load_llama
 
@@ -97,15 +98,18 @@ class WindowTask(Task):
     higher_is_better = False
 
     def __init__(self, train: Tensor, validation: Tensor, test: Tensor, length: int) -> None:
+        shortest = min(len(train), len(validation), len(test))
+        if shortest < length:
+            raise ConfigError(
+                f"windows of {length} do not fit: a part of the data has {shortest}; give a smaller --max-length"
+            )
         self.train = train
         self.held_out: dict[Split, Tensor] = {"validation": validation, "test": test}
         self.length = length
 
     def batch(self, seed: int, index: int, size: int) -> Batch:
-        starts = torch.randint(
-            max(1, len(self.train) - self.length + 1), (size, 1), generator=generator(seed, "order", index)
-        )
-        return {"tokens": self.train[starts + torch.arange(min(self.length, len(self.train)))].long()}
+        starts = torch.randint(len(self.train) - self.length + 1, (size, 1), generator=generator(seed, "order", index))
+        return {"tokens": self.train[starts + torch.arange(self.length)].long()}
 
     def logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
         """(batch, length, vocabulary) of a model of this task."""
