@@ -73,15 +73,14 @@ class Spectrum:
     @classmethod
     def from_values(cls, update: Update, s: Tensor) -> Spectrum:
         """The spectrum of an update whose singular values ``s``, all or the largest, are known already."""
-        values = s.double().cpu().numpy()
-        stored, rounding, energy = torch.float32, 0.0, update.energy
+        values = s.cpu().double().numpy()  # in this order: Apple's GPUs have no float64
+        stored, rounding = torch.float32, 0.0
         if isinstance(update, Dense):
             stored, rounding = update.stored, update.rounding
         elif isinstance(update, LowRank):
             stored = update.B.dtype
-            if len(values) >= min(*update.shape, update.nominal_rank):
-                # The Gram energy of factors loses its digits where they cancel; the singular values do not.
-                energy = float(values @ values)
+        whole = isinstance(update, LowRank) and len(values) >= min(*update.shape, update.nominal_rank)
+        energy = float(values @ values) if whole else update.energy
         name = str(stored).removeprefix("torch.")
         eps = relative_precision(update, float(values[0]))
         return cls(values, energy, update.shape, eps, update.nominal_rank, name, rounding)

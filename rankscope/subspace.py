@@ -132,7 +132,7 @@ def overlap(a: Subspace, b: Subspace) -> Array:
         ShapeError: the sides or the ambient dimensions differ.
     """
     _check_pair(a, b)
-    squared = (a.basis.T @ b.basis).double().cpu().numpy() ** 2
+    squared = (a.basis.T @ b.basis).cpu().double().numpy() ** 2
     sums = squared.cumsum(axis=0).cumsum(axis=1)
     grid: Array = np.minimum(sums / _smaller(*sums.shape), 1.0)
     return grid
@@ -159,7 +159,7 @@ def angles(a: Subspace, b: Subspace) -> Array:
     cosines = torch.linalg.svdvals(product).clamp(max=1)
     sines = torch.linalg.svdvals(V - U @ product).clamp(max=1).flip(0)
     theta = torch.where(cosines.square() >= 0.5, sines.arcsin(), cosines.arccos())
-    found: Array = theta.double().cpu().numpy()
+    found: Array = theta.cpu().double().numpy()
     return found
 
 

@@ -98,7 +98,8 @@ class Update(ABC):
             return float(((self @ other.right.T) * other.left).sum())
         if isinstance(self, LowRank):
             return other.inner(self)
-        return float((self.dense().double() * other.dense().double()).sum())
+        working = working_dtype(self.device)
+        return float((self.dense().to(working) * other.dense().to(working)).sum())
 
 
 @dataclass(frozen=True, repr=False)
@@ -157,8 +158,8 @@ class LowRank(Update):
 
     @property
     def energy(self) -> float:
-        # The Gram route squares the condition number, which the sum of squares does not feel.
-        return max(0.0, float(((self.left.T @ self.left) * (self.right @ self.right.T)).sum()))
+        # tr(BᵀB · AAᵀ) would save the small SVD, and lose its digits where factors cancel.
+        return float(self.singular_values().square().sum())
 
     def singular_values(self) -> Tensor:
         return product_singular_values(self.left, self.right)
@@ -223,7 +224,7 @@ class Dense(Update):
             raise ShapeError(f"the tuned weight {tuple(tuned.shape)} and the base {tuple(base.shape)} differ in shape")
         rounding = 0.0
         if torch.finfo(tuned.dtype).eps > torch.finfo(torch.float32).eps:
-            rounding = math.sqrt(float(ulp(tuned, tuned.dtype).double().square().mean()) / 12)
+            rounding = math.sqrt(float(ulp(tuned, tuned.dtype).to(working_dtype(tuned.device)).square().mean()) / 12)
         return cls(tuned.float() - base.float(), tuned.dtype, rounding)
 
     @property

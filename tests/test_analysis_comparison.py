@@ -311,6 +311,7 @@ def test_initial_factors_of_runs_are_laid_beside(tmp_path: Path) -> None:
         write_adapter(tmp_path / run / "initial", start)
         trained = linear("block.q", out=40, n=60, r=2, seed=30 + len(run))
         write_adapter(tmp_path / run / "adapter", trained)
+        (tmp_path / run / "run.json").write_text("{}")
     shared = compare(tmp_path / "one", tmp_path / "two")
     assert shared.summary.initial is not None
     assert shared.summary.initial.whole == pytest.approx(1.0)
@@ -321,6 +322,22 @@ def test_initial_factors_of_runs_are_laid_beside(tmp_path: Path) -> None:
     assert apart.summary.initial.whole < 0.3
     assert not any("before training" in note for note in apart.notes)
     assert compare(tmp_path / "one", tmp_path / "two", of="B").summary.initial is None
+    (tmp_path / "two" / "initial" / "adapter_config.json").write_text("damaged")
+    assert compare(tmp_path / "one", tmp_path / "two").summary.initial is None
+
+
+def test_a_folder_that_happens_to_be_called_initial_is_not_ours(tmp_path: Path) -> None:
+    for name, seed in (("adapter", 1), ("other", 2), ("initial", 3)):
+        write_adapter(tmp_path / name, linear("block.q", out=40, n=60, r=2, seed=seed))
+    assert compare(tmp_path / "adapter", tmp_path / "other").summary.initial is None
+
+
+def test_an_update_too_small_to_have_a_norm_is_listed() -> None:
+    a, b = sharing(1, 1)
+    tiny = LowRank(b.B * 1e-150, b.A * 1e-150, 1e-20)
+    result = compare({"w": a, "v": a}, {"w": tiny, "v": b})
+    assert [layer.name for layer in result.layers] == ["v"]
+    assert [skipped.name for skipped in result.skipped] == ["w"]
 
 
 def test_reprs_carry_the_chance_level() -> None:

@@ -185,3 +185,13 @@ def test_zero_weights_have_no_coarse_rounding() -> None:
     update = Dense.difference(torch.zeros(4, 4).bfloat16(), torch.zeros(4, 4).bfloat16())
     assert update.rounding < 1e-40
     assert float(ulp(torch.zeros(1).half(), torch.float16)) == 2.0**-24
+
+
+@pytest.mark.parametrize("delta", [1e-9, 1e-10, 1e-11])
+def test_energy_of_factors_that_cancel(delta: float) -> None:
+    """b·aᵀ − b·(a + δ)ᵀ = −b·δᵀ: of the size of δ, though both terms are of size 1."""
+    b, a, d = (torch.linspace(x, 1, 40, dtype=torch.float64) for x in (0.5, 0.2, -1.0))
+    update = LowRank(torch.stack((b, -b), dim=1), torch.stack((a, a + delta * d)))
+    expected = delta * float(b.norm() * d.norm())
+    # what is left of δ after a + δ has been rounded
+    assert update.norm == pytest.approx(expected, rel=1e-15 / delta)

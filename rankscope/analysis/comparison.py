@@ -263,15 +263,19 @@ def _initial(a: Source, b: Source, patterns: list[str] | None) -> SideSummary | 
     folders = [_initial_folder(source) for source in (a, b)]
     if folders[0] is None or folders[1] is None:
         return None
-    before = compare(folders[0], folders[1], layers=patterns, of="A", device=a.device)
+    try:
+        before = compare(folders[0], folders[1], layers=patterns, of="A", device=a.device)
+    except RankscopeError:  # they only serve a remark; the adapters themselves can be compared
+        return None
     return before.summary.right
 
 
 def _initial_folder(source: Source) -> Path | None:
-    if source.folder is None or source.folder.name == INITIAL:
+    """Where a run of a study kept its factors at step 0; None for any other adapter, whatever lies beside it."""
+    if source.kind != "peft" or source.folder is None or source.folder.name != "adapter":
         return None
-    folder = source.folder.parent / INITIAL
-    return folder if source.kind == "peft" and folder.is_dir() else None
+    run = source.folder.parent
+    return run / INITIAL if (run / "run.json").is_file() and (run / INITIAL).is_dir() else None
 
 
 def _notes(a: Source, b: Source, layers: Sequence[LayerComparison], summary: Summary, top: int | None) -> Iterable[str]:

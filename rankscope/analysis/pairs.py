@@ -128,6 +128,8 @@ def compare_layers(name: str, name_b: str, a: Update, b: Update, top: int | None
     left_b, right_b = Subspace.pair(b, _directions(b, top))
     inner = a.inner(b) if of == "update" else None
     norms = a.norm, b.norm
+    if min(norms) == 0:
+        raise ShapeError("it is so small that its norm underflows to zero; there is nothing to compare")
     return LayerComparison(
         name=name,
         name_b=name_b,
