@@ -392,3 +392,31 @@ def test_verbs_stay_verbs_whatever_is_imported() -> None:
     assert callable(rankscope.spectrum)
     assert callable(rankscope.compare)
     assert callable(rankscope.run_study)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_behind_stdout_is_one_sentence(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", linear("q", out=4, n=5, r=2, seed=1))
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "rankscope", "spectrum", str(tmp_path / "a"), "--csv"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 1
+    assert "cannot be written" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "Exception" not in ended.stderr
+
+
+@pytest.mark.parametrize("path", ["", "x" * 300])
+def test_a_path_that_cannot_be_is_one_sentence(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["spectrum", path])
+    assert ended.value.code == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_the_meta_device_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_adapter(tmp_path / "a", linear("q", out=4, n=5, r=2, seed=1))
+    with pytest.raises(SystemExit) as ended:
+        main(["spectrum", str(tmp_path / "a"), "--device", "meta"])
+    assert ended.value.code == 1
+    assert "meta" in capsys.readouterr().err

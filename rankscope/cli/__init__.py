@@ -5,6 +5,7 @@ Commands are imported when they are run, so that ``rankscope --help`` loads neit
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -68,7 +69,18 @@ def main(args: list[str] | None = None) -> None:
         # The reader (head, less) has gone; Python would complain again when it closes stdout.
         sys.stderr.close()
         code = 1
+    except OSError as error:
+        # The library turns what its files raise into its own errors: this is stdout, on a full disk.
+        click.echo(f"rankscope: the output cannot be written ({error.strerror or error})", err=True)
+        discard_output()
+        code = 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def discard_output() -> None:
+    """Send what is still unwritten to nowhere, or Python would try again, and complain, when it ends."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def one_line(message: str) -> str:

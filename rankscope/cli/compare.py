@@ -79,16 +79,17 @@ def command(
         raise click.UsageError("--layer says what --plot draws; give --plot FILE too")
     result = compare(a, b, base, layers or None, top, of, device, tracker(quiet, "layers"))
     say(quiet, [*result.notes, *unmatched_lines(result, verbose), *skipped_lines(result.skipped, verbose)])
+    # Drawn first: a --layer that is not there is said before the table, not after it.
+    if plot:
+        from rankscope.plots import plot_overlap
+
+        write_plot(lambda: plot_overlap(result, layer), plot, quiet)
     if as_json:
         print_json(result.to_json())
     elif as_csv:
         print_csv(csv_header(), csv_rows(result))
     else:
         print_result(result)
-    if plot:
-        from rankscope.plots import plot_overlap
-
-        write_plot(lambda: plot_overlap(result, layer), plot, quiet)
 
 
 def unmatched_lines(result: CompareResult, verbose: bool) -> Iterator[str]:

@@ -96,7 +96,9 @@ def expand(paths: Sequence[str]) -> tuple[list[str], bool]:
     from rankscope.errors import FormatError
 
     found: list[str] = []
-    studies = [path for path in paths if (Path(path) / "study.json").is_file()]
+    if "" in paths:
+        raise FormatError("a PATH is empty; name a folder or a file")
+    studies = [path for path in paths if _is_study(path)]
     for path in paths:
         if path not in studies:
             found.append(path)
@@ -109,6 +111,13 @@ def expand(paths: Sequence[str]) -> tuple[list[str], bool]:
             raise FormatError(f"{path}: no run of this study has ended yet; let it go on with rankscope train")
         found += runs
     return found, len(paths) > 1 or bool(studies)
+
+
+def _is_study(path: str) -> bool:
+    try:
+        return (Path(path) / "study.json").is_file()
+    except OSError:  # a name that no file can have: what opens it says so
+        return False
 
 
 def print_results(results: Sequence[SpectrumResult]) -> None:

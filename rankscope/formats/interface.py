@@ -173,6 +173,8 @@ def usable_device(device: torch.device | str) -> torch.device:
     """
     try:
         found = torch.device(device)
+        if found.type == "meta":
+            raise NotImplementedError("it holds no numbers")
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]

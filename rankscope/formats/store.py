@@ -107,5 +107,7 @@ def _minus_base(path: Path, base: Path | None, device: torch.device | str) -> St
 
 
 def _first_run(study: Path) -> Path:
-    runs = sorted(run for run in (study / "runs").glob("*") if run.is_dir())
+    runs = sorted(
+        {found.parent for name in ("adapter", "update.safetensors") for found in study.glob(f"runs/*/{name}")}
+    )
     return runs[0] if runs else study / "runs" / "NAME"
