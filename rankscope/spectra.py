@@ -21,7 +21,7 @@ CLUSTER_GAP = 0.01
 """Singular values closer than 1 % are a cluster: their own vectors are arbitrary up to a rotation."""
 
 SMALLEST_ENERGY = 1e-290
-"""Below this, squares lose their digits to underflow: a truncated spectrum no longer knows what it left out."""
+"""Below this, squares lose their digits to underflow: neither what a truncation left out nor a cosine can be told."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -323,21 +323,36 @@ def test_initial_factors_of_runs_are_laid_beside(tmp_path: Path) -> None:
     assert not any("before training" in note for note in apart.notes)
     assert compare(tmp_path / "one", tmp_path / "two", of="B").summary.initial is None
     (tmp_path / "two" / "initial" / "adapter_config.json").write_text("damaged")
-    assert compare(tmp_path / "one", tmp_path / "two").summary.initial is None
+    damaged = compare(tmp_path / "one", tmp_path / "two")
+    assert damaged.summary.initial is None
+    assert len(damaged.layers) == 1
+    assert any("before training cannot be compared" in note for note in damaged.notes)
 
 
 def test_a_folder_that_happens_to_be_called_initial_is_not_ours(tmp_path: Path) -> None:
     for name, seed in (("adapter", 1), ("other", 2), ("initial", 3)):
         write_adapter(tmp_path / name, linear("block.q", out=40, n=60, r=2, seed=seed))
-    assert compare(tmp_path / "adapter", tmp_path / "other").summary.initial is None
+    for run in ("one", "two"):  # a run.json does not make every folder beside it ours
+        for name, seed in (("mine", len(run)), ("initial", 3)):
+            write_adapter(tmp_path / run / name, linear("block.q", out=40, n=60, r=2, seed=seed))
+        (tmp_path / run / "run.json").write_text("{}")
+    pairs = [("adapter", "adapter"), ("adapter", "other"), ("one/mine", "two/mine")]
+    for result in (compare(tmp_path / a, tmp_path / b) for a, b in pairs):
+        assert result.summary.initial is None
+        assert not any("before training" in note for note in result.notes)
 
 
-def test_an_update_too_small_to_have_a_norm_is_listed() -> None:
+@pytest.mark.parametrize("scale", [1e-161, 1e-163, 1e-310])
+def test_an_update_too_small_to_have_a_norm_is_listed(scale: float) -> None:
+    """The first has a norm, with few digits left: the cosine with itself would not be 1."""
     a, b = sharing(1, 1)
-    tiny = LowRank(b.B * 1e-150, b.A * 1e-150, 1e-20)
+    tiny = LowRank(b.B, b.A, scale)
     result = compare({"w": a, "v": a}, {"w": tiny, "v": b})
     assert [layer.name for layer in result.layers] == ["v"]
     assert [skipped.name for skipped in result.skipped] == ["w"]
+    assert "too small to compare" in result.skipped[0].reason
+    small = b * 1e-140
+    assert compare({"w": b}, {"w": small})["w"].cosine == pytest.approx(1, abs=1e-14)
 
 
 def test_reprs_carry_the_chance_level() -> None:

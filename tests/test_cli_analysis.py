@@ -157,8 +157,8 @@ def test_layer_of_a_plot(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFi
     path = tmp_path / "plot.png"
     assert run(capsys, "compare", adapter, adapter, "--plot", path, "--layer", "block.v")[0] == 0
     assert path.exists()
-    code, _, err = run(capsys, "compare", adapter, adapter, "--plot", path, "--layer", "block.x")
-    assert (code, "no layer 'block.x'" in err) == (1, True)
+    code, out, err = run(capsys, "compare", adapter, adapter, "--plot", path, "--layer", "block.x")
+    assert (code, out, "no layer 'block.x'" in err) == (1, "", True)
 
 
 def test_layers_option(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

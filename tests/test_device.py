@@ -15,7 +15,10 @@ from makers import MAKERS, generator, normal, planted_dense
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from rankscope import subspace, updates
+from rankscope.analysis import pairs
 from rankscope.analysis.comparison import compare
+from rankscope.analysis.pairs import compare_layers
 from rankscope.analysis.spectra import spectrum
 from rankscope.formats.files import read_tensors, write_json, write_tensors
 from rankscope.formats.store import open as open_store
@@ -29,7 +32,7 @@ from rankscope.train.loop import InterruptedTrainingError, Loop, move
 from rankscope.train.runs import grid
 from rankscope.train.study import Silent, Study, run_study
 from rankscope.train.tasks import make_task
-from rankscope.updates import Dense
+from rankscope.updates import Dense, LowRank
 
 CPU = torch.device("cpu")
 # The fake device computes with the CPU's kernels; only the order of sums may differ, with the layout of a tensor.
@@ -92,6 +95,35 @@ def test_a_checkpoint_against_its_base_on_the_device() -> None:
     assert there.device == DEVICE
     assert close(here.matrix, there.matrix, 0)
     assert here.rounding == pytest.approx(there.rounding, rel=FLOAT64)
+
+
+def test_a_device_without_float64_is_never_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Apple's GPUs: what needs float64 is done on the CPU."""
+    check = fake_device.check
+
+    def refuse(op: Any, args: Any, kwargs: Any) -> None:
+        check(op, args, kwargs)
+        on_device = [leaf for leaf in args if isinstance(leaf, DeviceTensor)]
+        if on_device and torch.float64 in (kwargs.get("dtype"), *(tensor.dtype for tensor in on_device)):
+            raise TypeError(f"{op}: the device has no float64")
+
+    monkeypatch.setattr(fake_device, "check", refuse)
+    for module in (updates, subspace, pairs):
+        monkeypatch.setattr(module, "working_dtype", lambda device: torch.float32)
+    with pytest.raises(TypeError, match="no float64"):
+        torch.ones(2).to("fake").double()
+    full = planted_dense((40, 28), [3.0, 2.0, 1.0])
+    thin = LowRank(normal(40, 3, dtype=torch.float32), normal(3, 28, seed=1, dtype=torch.float32), 0.5)
+    here = [full, thin, full * 0.5, thin * 2.0]
+    there = [update.to("fake") for update in here]
+    for a, b in zip(here, there, strict=True):
+        assert close(Spectrum.of(a).values, Spectrum.of(b).values, FLOAT32)
+    for of, i, j in (("update", 0, 1), ("update", 0, 2), ("update", 1, 3), ("A", 1, 3)):
+        layer, other = (compare_layers("w", "w", x[i], x[j], None, of) for x in (here, there))
+        for name, side in layer.sides.items():
+            assert close(side.overlap, other.sides[name].overlap, FLOAT32)
+        if layer.inner is not None:
+            assert layer.inner == pytest.approx(other.inner, rel=1e-4)  # a sum of terms of either sign
 
 
 def test_a_dora_adapter_on_the_device(tmp_path: Path) -> None:

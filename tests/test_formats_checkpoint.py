@@ -377,7 +377,8 @@ def test_an_adapter_that_lost_its_weights(tmp_path):
         formats.open(folder)
 
 
-def test_a_study_points_to_its_runs(tmp_path):
+def test_a_study_points_to_a_run_that_has_an_update(tmp_path):
+    (tmp_path / "runs" / "base-s0").mkdir(parents=True)
     write_adapter(tmp_path / "runs" / "lora-r4" / "adapter")
     (tmp_path / "study.json").write_text("{}")
     with pytest.raises(FormatError, match=r"is a study.*lora-r4"):

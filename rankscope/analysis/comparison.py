@@ -170,7 +170,8 @@ def compare(
             f"{left.label} and {right.label}: no layer can be compared; {skipped[0].name}: {skipped[0].reason}"
         )
     skipped += [Skipped(one.name, f"in {s}: {one.reason}") for s, x in (("a", left), ("b", right)) for one in x.skipped]
-    summary = _summary(found, _initial(left, right, patterns) if of == "update" else None)
+    initial, unread = _initial(left, right, patterns) if of == "update" else (None, [])
+    summary = _summary(found, initial)
     return CompareResult(
         a=Compared(path=left.label, kind=left.kind),
         b=Compared(path=right.label, kind=right.kind),
@@ -179,7 +180,7 @@ def compare(
         summary=summary,
         unmatched=Unmatched(a=tuple(pairing.only_a), b=tuple(pairing.only_b)),
         skipped=tuple(skipped),
-        notes=tuple(_notes(left, right, found, summary, top)),
+        notes=(*_notes(left, right, found, summary, top), *unread),
     )
 
 
@@ -258,16 +259,17 @@ def _side(layers: Sequence[LayerComparison], side: Literal["left", "right"]) -> 
     )
 
 
-def _initial(a: Source, b: Source, patterns: list[str] | None) -> SideSummary | None:
-    """How far the factors A of two runs overlapped before training; None where the runs did not keep them."""
+def _initial(a: Source, b: Source, patterns: list[str] | None) -> tuple[SideSummary | None, list[str]]:
+    """How far the factors A of two runs overlapped before training, None where that is not known; and a note where
+    the runs kept them and they cannot be compared."""
     folders = [_initial_folder(source) for source in (a, b)]
     if folders[0] is None or folders[1] is None:
-        return None
+        return None, []
     try:
         before = compare(folders[0], folders[1], layers=patterns, of="A", device=a.device)
-    except RankscopeError:  # they only serve a remark; the adapters themselves can be compared
-        return None
-    return before.summary.right
+    except RankscopeError as error:  # they only serve a remark; the adapters themselves can be compared
+        return None, [f"the factors before training cannot be compared: {error}"]
+    return before.summary.right, []
 
 
 def _initial_folder(source: Source) -> Path | None:

@@ -11,6 +11,7 @@ import torch
 from rankscope.errors import ShapeError
 from rankscope.linalg import working_dtype
 from rankscope.noise import Array
+from rankscope.spectra import SMALLEST_ENERGY
 from rankscope.subspace import Subspace, angles, chance, distances, overlap
 from rankscope.updates import LowRank, Update, check_same_shape
 
@@ -128,8 +129,8 @@ def compare_layers(name: str, name_b: str, a: Update, b: Update, top: int | None
     left_b, right_b = Subspace.pair(b, _directions(b, top))
     inner = a.inner(b) if of == "update" else None
     norms = a.norm, b.norm
-    if min(norms) == 0:
-        raise ShapeError("it is so small that its norm underflows to zero; there is nothing to compare")
+    if min(norms) ** 2 < SMALLEST_ENERGY:
+        raise ShapeError(f"it is too small to compare: a norm of {min(norms):.3g} loses digits when it is squared")
     return LayerComparison(
         name=name,
         name_b=name_b,
