@@ -12,7 +12,7 @@ from rankscope import plots
 
 def main() -> None:
     config = rankscope.StudyConfig(
-        ranks=(8,), full=False, seeds=(0, 1), steps=60, evaluations=0, targets=("q_proj", "v_proj")
+        ranks=(8,), lrs=(0.01,), full=False, seeds=(0, 1), steps=60, targets=("q_proj,v_proj",)
     )
     with tempfile.TemporaryDirectory() as folder:
         study = rankscope.run_study(config, Path(folder) / "study")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rankscope.lora.spec import AdapterSpec as AdapterSpec
     from rankscope.spectra import Spectrum as Spectrum
     from rankscope.subspace import Subspace as Subspace
+    from rankscope.train.callback import RankCallback as RankCallback
     from rankscope.train.config import StudyConfig as StudyConfig
     from rankscope.train.study import Study as Study
     from rankscope.train.study import run_study as run_study
@@ -34,6 +35,7 @@ _HOME = {
     "CompareResult": "analysis.comparison",
     "Dense": "updates",
     "LowRank": "updates",
+    "RankCallback": "train.callback",
     "RankscopeError": "errors",
     "Spectrum": "spectra",
     "SpectrumResult": "analysis.spectra",

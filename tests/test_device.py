@@ -28,9 +28,9 @@ from rankscope.spectra import Spectrum
 from rankscope.subspace import Subspace, angles, chance, overlap
 from rankscope.train.config import StudyConfig, resolve_device
 from rankscope.train.llama import Llama, LlamaConfig
-from rankscope.train.loop import InterruptedTrainingError, Loop, move
+from rankscope.train.loop import Group, InterruptedTrainingError, Silent, move
 from rankscope.train.runs import grid
-from rankscope.train.study import Silent, Study, run_study
+from rankscope.train.study import Study, run_study
 from rankscope.train.tasks import make_task
 from rankscope.updates import Dense, LowRank
 
@@ -315,12 +315,12 @@ def test_a_study_stopped_on_one_device_goes_on_on_another(tmp_path: Path, after:
     assert losses(resumed) == pytest.approx(losses(whole), rel=0 if first == "fake" else FLOAT32)
 
 
-def looped(folder: Path, task: str = "planted", method: str = "lora", **changes: Any) -> Loop:
+def looped(folder: Path, task: str = "planted", method: str = "lora", **changes: Any) -> Group:
     """A run on the device, ready to step."""
     config = settings("fake", task=task, **changes)
     made = make_task(config)
     run = next(run for run in grid(config, made) if run.method == method)
-    return Loop(made, config, run, folder, {"validation": {"loss": 1.0}}, DEVICE, Silent())
+    return Group(made, config, [run], [folder], {run.seed: {"validation": {"loss": 1.0}}}, DEVICE, Silent())
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -337,18 +337,18 @@ def test_a_training_step_never_waits_for_the_device(
         loop._step()
         loop._step()
     assert noted == []
-    assert loop.progress.step == 2
-    assert float(loop.loss_sum) > 0
+    assert loop.trainees[0].progress.step == 2
+    assert min(loop.trainees[0].new_losses()) > 0
 
 
 def test_a_step_after_a_resumption_does_not_wait_either(tmp_path: Path) -> None:
     """The optimizer's count of steps stays with the host, which reads it."""
     loop = looped(tmp_path)
     loop._step()
-    loop._save_state()
+    loop._save_states()
     again = looped(tmp_path)
-    assert again._resume()
-    assert {weight.device for weight in again.parameters.values()} == {DEVICE}
+    assert again.trainees[0].resume()
+    assert {weight.device for weight in again.trainees[0].parameters.values()} == {DEVICE}
     with waits() as noted:
         again._step()
     assert noted == []
@@ -358,8 +358,8 @@ def test_a_wait_in_a_step_would_be_seen(tmp_path: Path, monkeypatch: pytest.Monk
     loop = looped(tmp_path)
     honest = loop.task.loss
 
-    def reading(model: nn.Module, batch: Any) -> Tensor:
-        loss = honest(model, batch)
+    def reading(outputs: Tensor, batch: Any) -> Tensor:
+        loss = honest(outputs, batch)
         assert float(loss.detach()) > 0
         return loss
 
@@ -383,7 +383,7 @@ def test_a_model_of_transformers_on_the_device(tmp_path: Path, method: str) -> N
         run_study(hf.settings(tmp_path, tmp_path / "bert", device=device, **more), tmp_path / device)
         for device in ("cpu", "fake")
     )
-    assert len(there.done()) == 2
+    assert len(there.done()) == 1 + 3
     assert losses(there) == pytest.approx(losses(here), rel=FLOAT32)
 
 
@@ -392,12 +392,16 @@ def test_batches_wait_for_apple_gpus_alone() -> None:
     asked = []
 
     class Batch:
+        def pin_memory(self) -> Batch:
+            asked.append(("pinned", True))
+            return self
+
         def to(self, device: torch.device, non_blocking: bool) -> None:
             asked.append((device.type, non_blocking))
 
     for name in ("cuda", "mps"):
         move({"x": Batch()}, torch.device(name))
-    assert asked == [("cuda", True), ("mps", False)]
+    assert asked == [("pinned", True), ("cuda", True), ("mps", False)]
 
 
 # Shapes

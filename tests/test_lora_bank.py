@@ -251,7 +251,11 @@ def test_biases_and_whole_modules_are_trained_with_the_adapter(bias: str, traine
     net = make_net()
     bank = Bank.attach(net, AdapterSpec(2, 4.0, ["up", "0"], bias=bias, modules_to_save=["out"]), generator(0))
     assert set(bank.biases) == trained
-    trainable = {name.replace(".base_layer", "") for name, p in net.named_parameters() if p.requires_grad}
+    trainable = {
+        name.replace(".base_layer", "").replace(".copies.0", "")
+        for name, p in net.named_parameters()
+        if p.requires_grad
+    }
     factors = {f"{name}.{half}" for name in ("up", "block.0") for half in "AB"}
     assert trainable == factors | {f"{name}.bias" for name in trained} | {"out.weight", "out.bias"}
     sizes = {"conv": 4, "norm": 36, "up": 10, "block.0": 10, "block.2": 8}

@@ -22,7 +22,9 @@ from rankscope.lora import AdapterSpec, Bank
         ({"dropout": 1.0}, r"\[0, 1\)"),
         ({"dropout": -0.1}, r"\[0, 1\)"),
         ({"dropout": "x"}, r"\[0, 1\)"),
-        ({"init": "pissa"}, "init is one of kaiming, gaussian"),
+        ({"init": "olora"}, "init is one of kaiming, gaussian, pissa"),
+        ({"init": "pissa", "alpha": 0}, "alpha must be positive, not 0"),
+        ({"init": "pissa", "alpha_pattern": {"up": -1.0}}, "alpha must be positive, not -1.0"),
         ({"bias": "some"}, "bias is one of none, lora_only, all"),
         ({"targets": []}, "hold names"),
         ({"targets": [""]}, "hold names"),
@@ -117,7 +119,11 @@ def test_banks_that_cannot_be_are_refused() -> None:
         ([spec, spec], [generator(0)], "2 adapters need as many generators"),
         ([spec, spec], [shared, shared], "generators of their own"),
         ([spec, AdapterSpec(2, 4.0, ["up"], bias="all")], [generator(0), generator(1)], "one adapter"),
-        ([spec, AdapterSpec(2, 4.0, ["up"], modules_to_save=["out"])], [generator(0), generator(1)], "one adapter"),
+        (
+            [spec, AdapterSpec(2, 4.0, ["up"], modules_to_save=["out"])],
+            [generator(0), generator(1)],
+            "the same modules",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             Bank.attach(make_net(), specs, generators)

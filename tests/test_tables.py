@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,6 +97,23 @@ BROKEN = {
     "not parquet": ("t.parquet", b"PAR1 and no more", "not a whole parquet file"),
     "empty parquet": ("t.parquet", b"", "not a whole parquet file"),
 }
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_files_are_closed(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, content, _ = BROKEN[case]
+    (tmp_path / name).write_bytes(content)
+    files, opens = [], Path.open
+
+    def noted(path: Path, *how: Any) -> Any:
+        files.append(opens(path, *how))
+        return files[-1]
+
+    monkeypatch.setattr(Path, "open", noted)
+    with pytest.raises(FormatError) as caught:
+        read_table(tmp_path / name, WANTED)
+    assert caught.value  # its traceback holds on to whatever was left half-way
+    assert all(file.closed for file in files)
 
 
 @pytest.mark.parametrize("case", BROKEN)

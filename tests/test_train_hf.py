@@ -21,7 +21,7 @@ from rankscope.errors import ConfigError, FormatError, RankscopeError
 from rankscope.train import hf
 from rankscope.train.config import StudyConfig
 from rankscope.train.hf import ClassifyTask, LmTask, macro_f1, make_hf_task
-from rankscope.train.pretrained import Pretrained, check_tokens, dtype_keyword, length_limit
+from rankscope.train.pretrained import Pretrained, check_tokens, draws_numbers, dtype_keyword, length_limit
 from rankscope.train.tasks import make_task
 
 transformers = pytest.importorskip("transformers")
@@ -151,12 +151,12 @@ def test_metrics_are_transformers_own_on_single_rows(tmp_path: Path, folders: di
     truth, losses, right = [], [], []
     for place in task.splits["test"].tolist():
         out = model(input_ids=task.rows[place][None], labels=task.truth[place][None])
-        alone = task.logits(model, task.collate([place]))
+        alone = task.outputs(model, task.collate([place]))
         assert torch.equal(alone, out.logits)
         truth.append(out.logits.detach())
         losses.append(out.loss.item())
         right.append(bool(out.logits.argmax() == task.truth[place]))
-    together = task.logits(model, task.collate(task.splits["test"]))
+    together = task.outputs(model, task.collate(task.splits["test"]))
     # Float32 sums over some 20 tokens and 16 features in another order.
     torch.testing.assert_close(together, torch.cat(truth), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
@@ -217,7 +217,8 @@ def test_learns_what_can_be_learned(tmp_path: Path, folders: dict[str, Path]) ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(20):
         optimizer.zero_grad()
-        task.loss(model, task.batch(0, step, 8)).backward()
+        batch = task.batch(0, step, 8)
+        task.loss(task.outputs(model, batch), batch).backward()
         optimizer.step()
     with torch.no_grad():
         assert task.evaluate(model, "validation", CPU)["accuracy"] == 1.0
@@ -228,11 +229,11 @@ def test_loss_is_computed_in_float32(tmp_path: Path, folders: dict[str, Path]) -
     model, batch = task.model(0), task.batch(0, 0, 8)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss = task.loss(model, batch)
+        loss = task.loss(task.outputs(model, batch), batch)
     assert logits.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(F.cross_entropy(logits.double(), batch["labels"]).item(), rel=1e-6)
-    assert task.loss(model.to(torch.bfloat16), batch).dtype == torch.float32
+    assert task.loss(task.outputs(model.to(torch.bfloat16), batch), batch).dtype == torch.float32
 
 
 def test_evaluation_pads_little(tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +246,78 @@ def test_evaluation_pads_little(tmp_path: Path, folders: dict[str, Path], monkey
         task.evaluate(model, "test", CPU)
     lengths = sorted(task.rows[i].numel() for i in task.splits["test"].tolist())
     assert widths == [(2, lengths[1]), (2, lengths[3]), (2, lengths[5])]
+
+
+def gradients(task: Any, model: Any, batches: list[Any]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """Loss of each batch and its gradient, from one pass over all."""
+    joined, n = task.join(batches), len(batches)
+    parts = {key: value.chunk(n) for key, value in joined.items()}
+    outputs = task.outputs(model, joined).chunk(n)
+    losses = [task.loss(out, {key: value[i] for key, value in parts.items()}) for i, out in enumerate(outputs)]
+    where = list(model.parameters())
+    return [(loss, list(torch.autograd.grad(loss, where, retain_graph=True))) for loss in losses]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*(("classify", name) for name in ("bert", "roberta", "llama", "gpt2")), ("lm", "llama"), ("lm", "gpt2")],
+)
+def test_a_joined_batch_gives_each_run_what_it_has_alone(
+    tmp_path: Path, folders: dict[str, Path], name: str, kind: str
+) -> None:
+    """Padding to the longest of all changes nothing: decoders, too, read the last token that is none."""
+    task: Any = classifier(tmp_path, folders[name]) if kind == "classify" else lm(tmp_path, folders[name])
+    model: Any = wide(task.model(0))
+    batches = [task.batch(seed, 0, 2) for seed in (0, 1, 2)]
+    joined = task.join(batches)
+    if kind == "classify":
+        widths = [batch["input_ids"].shape[1] for batch in batches]
+        assert len(set(widths)) > 1
+        assert joined["input_ids"].shape == (6, max(widths))
+        assert task.tokens(joined) == 6 * max(widths) <= 6 * task.tokens_per_example()
+        assert task.tokens_per_example() == max(len(task.rows[place]) for place in task.splits["train"].tolist())
+    else:
+        assert task.tokens(joined) == 6 * task.tokens_per_example() == 6 * task.length
+    assert task.can_share(task.model(0), CPU)
+    model.eval()
+    for (loss, together), batch in zip(gradients(task, model, batches), batches, strict=True):
+        [(expected, alone)] = gradients(task, model, [batch])
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        for a, b in zip(together, alone, strict=True):
+            # Float32 sums over some 20 tokens in another order.
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()) + 1e-7)
+
+
+def test_which_bases_draw(tmp_path: Path, folders: dict[str, Path]) -> None:
+    assert {name: classifier(tmp_path, folders[name]).draws for name in ("bert", "gpt2", "llama")} == {
+        "bert": True,
+        "gpt2": True,
+        "llama": False,
+    }
+    assert (lm(tmp_path, folders["gpt2"]).draws, lm(tmp_path, folders["llama"]).draws) == (True, False)
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+    def bert(**more: Any) -> Any:
+        config = transformers.BertConfig(vocab_size=44, **SMALL, **{**none, **more})
+        return transformers.BertForSequenceClassification(config)
+
+    assert not draws_numbers(bert())
+    assert draws_numbers(bert(attention_probs_dropout_prob=0.1))  # eager attention has no module for it
+    assert draws_numbers(bert(router_jitter_noise=0.01))
+    assert draws_numbers(bert(text={"layerdrop": 0.5}))
+    assert not draws_numbers(bert(use_dropout=True, text={"layerdrop": 0.0}))
+    model = bert()
+    model.bert.encoder.layer[1].output.dropout = torch.nn.Dropout(0.2)
+    assert draws_numbers(model)
+
+
+def test_default_rates_and_batch(tmp_path: Path, folders: dict[str, Path]) -> None:
+    for task in (classifier(tmp_path, folders["bert"]), lm(tmp_path, folders["llama"])):
+        assert task.rates(full=True) == (6e-5, 2e-4, 6e-4)
+        assert task.rates(full=False) == (6e-4, 2e-3, 6e-3)
+        assert task.default_batch == 16
+    assert classifier(tmp_path, folders["bert"], epochs=1.0).steps == 3  # 48 rows, 16 at a time
+    assert classifier(tmp_path, folders["bert"], epochs=1.0, batch=8).steps == 6
 
 
 def test_macro_f1_closed_form() -> None:
@@ -381,14 +454,14 @@ def test_loss_and_perplexity_are_transformers_own(
     with torch.no_grad():
         expected = sum(model(input_ids=w, labels=w).loss.item() for w in windows) / len(windows)
         found = task.evaluate(model, "test", CPU)
-        task.window_rows = 3
+        task.evaluation_rows = 3
         again = task.evaluate(model, "test", CPU)
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
     assert again == pytest.approx(found, rel=1e-4)
     assert [len(rows) for rows in task.windows("test")][:2] == [3, 3]
     monkeypatch.setattr(hf, "LOGITS", 5 * 16 * 257)
-    assert lm(tmp_path, folders[name], max_length=16).window_rows == 5
+    assert lm(tmp_path, folders[name], max_length=16).evaluation_rows == 5
 
 
 def test_documents_stay_whole_and_apart(tmp_path: Path, folders: dict[str, Path]) -> None:
@@ -413,7 +486,8 @@ def test_window_length(tmp_path: Path, folders: dict[str, Path]) -> None:
 def test_gradients_reach_the_language_model(tmp_path: Path, folders: dict[str, Path]) -> None:
     task = lm(tmp_path, folders["llama"], max_length=16)
     model = task.model(0)
-    task.loss(model, task.batch(0, 0, 4)).backward()
+    batch = task.batch(0, 0, 4)
+    task.loss(task.outputs(model, batch), batch).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
@@ -617,7 +691,7 @@ def test_dropout_of_the_base_is_the_runs_own(tmp_path: Path, folders: dict[str, 
     from rankscope.train.study import Silent, Study, run_study
 
     config = settings(
-        tmp_path, folders["bert"], classified(60), ranks=(2,), full=False, steps=6, batch=8, targets=("query", "value")
+        tmp_path, folders["bert"], classified(60), ranks=(2,), full=False, steps=6, batch=8, targets=("query,value",)
     )
 
     def learned(study: Study) -> list[torch.Tensor]:
@@ -644,7 +718,7 @@ def test_an_adapter_with_its_head_gives_peft_the_same_logits(tmp_path: Path, fol
     from rankscope.train.study import run_study
 
     config = settings(
-        tmp_path, folders["bert"], classified(60), ranks=(2,), full=False, steps=6, batch=8, targets=("query", "value")
+        tmp_path, folders["bert"], classified(60), ranks=(2,), full=False, steps=6, batch=8, targets=("query,value",)
     )
     study = run_study(config, tmp_path / "study")
     adapter = study.path(study.done()[-1].run) / "adapter"

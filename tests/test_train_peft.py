@@ -23,7 +23,10 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    config = make_config({"ranks": (3,), "steps": 6, "evaluations": 0, "rslora": True, "lrs": (2e-2,)}, "test")
+    config = make_config(
+        {"ranks": (3,), "steps": 12, "evaluations": 0, "methods": ("rslora",), "lrs": (1e-2,), "full_lrs": (1e-3,)},
+        "test",
+    )
     return run_study(config, tmp_path_factory.mktemp("docs") / "study")
 
 
@@ -36,7 +39,7 @@ def adapted(study: Study) -> Any:
 def test_it_has_learned_something(study: Study) -> None:
     before = study.score(study.done()[0])
     for record in study.done()[1:]:
-        assert study.score(record) < before - 0.05
+        assert study.score(record) < before - 0.02
         assert record.before["test"] == pytest.approx(study.done()[0].metrics["test"], rel=1e-6)
 
 

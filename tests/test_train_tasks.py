@@ -9,13 +9,23 @@ import pytest
 import torch
 
 from rankscope.errors import FormatError
+from rankscope.lora import AdapterSpec, Bank
 from rankscope.spectra import Spectrum, mp_count
 from rankscope.train.config import make_config
 from rankscope.train.llama import Llama, LlamaConfig, load_llama, save_llama
 from rankscope.train.planted import PlantedTask
 from rankscope.train.results import baseline, rows
 from rankscope.train.study import run_study
-from rankscope.train.tasks import DocsTask, WindowTask, base_folder, documentation, split_blocks
+from rankscope.train.tasks import (
+    Batch,
+    DocsTask,
+    Task,
+    WindowTask,
+    base_folder,
+    documentation,
+    split_blocks,
+    weighted_mean,
+)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +117,77 @@ def test_batches_are_functions_of_seed_and_index(docs: DocsTask) -> None:
     assert torch.equal(docs.batch(0, 5, 4)["tokens"], docs.batch(0, 5, 4)["tokens"])
     assert not torch.equal(docs.batch(0, 5, 4)["tokens"], docs.batch(1, 5, 4)["tokens"])
     assert not torch.equal(docs.batch(0, 5, 4)["tokens"], docs.batch(0, 6, 4)["tokens"])
+
+
+def test_default_rates_are_half_a_decade_apart_and_ten_times_higher_for_lora(docs: DocsTask) -> None:
+    assert docs.rates(full=True) == (3e-4, 1e-3, 3e-3)
+    assert docs.rates(full=False) == (3e-3, 1e-2, 3e-2)
+    planted = PlantedTask(2, 0.5)
+    assert (planted.rates(full=True), planted.rates(full=False)) == ((3e-3,), (1e-2,))
+    assert (docs.default_batch, planted.default_batch) == (8, 16)
+
+
+def gradients(task: Task, model: torch.nn.Module, batches: list[Batch]) -> list[list[torch.Tensor]]:
+    """The gradient of each batch's own loss, from one pass over all."""
+    joined, n = task.join(batches), len(batches)
+    parts = {key: value.chunk(n) for key, value in joined.items()}
+    outputs = task.outputs(model, joined).chunk(n)
+    losses = [task.loss(out, {key: value[i] for key, value in parts.items()}) for i, out in enumerate(outputs)]
+    where = list(model.parameters())
+    return [list(torch.autograd.grad(loss, where, retain_graph=True)) for loss in losses]
+
+
+@pytest.mark.parametrize("name", ["docs", "planted"])
+def test_a_joined_batch_gives_each_run_its_own_gradient(docs: DocsTask, name: str) -> None:
+    task = docs if name == "docs" else PlantedTask(2, 0.5)
+    model = task.model(0)
+    batches = [task.batch(seed, 0, 2) for seed in (0, 1, 2)]
+    joined = task.join(batches)
+    assert task.tokens(joined) == 3 * task.tokens(batches[0]) == 6 * task.tokens_per_example()
+    assert task.tokens_per_example() == (128 if name == "docs" else 1)
+    for together, batch in zip(gradients(task, model, batches), batches, strict=True):
+        for a, b in zip(together, gradients(task, model, [batch])[0], strict=True):
+            # float32 sums in another order
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+    assert task.can_share(task.model(0), torch.device("cpu"))
+
+
+def test_recomputed_blocks_have_the_same_gradients(docs: DocsTask) -> None:
+    model = docs.model(0).train()
+    batch = docs.batch(0, 0, 2)
+    passes = [0]
+    model.model.layers[2].mlp.register_forward_pre_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    kept = gradients(docs, model, [batch])[0]
+    assert passes == [1]
+    docs.checkpoint(model)
+    again = gradients(docs, model, [batch])[0]
+    assert passes == [3]
+    assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
+    gradients(docs, model.eval(), [batch])
+    assert passes == [4]
+
+
+def test_adapters_learn_through_recomputed_blocks_of_the_embedded_base(docs: DocsTask) -> None:
+    found = []
+    for recompute in (False, True):
+        model = docs.model(0)
+        spec = AdapterSpec(2, 4.0, ("q_proj", "down_proj"), dropout=0.3)
+        bank = Bank.attach(model, [spec, spec], [torch.Generator().manual_seed(i) for i in (1, 2)])
+        bank.select(None)
+        if recompute:
+            docs.checkpoint(model)
+        bank.route.seeds = (3, 4)
+        batch = docs.join([docs.batch(seed, 0, 2) for seed in (0, 1)])
+        docs.loss(docs.outputs(model.train(), batch), batch).backward()
+        found.append([layer.B.grad for layer in bank.layers.values()])
+    for a, b in zip(*found, strict=True):
+        assert a is not None
+        assert a.abs().sum() > 0
+        assert torch.equal(a, b)
+
+
+def test_weighted_mean_is_that_of_all_rows() -> None:
+    assert weighted_mean([torch.tensor(1.0), torch.tensor(4.0)], [3, 1]) == 1.75
 
 
 def test_the_planted_floor_is_eckart_and_young() -> None:

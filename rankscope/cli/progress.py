@@ -4,65 +4,234 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
 from types import FrameType
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
-from rankscope.train.loop import Listener
+from rankscope.cli.common import count, printable
+from rankscope.cli.standing import Leader, Metric, Standing, duration, summary
+from rankscope.formats.files import read_json
+from rankscope.train.loop import Listener, Silent
 from rankscope.train.runs import Record, Run
-from rankscope.train.study import Silent
+
+PER_SECOND = 4  # times the view is drawn
+LIFE = 60.0  # seconds without a line after which a log gets one
+ABOVE = 5  # lines of the view that are not the table's
+MOST_GROUPS = 4
+LONGEST = 36  # letters of a label
 
 
-class Lines(Silent):
-    """Plain lines on stderr: for pipes and logs."""
+class Lines:
+    """Plain lines for pipes and logs: one a run that has ended, and a sign of life a minute.
+
+    Args:
+        say: writes a line.
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, standing: Standing, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
+        self.standing, self._write, self.clock = standing, say, clock
+        self.total, self.spoke, self.based = 0, clock(), False
+
+    def planned(self, runs: Sequence[Run], ended: Sequence[Record]) -> None:
+        self.standing.planned(runs, ended)
+        standing = self.standing
+        if standing.total != self.total:
+            self.total = standing.total
+            self.say(f"{count(standing.total, 'run')}{f', {standing.done} ended' if standing.done else ''}")
 
     def started(self, run: Run, steps: int, at: int) -> None:
-        taken_up = f", taken up at step {at}" if at else ""
-        self.say(f"{run.name}: {steps} steps{taken_up}")
+        # A run that is started for the second time has only changed its company.
+        if at and run.name not in self.standing.first:
+            self.say(f"{run.name}: taken up at step {at} of {steps}")
+        self.standing.started(run, steps, at)
+
+    def stepped(self, runs: Sequence[Run], tokens: int, steps: int = 1) -> None:
+        self.standing.stepped(runs, tokens, steps)
+        if self.clock() - self.spoke >= LIFE:
+            standing = self.standing
+            now = "; ".join(f"step {at}/{standing.steps} of {summary(group)}" for group, at in standing.in_training())
+            self.say(", ".join([f"{standing.done}/{standing.total} runs", now, *pace(standing)]))
 
     def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
-        self.say(f"{run.name}: step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        self.standing.evaluated(run, step, metrics)
+        metric, base = self.standing.metric, self.standing.base
+        if not self.based and metric is not None and base is not None:
+            self.based = True
+            self.say(f"base: validation {metric.name} {base:.4f} ({metric.way})")
 
     def ended(self, record: Record) -> None:
+        self.standing.ended(record)
+        if record.run.method != "base":
+            self.say(f"[{self.standing.done}/{self.standing.total}] {record.run.name}: {self._outcome(record)}")
+
+    def _outcome(self, record: Record) -> str:
+        metric, base = self.standing.metric, self.standing.bases.get(record.run.seed)
         if record.status == "diverged":
-            self.say(f"{record.run.name}: diverged at step {record.steps}; recorded as such")
+            return f"diverged at step {record.steps}"
+        if record.status == "stopped":
+            return f"stopped at step {record.steps}, in the worse half of its rates"
+        score = self.standing.scores.get(record.run.name)
+        if metric is None or score is None:
+            return "done"
+        return f"validation {metric.name} {score:.4f}" + ("" if base is None else f" (base {base:.4f})")
+
+    def noted(self, text: str) -> None:
+        self.say(f"note: {text}")
 
     def say(self, line: str) -> None:
-        click.echo(line, err=True)
+        self.spoke = self.clock()
+        self._write(printable(line))
 
 
-class Bars(Lines):
-    """One bar for the run in progress, above it the evaluations so far."""
+class View:
+    """What a terminal shows in place, at most a screen of it: bar, pace, groups in training, the best so far.
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.bar = progress.add_task("", total=None)
+    Heard in one thread, drawn in another. Drawing never waits: a frame that cannot have the numbers now shows those
+    of the last one, so that nobody who writes to the terminal can be waited for in turn.
+    """
+
+    def __init__(self, standing: Standing, console: Console) -> None:
+        self.standing, self.console = standing, console
+        self.lock = Lock()
+        self.shown: RenderableType = ""
+
+    def planned(self, runs: Sequence[Run], ended: Sequence[Record]) -> None:
+        with self.lock:
+            self.standing.planned(runs, ended)
 
     def started(self, run: Run, steps: int, at: int) -> None:
-        self.progress.update(self.bar, description=run.name, total=steps, completed=at)
+        with self.lock:
+            self.standing.started(run, steps, at)
 
-    def stepped(self, run: Run, step: int) -> None:
-        self.progress.update(self.bar, completed=step)
+    def stepped(self, runs: Sequence[Run], tokens: int, steps: int = 1) -> None:
+        with self.lock:
+            self.standing.stepped(runs, tokens, steps)
 
-    def say(self, line: str) -> None:
-        self.progress.console.print(line, highlight=False, markup=False)
+    def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
+        with self.lock:
+            self.standing.evaluated(run, step, metrics)
+
+    def ended(self, record: Record) -> None:
+        with self.lock:
+            self.standing.ended(record)
+
+    def noted(self, text: str) -> None:
+        """Stays on the terminal, above the view."""
+        self.console.print(f"note: {printable(text)}", highlight=False, markup=False)
+
+    def frame(self) -> RenderableType:
+        if self.lock.acquire(blocking=False):
+            try:
+                self.shown = draw(self.standing, self.console.height)
+            finally:
+                self.lock.release()
+        return self.shown
+
+
+def draw(standing: Standing, height: int) -> RenderableType:
+    """The view of these numbers, at most ``height`` lines; each line is cut at the width of the console."""
+    if not standing.total:
+        return Text("getting ready", style="dim")
+    bar = Table.grid(padding=(0, 2), expand=True)
+    bar.add_column(no_wrap=True)
+    bar.add_column(ratio=1)
+    bar.add_column(no_wrap=True)
+    done = f"{standing.done}/{count(standing.total, 'run')}"
+    bar.add_row(done, ProgressBar(total=1.0, completed=standing.share), Text(", ".join(pace(standing)), style="cyan"))
+    groups = standing.in_training()[-MOST_GROUPS:]
+    room = max(0, height - ABOVE - max(1, len(groups)))
+    return Group(bar, _groups(standing, groups), *([_leaders(standing, room)] if room > 1 else []))
+
+
+def pace(standing: Standing) -> list[str]:
+    """Tokens per second and time remaining, as far as they are known."""
+    speed, left = standing.speed.per_second(), standing.seconds_left()
+    return [
+        *([] if speed is None else [f"{speed:,.0f} tokens/s"]),
+        *([] if left is None else [f"about {duration(left)} left"]),
+    ]
+
+
+def _groups(standing: Standing, groups: Sequence[tuple[list[Run], int]]) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, justify="right")
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    for runs, at in groups:
+        table.add_row(f"step {at}/{standing.steps}", Text(printable(summary(runs))))
+    return table if groups else Text("no run in training yet" if not standing.done else "between runs", style="dim")
+
+
+def _leaders(standing: Standing, room: int) -> RenderableType:
+    """The best rate of each label so far, in ``room`` lines besides the header."""
+    metric = standing.metric
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    # Only these two give way where it is narrow: by their columns, in which nothing is set not to wrap.
+    table.add_column(_cut(f"best so far{f' ({metric.way})' if metric else ''}"))
+    for header in (metric.name if metric else "", "lr", "runs"):
+        table.add_column(header, no_wrap=True, justify="right")
+    table.add_column("")
+    found = [Leader("base", standing.base, None, 0, 0, 0), *standing.leaders()]
+    shown = found if len(found) <= room else found[: room - 1]
+    for one in shown:
+        score, lr = "" if one.score is None else f"{one.score:.4f}", "" if one.lr is None else f"{one.lr:g}"
+        runs = f"{one.ended}/{one.planned}" if one.planned else ""
+        notes = f"{one.lost} diverged or stopped" if one.lost else ""
+        # The end of a long label, its rank, tells it from others.
+        label = one.label if len(one.label) <= LONGEST else f"…{one.label[1 - LONGEST :]}"
+        table.add_row(_cut(printable(label)), score, lr, runs, _cut(notes, "dim"))
+    if len(shown) < len(found):
+        table.add_row(_cut(f"… and {len(found) - len(shown)} more", "dim"))
+    return table
+
+
+def _cut(text: str, style: str = "") -> Text:
+    """On one line whatever its width."""
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
 @contextmanager
-def listen(quiet: bool) -> Iterator[Listener]:
-    """The listener that fits: none when quiet, a bar on a terminal, lines in a pipe."""
+def listen(quiet: bool, study: Path | str | None = None, workers: int = 1) -> Iterator[Listener]:
+    """The listener that fits: none when quiet, a view in place on a terminal, lines in a pipe.
+
+    Args:
+        study: folder of the study; what runs are compared by is read there once they are planned. Without it no
+            scores are shown.
+        workers: processes at work whose reports come here.
+    """
+    standing = Standing(lambda: None if study is None else metric_of(Path(study)), workers)
+    console = Console(stderr=True)
     if quiet:
         yield Silent()
-    elif sys.stderr.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            yield Bars(progress)
+    elif sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal:
+        view = View(standing, console)
+        # stdout may go elsewhere, and is not ours to divert.
+        with Live(
+            get_renderable=view.frame,
+            console=console,
+            refresh_per_second=PER_SECOND,
+            transient=True,
+            redirect_stdout=False,
+            vertical_overflow="crop",
+        ):
+            yield view
     else:
-        yield Lines()
+        yield Lines(standing, lambda line: click.echo(line, err=True))
+
+
+def metric_of(study: Path) -> Metric:
+    description = read_json(study / "study.json")
+    return Metric(str(description["metric"]), bool(description["higher_is_better"]))
 
 
 @contextmanager
@@ -75,7 +244,8 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        click.echo("stopping: saving the run in progress (once more to stop at once)", err=True)
+        # print, since click.echo would get past the view, which then could not keep this line above itself.
+        print("stopping: saving the runs in progress (once more to stop at once)", file=sys.stderr, flush=True)
 
     old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

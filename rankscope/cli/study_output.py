@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import json
+import statistics
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
+from rankscope.cli.cost_table import cost_rows, costs, legend
 from rankscope.train.results import MEASURE, Row, baseline
+from rankscope.train.runs import Run
 from rankscope.train.study import Study
 
 if TYPE_CHECKING:
     from rankscope.plots import PerformancePoint
 
-HEADER = ("method", "lr", "seed", "trainable", "validation", "test", "entropy", "stable", "k90", "s/step")
+RANKS = {"entropy": "entropy_rank", "stable": "stable_rank", "k90": "k90"}
+RUNS_HEADER = ("method", "lr", "seed", "trainable", "validation", "test", *RANKS, "s/step")
+LABELS_HEADER = ("method", "lr", "seeds", "validation", "test", *RANKS, "lost")
+SERIES = {
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "lora+": "LoRA+",
+    "frozen-a": "LoRA, A frozen",
+    "pissa": "PiSSA",
+    "bias": "biases only",
+    "head": "head only",
+    "full": "full fine-tuning",
+}
+"""What plots call a method."""
 
 
-def print_study(study: Study, found: list[Row], as_json: bool) -> None:
-    """The table of runs on stdout, or the same as JSON."""
+def print_study(study: Study, found: list[Row], as_json: bool, verbose: bool = False) -> None:
+    """The runs and what they cost: tables on stdout with their legend on stderr, or the same as JSON.
+
+    Args:
+        verbose: a row for each run, not one for each label; JSON has every run.
+    """
+    entries = costs(found)
     if as_json:
         described = {
             "schema": "rankscope.study-table/1",
@@ -26,59 +49,134 @@ def print_study(study: Study, found: list[Row], as_json: bool) -> None:
             "metric": study.metric,
             "higher_is_better": study.higher_is_better,
             "runs": [row.to_json() for row in found],
+            "peak_memory_of": "allocator" if _device(study).startswith("cuda") else "process",
+            "costs": entries,
         }
         click.echo(json.dumps(described, indent=2, allow_nan=False))
         return
     from rankscope.cli.common import print_table
 
+    if verbose:
+        print_table(RUNS_HEADER, [_run_cells(row) for row in found])
+    else:
+        print_table(*_labels_table(found))
+    _say(_runs_legend(study, found, verbose))
+    if entries:
+        click.echo()
+        print_table(*cost_rows(entries))
+        _say(legend(entries, _device(study)))
+
+
+def _device(study: Study) -> str:
+    return str(study.description.get("machine", {}).get("device", "cpu"))
+
+
+def _say(lines: Sequence[str]) -> None:
+    click.echo("\n" + "\n".join(lines), err=True)
+
+
+def _runs_legend(study: Study, found: Sequence[Row], verbose: bool) -> list[str]:
     way = "higher" if study.higher_is_better else "lower"
-    print_table(HEADER, [_cells(row) for row in found], left=1)
-    click.echo(
-        f"\nvalidation, test: {study.metric} ({way} is better); * the best rate of its method, rank and seed by "
-        "validation.\nentropy, stable, k90: effective ranks of the update, median over layers.",
-        err=True,
+    spread = "" if verbose or len({row.record.run.seed for row in found}) == 1 else ", mean ± standard deviation"
+    lines = [f"validation, test: {study.metric} ({way} is better){spread}."]
+    if any(_mark(row) for row in found):
+        lines.append("* the best rate of its method, targets and rank by validation, the mean over seeds.")
+    lines.append("entropy, stable, k90: effective ranks of the update, median over layers.")
+    if any(row.choice and row.choice.edge for row in found):
+        lines += [
+            "! the best rate is the lowest or the highest that was tried: a better one may lie beyond,",
+            "  and the rank look worse than it is; --extend-lrs goes on.",
+        ]
+    return lines
+
+
+def _labels_table(found: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and one row a label; what was lost has a column where something was."""
+    labels: dict[str, list[Row]] = {}
+    for row in found:
+        labels.setdefault(row.record.run.label, []).append(row)
+    cells = [_label_cells(label, rows) for label, rows in labels.items()]
+    columns = len(LABELS_HEADER) - (not any(row[-1] for row in cells))
+    return LABELS_HEADER[:columns], [row[:columns] for row in cells]
+
+
+def _label_cells(label: str, rows: Sequence[Row]) -> tuple[str, ...]:
+    """The runs at the best rate, put together over seeds."""
+    chosen = [row for row in rows if row.best]
+    lost = Counter(row.record.status for row in rows if row.record.status != "done")
+    return (
+        label,
+        _rate(chosen[0]) if chosen else "",
+        str(len(chosen)),
+        _mean([row.chosen_by for row in chosen]),
+        _mean([row.score for row in chosen]),
+        *(_number(_average([row.ranks.get(name) for row in chosen]), ".1f") for name in RANKS.values()),
+        ", ".join(f"{count} {status}" for status, count in lost.items()),
     )
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _average(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    """Mean, and the sample standard deviation where there are several."""
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return _number(_average(known), ".4f")
+    return f"{statistics.fmean(known):.4f} ± {statistics.stdev(known):.4f}"
+
+
+def _run_cells(row: Row) -> tuple[str, ...]:
     run, cost = row.record.run, row.record.cost
-
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    several = "*" if row.best and run.lr is not None else ""
     return (
         run.label,
-        number(run.lr, "g") + several,
+        _rate(row),
         str(run.seed),
         f"{cost.trainable:,}" if cost else "0",
-        number(row.chosen_by, ".4f") if row.score is not None else row.record.status,
-        number(row.score, ".4f"),
-        *(number(row.ranks.get(name), ".1f") for name in ("entropy_rank", "stable_rank", "k90")),
-        number(cost.seconds_per_step if cost else None, ".3f"),
+        _number(row.chosen_by, ".4f") if row.score is not None else row.record.status,
+        _number(row.score, ".4f"),
+        *(_number(row.ranks.get(name), ".1f") for name in RANKS.values()),
+        _number(cost.seconds_per_step if cost else None, ".3f"),
     )
+
+
+def _rate(row: Row) -> str:
+    return _number(row.record.run.lr, "g") + _mark(row)
+
+
+def _mark(row: Row) -> str:
+    """Where rates were compared, which was best."""
+    if row.choice is None or len(row.choice.tried) < 2:
+        return ""
+    return "*!" if row.choice.edge else "*"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def write_plots(study: Study, found: list[Row]) -> list[Path]:
     """``spectra.png`` and ``performance.png`` in the study's folder, where there are runs to draw."""
     from rankscope import plots
 
-    drawn = [row for row in found if row.best and row.spectra]
-    if not drawn:
-        return []
-    first = min(row.record.run.seed for row in drawn)
-    one_seed = [row.spectra for row in drawn if row.spectra and row.record.run.seed == first]
-    spectra, performance = study.folder / "spectra.png", study.folder / "performance.png"
-    plots.save(plots.plot_spectra(one_seed), spectra)
-    figure = plots.plot_performance(
-        [_point(row) for row in drawn],
-        metric=study.metric,
-        measure=MEASURE,
-        baseline=baseline(study),
-        higher_is_better=study.higher_is_better,
-    )
-    plots.save(figure, performance)
-    return [spectra, performance]
+    written = []
+    best = [row for row in found if row.best and row.record.run.method != "base"]
+    if measured := [row for row in best if row.spectra]:
+        first = min(row.record.run.seed for row in measured)
+        one_seed = [row.spectra for row in measured if row.spectra and row.record.run.seed == first]
+        written.append(plots.save(plots.plot_spectra(one_seed), study.folder / "spectra.png"))
+    if best:
+        figure = plots.plot_performance(
+            [_point(row) for row in best],
+            metric=study.metric,
+            measure=MEASURE,
+            baseline=baseline(study),
+            higher_is_better=study.higher_is_better,
+        )
+        written.append(plots.save(figure, study.folder / "performance.png"))
+    return written
 
 
 def _point(row: Row) -> PerformancePoint:
@@ -86,5 +184,19 @@ def _point(row: Row) -> PerformancePoint:
     from rankscope.plots import PerformancePoint
 
     run = row.record.run
-    method: Literal["lora", "full"] = "lora" if run.method == "lora" else "full"
-    return PerformancePoint(run.label, method, run.rank, row.ranks[MEASURE], row.score or 0.0, run.seed)
+    return PerformancePoint(
+        label=run.label,
+        method=run.method,
+        nominal_rank=run.rank,
+        effective_rank=row.ranks.get(MEASURE),
+        score=row.score or 0.0,
+        seed=run.seed,
+        series=series(run),
+        edge=row.choice is not None and row.choice.edge is not None,
+    )
+
+
+def series(run: Run) -> str:
+    """What the line of a run is called: its method, and its targets where the study names them."""
+    name = SERIES.get(run.method, run.method)
+    return name if run.targets is None else f"{name} on {run.targets}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,12 +10,16 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rankscope.errors import ConfigError, located
-from rankscope.formats.peft_keys import PREFIX, factor_keys
-from rankscope.lora.files import write_adapter
 from rankscope.lora.kinds import Conv1DLayer
-from rankscope.lora.layer import AdapterLayer, Route, Swap
-from rankscope.lora.spec import AdapterSpec, Slot, is_named
-from rankscope.lora.targets import find_saved, find_targets, is_within, layer_class
+from rankscope.lora.layer import AdapterLayer, Half, Pair
+from rankscope.lora.leaves import Leaves
+from rankscope.lora.merging import put, restore
+from rankscope.lora.routing import BASE, Route, Rows
+from rankscope.lora.saving import exact_targets, peft_tensors, write_adapter
+from rankscope.lora.spec import AdapterSpec, Slot
+from rankscope.lora.swap import Swap
+from rankscope.lora.targets import check_bank, find_saved, find_targets, layer_class
+from rankscope.lora.whole import HeadCopies, free_biases
 from rankscope.updates import LowRank
 
 
@@ -31,9 +33,10 @@ class Bank:
     Attributes:
         model: the model, with adapter layers in the places of the targets until ``detach``.
         specs: the spec of each adapter.
+        route: where rows go; ``route.seeds`` makes dropout a function of (seed, layer).
         layers: the adapter layers by the path of the module that they stand for, in the order of the model. Their
             parameters ``A`` and ``B`` have the adapter as first axis.
-        heads: the modules trained whole, by path.
+        heads: what stands for the modules trained whole, by path; ``head`` gives one adapter's copy.
         biases: the trained biases of the base, by the path of their module.
     """
 
@@ -49,6 +52,7 @@ class Bank:
         self.specs = tuple(specs)
         self.route = Route(tuple(generators))
         self.attached = True
+        self._paths = [name for name, _ in model.named_modules()]
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._swaps: list[Swap] = []
         model.requires_grad_(False)
@@ -58,7 +62,8 @@ class Bank:
             if any(name in plan for plan in plans):
                 slots = [plan.get(name, Slot()) for plan in plans]
                 self.layers[name] = self._wrap(name, module, slots, dtype)
-        self.biases = self._free_biases(specs[0].bias)
+        self.biases = free_biases(specs[0].bias, model, self.layers, self.heads, self._swap)
+        self._leaves = Leaves(self.layers)
 
     @classmethod
     def attach(
@@ -80,57 +85,55 @@ class Bank:
 
         Raises:
             ConfigError: a target that does not exist or cannot be adapted, specs and generators that do not pair up,
-                adapters that are there already, or N > 1 with biases or whole modules to train (they belong to the
-                base, which the adapters share).
+                adapters that are there already, adapters with different modules to train whole, or N > 1 with biases
+                to train (they belong to the base, which the adapters share).
+            NonFiniteError: a weight to start from (init "pissa") holds NaN or infinity.
         """
         specs = [specs] if isinstance(specs, AdapterSpec) else list(specs)
         sources = [generators] if isinstance(generators, Generator) else list(generators)
         check_bank(model, specs, sources)
         plans = [find_targets(model, spec) for spec in specs]
         bank = cls(model, specs, plans, sources, dtype)
-        for i, (spec, plan) in enumerate(zip(specs, plans, strict=True)):
-            for name in plan:
-                bank.layers[name].initialise(i, spec.init)
+        try:
+            bank._initialise(plans)
+        except BaseException:
+            bank.detach()
+            raise
         return bank
+
+    def _initialise(self, plans: Sequence[Mapping[str, Slot]]) -> None:
+        for i, (spec, plan) in enumerate(zip(self.specs, plans, strict=True)):
+            for name in plan if spec.init != "pissa" else ():
+                self.layers[name].initialise(i, spec.init)
+        for name, layer in self.layers.items():
+            members = [i for i, spec in enumerate(self.specs) if spec.init == "pissa" and name in plans[i]]
+            if members:
+                layer.start_from_weight(members)
 
     def __len__(self) -> int:
         return len(self.specs)
 
     # Taking the places of modules
 
-    def _swap(self, path: str, replacement: nn.Module | nn.Parameter) -> None:
-        owner, _, name = path.rpartition(".")
-        self._swaps.append(Swap(self.model.get_submodule(owner), name, replacement))
+    def _swap(self, owner: nn.Module, name: str, replacement: nn.Module | nn.Parameter) -> None:
+        self._swaps.append(Swap(owner, name, replacement))
 
-    def _copy_head(self, name: str) -> nn.Module:
-        head = copy.deepcopy(self.model.get_submodule(name)).requires_grad_(True)
-        self._swap(name, head)
+    def _place(self, path: str, replacement: nn.Module) -> None:
+        owner, _, name = path.rpartition(".")
+        self._swap(self.model.get_submodule(owner), name, replacement)
+
+    def _copy_head(self, path: str) -> HeadCopies:
+        head = HeadCopies(self.model.get_submodule(path), len(self.specs), self.route)
+        self._place(path, head)
         return head
 
-    def _wrap(self, name: str, module: Any, slots: Sequence[Slot], dtype: torch.dtype | None) -> AdapterLayer:
+    def _wrap(self, path: str, module: Any, slots: Sequence[Slot], dtype: torch.dtype | None) -> AdapterLayer:
         # Plans name only modules that check_target has let pass.
         kind = cast(type[AdapterLayer], layer_class(module))
         default = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
-        layer = kind(module, slots, self.route, dtype or default)
-        self._swap(name, layer)
+        layer = kind(module, slots, self.route, dtype or default, path)
+        self._place(path, layer)
         return layer
-
-    def _free_biases(self, which: str) -> dict[str, nn.Parameter]:
-        """Replace biases of the base by trainable copies; tied ones stay tied."""
-        if which == "none":
-            return {}
-        owners: dict[str, nn.Module] = {name: layer.base_layer for name, layer in self.layers.items()}
-        if which == "all":
-            wrapped = {*self.layers.values(), *owners.values()}
-            owners |= {name: module for name, module in self.model.named_modules() if module not in wrapped}
-        copies: dict[nn.Parameter, nn.Parameter] = {}
-        biases = {}
-        for name, owner in owners.items():
-            bias = owner._parameters.get("bias")
-            if bias is not None and not any(is_within(name, head) for head in self.heads):
-                biases[name] = copies.setdefault(bias, nn.Parameter(bias.detach().clone()))
-                self._swaps.append(Swap(owner, "bias", biases[name]))
-        return biases
 
     def detach(self) -> nn.Module:
         """The original model: unmerged, its own modules and parameters in place, bit for bit, trainable as before.
@@ -138,8 +141,7 @@ class Bank:
         Adapters can still be read and saved afterwards. Detaching twice does nothing more.
         """
         if self.attached:
-            if self.route.merged is not None:
-                self.unmerge()
+            restore(self.route, self.layers)
             for swap in reversed(self._swaps):
                 swap.undo()
             for parameter, flag in self._flags:
@@ -150,20 +152,38 @@ class Bank:
     # Which adapter rows go through
 
     @property
-    def selected(self) -> int | None:
-        return self.route.selected
+    def selected(self) -> int | tuple[int, ...] | None:
+        """What ``select`` was told last."""
+        where = self.route.selected
+        return where.rows if isinstance(where, Rows) else where
 
-    def select(self, i: int | None) -> None:
-        """Send every row through adapter i; None: the batch is N equal chunks along its first axis, one per adapter.
+    def select(self, which: int | Sequence[int] | None) -> None:
+        """Send every row through one adapter, or each row of a batch through its own.
 
-        With None, every adapted module must be called with the batch as its first axis.
+        Args:
+            which: an adapter for all rows; or a sequence with the adapter of each row, −1 for the base alone, which
+                holds for batches of that many rows; or None: the batch is N equal chunks, one per adapter, in order.
+                Except with one adapter for all, every adapted module must be called with the batch as its first axis.
+
+        Raises:
+            ConfigError: there is no such adapter, or one is merged. (Batches that do not fit are a ShapeError in the
+                forward pass.)
         """
-        self._check(i)
+        self._require(self.attached, "the adapters have been detached")
         self._require(self.route.merged is None, "an adapter is merged; use switch, or unmerge first")
-        self.route.selected = i
+        if which is None or isinstance(which, int):
+            self._check_index(which or 0)
+            self.route.selected = which
+            return
+        self._require(len(which) > 0, "the rows of a batch were selected, but there are none")
+        rows = Rows([int(i) for i in which])
+        for i in rows.adapters:
+            self._check_index(0 if i == BASE else i)
+        rows.place(next(iter(self.layers.values())).A.device)
+        self.route.selected = rows
 
     def merge(self, i: int = 0) -> None:
-        """Put W + scale · BA of adapter i in the place of W: the forward pass is that of the base alone.
+        """Put W + update of adapter i in the place of W: the forward pass is that of the base alone, and its heads.
 
         Raises:
             ConfigError: an adapter is merged already, or a weight cannot be merged into (quantised, grouped).
@@ -171,42 +191,23 @@ class Bank:
         """
         self._check(i)
         self._require(self.route.merged is None, f"adapter {self.route.merged} is merged already; use switch")
-        self._put(i)
+        put(self.route, self.layers, i)
 
     def switch(self, i: int) -> None:
         """Replace the merged adapter by adapter i: W − BA + B'A', computed from the kept W, so that nothing drifts."""
         self._check(i)
         self._require(self.route.merged is not None, "no adapter is merged; use merge, or select")
-        self._put(i)
+        put(self.route, self.layers, i)
 
     def unmerge(self) -> None:
         """Put the base weights back, bit for bit."""
-        self._check(None)
+        self._check(0)
         self._require(self.route.merged is not None, "no adapter is merged")
-        self._restore()
+        restore(self.route, self.layers)
 
-    def _put(self, i: int) -> None:
-        self._restore()
-        try:
-            for name, layer in self._layers_of(i):
-                with located(name):
-                    layer.merge_swap = Swap(layer.base_layer, "weight", layer.merged_weight(i))
-        except BaseException:
-            self._restore()
-            raise
-        self.route.merged = i
-
-    def _restore(self) -> None:
-        for layer in self.layers.values():
-            if layer.merge_swap is not None:
-                layer.merge_swap.undo()
-                layer.merge_swap = None
-        self.route.merged = None
-
-    def _check(self, i: int | None) -> None:
+    def _check(self, i: int) -> None:
         self._require(self.attached, "the adapters have been detached")
-        if i is not None:
-            self._check_index(i)
+        self._check_index(i)
 
     def _check_index(self, i: int) -> None:
         self._require(0 <= i < len(self), f"there is no adapter {i}; there are {len(self)}, from 0")
@@ -216,34 +217,103 @@ class Bank:
         if not holds:
             raise ConfigError(otherwise)
 
+    # Training
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What one optimizer for all adapters trains: A and B of each layer, first axis the adapter; biases; heads."""
+        factors = [factor for layer in self.layers.values() for factor in (layer.A, layer.B)]
+        whole = [weight for i in range(len(self)) for weight in self._whole(i).values()]
+        return factors + list(dict.fromkeys(cast(list[nn.Parameter], whole)))
+
+    def parameters(self, i: int) -> dict[str, Tensor]:
+        """What an optimizer of adapter i alone trains, by name, in a fixed order. Move the model first.
+
+        Returns:
+            For each layer that the adapter goes to f"{path}.A" (R, columns of A) and f"{path}.B" (rows of B,
+            R / groups): leaves that share memory with the bank's, padded with zeros to the largest rank R of the
+            layer; the same objects at each call. Then, as they are, the parameters of its heads, f"{path}.{key}", and
+            biases, f"{path}.bias". Tied ones stand there once. Call ``share_gradients`` after the backward pass.
+        """
+        self._check_index(i)
+        return {**self._leaves.of(i), **self._whole(i)}
+
+    def share_gradients(self) -> None:
+        """After a backward pass, give what ``parameters`` returned its slices of the gradients, without copying.
+
+        Raises:
+            ConfigError: the model has been moved since ``parameters`` was called.
+        """
+        self._leaves.share_gradients()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients, stacked and shared."""
+        self._leaves.zero_grad()
+        for parameter in self.trainable_parameters():
+            parameter.grad = None
+
+    def trim(self, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies without padding of tensors named and shaped as in ``parameters(i)``: weights or AdamW's moments.
+
+        Factors become adapter i's own rank, in the shapes of ``factors``; other names pass through. What one bank
+        trims, a bank of another R can ``pad``.
+
+        Raises:
+            ShapeError: a factor that does not have the padded shape.
+        """
+        return self._reshaped(i, tensors, AdapterLayer.trim)
+
+    def pad(self, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The way back from ``trim``: factors padded with zeros to the shapes of ``parameters(i)``.
+
+        Raises:
+            ShapeError: a factor that does not have adapter i's own shape.
+        """
+        return self._reshaped(i, tensors, AdapterLayer.pad)
+
+    def _reshaped(self, i: int, tensors: Mapping[str, Tensor], change: Any) -> dict[str, Tensor]:
+        changed = dict(tensors)
+        for name, layer in self._layers_of(i):
+            halves: tuple[Half, Half] = ("A", "B")
+            for half in halves:
+                if (key := f"{name}.{half}") in tensors:
+                    with located(name):
+                        changed[key] = change(layer, i, half, tensors[key])
+        return changed
+
     # Reading adapters
+
+    def head(self, i: int, path: str) -> nn.Module:
+        """Adapter i's own copy of a module trained whole."""
+        self._check_index(i)
+        self._require(path in self.heads, f"{path!r} is not trained whole; {', '.join(self.heads) or 'nothing'} is")
+        return self.heads[path].copies[i]
 
     def _layers_of(self, i: int) -> list[tuple[str, AdapterLayer]]:
         self._check_index(i)
         return [(name, layer) for name, layer in self.layers.items() if layer.slots[i].rank]
 
-    def _whole_parameters(self) -> list[nn.Parameter]:
-        heads = (parameter for head in self.heads.values() for parameter in head.parameters())
-        return list(dict.fromkeys((*self.biases.values(), *heads)))
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """What an optimizer trains: A and B of each layer, first axis the adapter; with N = 1 also biases and heads."""
-        factors = [factor for layer in self.layers.values() for factor in (layer.A, layer.B)]
-        return factors + self._whole_parameters()
+    def _whole(self, i: int) -> dict[str, Tensor]:
+        """What of adapter i is trained whole, each parameter once."""
+        named = {
+            f"{path}.{key}": weight for path in self.heads for key, weight in self.head(i, path).named_parameters()
+        } | {f"{path}.bias": bias for path, bias in self.biases.items()}
+        first = {id(weight): name for name, weight in reversed(named.items())}
+        return {name: weight for name, weight in named.items() if first[id(weight)] == name}
 
     def parameter_count(self, i: int = 0) -> int:
         """Trainable numbers of adapter i, padding not counted."""
         factors = sum(A.numel() + B.numel() for A, B in self.factors(i).values())
-        return factors + sum(parameter.numel() for parameter in self._whole_parameters())
+        return factors + sum(weight.numel() for weight in self._whole(i).values())
 
-    def factors(self, i: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    def factors(self, i: int = 0) -> dict[str, Pair]:
         """Copies of (A, B) of adapter i by module path, of its own rank, in the shapes that PEFT stores."""
         return {name: layer.factors(i) for name, layer in self._layers_of(i)}
 
     def updates(self, i: int = 0) -> dict[str, LowRank]:
         """Updates of adapter i by module path, as matrices (out, in) kept as factors, copied.
 
-        An embedding's is (vocabulary, dim); a convolution's is flattened to (out, in · kh · kw).
+        An embedding's is (vocabulary, dim); a convolution's is flattened to (out, in · kh · kw). With init "pissa" it
+        is scale · (B A − B0 A0), of nominal rank 2r.
 
         Raises:
             NonFiniteError: a factor holds NaN or infinity.
@@ -259,6 +329,9 @@ class Bank:
     def save(self, i: int, folder: Path | str, base_name: str | None = None, task_type: str | None = None) -> None:
         """Write adapter i in PEFT's layout, with the biases and whole modules trained along.
 
+        It fits the base as it is: with init "pissa" the factors of B A − B0 A0 are written, of rank 2r, at the same
+        scale.
+
         Args:
             folder: made if need be; files of the same name are replaced.
             base_name: ``base_model_name_or_path`` of the configuration.
@@ -267,34 +340,30 @@ class Bank:
         Raises:
             FormatError: the folder cannot be written to.
         """
-        tensors: dict[str, Tensor] = {}
-        for name, (A, B) in self.factors(i).items():
-            keys = factor_keys(name, self.layers[name].kind)
-            tensors |= {keys.A: A, keys.B: B}
-        for name, bias in self.biases.items():
-            tensors[f"{PREFIX}{name}{'.base_layer' if name in self.layers else ''}.bias"] = bias
-        for name, head in self.heads.items():
-            tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in head.state_dict().items()}
-        adapted = dict(self._layers_of(i))
-        transposed = any(isinstance(layer, Conv1DLayer) for layer in adapted.values())
-        write_adapter(
-            Path(folder), self.specs[i], tensors, self._exact(list(adapted)), transposed, base_name, task_type
-        )
+        factors = {name: layer.plain(i) for name, layer in self._layers_of(i)}
+        self._write(i, folder, self.specs[i].as_plain(), factors, base_name, task_type)
 
-    def _exact(self, targets: list[str]) -> str | list[str]:
-        """The paths; or a regular expression of them where PEFT, which compares ends, would find more."""
-        paths = {re.sub(r"\.base_layer$", "", name) for name, _ in self.model.named_modules()}
-        more = any(is_named(target, path) for path in paths.difference(targets) for target in targets)
-        return "|".join(re.escape(target) for target in targets) if more else targets
+    def save_initial(
+        self, i: int, folder: Path | str, base_name: str | None = None, task_type: str | None = None
+    ) -> None:
+        """Write what adapter i starts from, as ``save`` does; to be called before training.
 
+        With init "pissa" these are (B0, A0), of rank r, whenever it is called: s · B0 A0 is a part of the base weight.
+        """
+        factors = {name: layer.started(i) or layer.factors(i) for name, layer in self._layers_of(i)}
+        self._write(i, folder, self.specs[i], factors, base_name, task_type)
 
-def check_bank(model: nn.Module, specs: Sequence[AdapterSpec], generators: Sequence[Generator]) -> None:
-    """Raise ConfigError where these adapters cannot share this model."""
-    if not specs:
-        raise ConfigError("a bank needs at least one adapter")
-    if len(specs) != len(generators) or len({id(source) for source in generators}) < len(generators):
-        raise ConfigError(f"{len(specs)} adapters need as many generators of their own, not {len(generators)}")
-    if any(isinstance(module, AdapterLayer) for module in model.modules()):
-        raise ConfigError("the model has adapters already; detach them first, or attach all of them at once")
-    if len(specs) > 1 and any(spec.bias != "none" or spec.modules_to_save for spec in specs):
-        raise ConfigError("biases and modules_to_save can only be trained with one adapter on the model, not several")
+    def _write(
+        self,
+        i: int,
+        folder: Path | str,
+        spec: AdapterSpec,
+        factors: Mapping[str, Pair],
+        base_name: str | None,
+        task_type: str | None,
+    ) -> None:
+        heads = {name: self.head(i, name) for name in self.heads}
+        tensors = peft_tensors(factors, self.layers, self.biases, heads)
+        targets = exact_targets(list(factors), self._paths)
+        transposed = any(isinstance(self.layers[name], Conv1DLayer) for name in factors)
+        write_adapter(Path(folder), spec, tensors, targets, transposed, base_name, task_type)

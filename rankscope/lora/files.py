@@ -1,10 +1,10 @@
-"""One adapter in PEFT's folder layout: adapter_config.json and adapter_model.safetensors."""
+"""Reading one adapter in PEFT's folder layout: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import msgspec
 from torch import Tensor
 
 from rankscope.errors import FormatError, located
-from rankscope.formats.files import TensorFile, read_json, write_json, write_tensors
+from rankscope.formats.files import TensorFile, read_json
 from rankscope.formats.peft_config import MOVES_BASE, AdapterConfig, read_adapter_config
 from rankscope.formats.peft_keys import (
     CONFIG_NAME,
@@ -136,37 +136,3 @@ def spec_from(config: AdapterConfig, raw: Mapping[str, Any], ranks: Mapping[str,
         rank_pattern={f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
         alpha_pattern=config.alpha_pattern or {},
     )
-
-
-def write_adapter(
-    folder: Path,
-    spec: AdapterSpec,
-    tensors: Mapping[str, Tensor],
-    targets: str | Sequence[str],
-    fan_in_fan_out: bool,
-    base_name: str | None,
-    task_type: str | None,
-) -> None:
-    """Write the folder that ``PeftModel.from_pretrained`` reads; ``tensors`` have PEFT's keys already."""
-    config = {
-        "peft_type": "LORA",
-        "task_type": task_type,
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
-        "r": spec.rank,
-        # PEFT and vLLM declare a whole number, and take others.
-        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
-        "lora_dropout": spec.dropout,
-        "target_modules": targets if isinstance(targets, str) else list(targets),
-        "rank_pattern": dict(spec.rank_pattern),
-        "alpha_pattern": dict(spec.alpha_pattern),
-        "use_rslora": spec.rslora,
-        "use_dora": False,
-        "bias": spec.bias,
-        "fan_in_fan_out": fan_in_fan_out,
-        "init_lora_weights": "gaussian" if spec.init == "gaussian" else True,
-        "modules_to_save": list(spec.modules_to_save) or None,
-    }
-    # Tied parameters would share memory, which safetensors refuses.
-    write_tensors(folder / WEIGHTS_NAME, {key: tensor.detach().clone() for key, tensor in tensors.items()})
-    write_json(folder / CONFIG_NAME, config)

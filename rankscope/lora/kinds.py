@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, embedding, linear, pad
 
 from rankscope.errors import ConfigError
-from rankscope.lora.layer import AdapterLayer, Shapes, pick
+from rankscope.lora.layer import AdapterLayer, Shapes
 from rankscope.lora.spec import Init
 from rankscope.updates import LowRank
 
@@ -25,21 +25,21 @@ class LinearLayer(AdapterLayer):
         return linear(linear(x, A), B)
 
     def through_one(self, x: Tensor, result: Tensor, i: int) -> Tensor:
-        A, B, scale = pick(self.A, i), pick(self.B, i), self.slots[i].scale
+        (A, B), scale = self.pair(i), self.slots[i].scale
         low = linear(self.prepared(x, i), A).reshape(-1, A.shape[0])
         if low.dtype != result.dtype:
             return (result + (linear(low, B) * scale).view_as(result)).to(result.dtype)
         return torch.addmm(result.reshape(-1, B.shape[0]), low, B.T, alpha=scale).view_as(result)
 
     def through_all(self, x: Tensor, result: Tensor) -> Tensor:
-        n, n_out, _ = self.B.shape
+        (A, B), n = self.pairs(), len(self.slots)
         if any(self.drops(i) for i in range(n)):
             x = torch.cat([self.prepared(part, i) for i, part in enumerate(x.tensor_split(n))])
-        low = torch.bmm(self.cast(x).reshape(n, -1, x.shape[-1]), self.A.mT)
+        low = torch.bmm(self.cast(x).reshape(n, -1, x.shape[-1]), A.mT)
         low = (low * self.scales).to(low.dtype)
         if low.dtype != result.dtype:
-            return (result + torch.bmm(low, self.B.mT).view_as(result)).to(result.dtype)
-        return torch.baddbmm(result.reshape(n, -1, n_out), low, self.B.mT).view_as(result)
+            return (result + torch.bmm(low, B.mT).view_as(result)).to(result.dtype)
+        return torch.baddbmm(result.reshape(n, -1, B.shape[1]), low, B.mT).view_as(result)
 
 
 class Conv1DLayer(LinearLayer):
@@ -52,6 +52,9 @@ class Conv1DLayer(LinearLayer):
 
     def to_weight(self, update: Tensor) -> Tensor:
         return update.T
+
+    def from_weight(self, weight: Tensor) -> Tensor:
+        return weight.T
 
 
 class EmbeddingLayer(AdapterLayer):

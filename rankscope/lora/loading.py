@@ -10,10 +10,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rankscope.errors import FormatError, RankscopeError, ShapeError, located
-from rankscope.lora.bank import Bank, check_bank
+from rankscope.lora.bank import Bank
 from rankscope.lora.files import StoredAdapter, read_adapter
 from rankscope.lora.spec import Slot, is_named
-from rankscope.lora.targets import check_target, layer_class
+from rankscope.lora.targets import check_bank, check_target, layer_class
 
 
 def load(
@@ -86,8 +86,8 @@ def _fill(bank: Bank, i: int, stored: StoredAdapter) -> None:
     for name, (A, B) in stored.factors.items():
         bank.layers[name].set_factors(i, A, B)
     places = {f"{name}.bias": bias.data for name, bias in bank.biases.items()}
-    for path, head in bank.heads.items():
-        places |= {f"{path}.{key}": tensor for key, tensor in head.state_dict().items()}
+    for path in bank.heads:
+        places |= {f"{path}.{key}": tensor for key, tensor in bank.head(i, path).state_dict().items()}
     base = {key.replace(".base_layer.", "."): tensor for key, tensor in bank.model.state_dict().items()}
     for key, tensor in stored.whole.items():
         place = places.get(key, base.get(key))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeVar, get_args
 
 from rankscope.errors import ConfigError
 
-Init = Literal["kaiming", "gaussian"]
+Init = Literal["kaiming", "gaussian", "pissa"]
 Bias = Literal["none", "lora_only", "all"]
 ALL_LINEAR = "all-linear"
 T = TypeVar("T")
@@ -36,7 +36,9 @@ class AdapterSpec:
             Linear and Conv1D except the output layer.
         init: how A starts; B starts at zero. "kaiming" is uniform in ±1/√in, "gaussian" has deviation 1/r. An
             embedding is the other way round, as in PEFT and loralib: A, whose columns the tokens look up, is zero and
-            B is standard normal, so that tokens that are never seen, and the padding token, never move.
+            B is standard normal, so that tokens that are never seen, and the padding token, never move. "pissa" starts
+            both from the r largest singular directions of the weight and takes that start off again (``lora.pissa``);
+            dropout then acts on the whole difference.
         dropout: probability, in [0, 1), that an entry of the input of A is dropped (embeddings look up: none there).
         rslora: the rank-stabilised scale (Kalajdzievski 2023).
         bias: which biases of the base are trained along: "none", those of the targets ("lora_only"), or "all".
@@ -66,6 +68,8 @@ class AdapterSpec:
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
                 raise ConfigError(f"alpha is a finite number, not {alpha!r}")
+            if self.init == "pissa" and alpha <= 0:
+                raise ConfigError(f'init "pissa" divides by the scale, so alpha must be positive, not {alpha!r}')
         if not (isinstance(self.dropout, int | float) and 0.0 <= self.dropout < 1.0):
             raise ConfigError(f"dropout is a probability in [0, 1), not {self.dropout!r}")
         for name, value, known in (("init", self.init, get_args(Init)), ("bias", self.bias, get_args(Bias))):
@@ -98,6 +102,20 @@ class AdapterSpec:
         rank = first_match(self.rank_pattern, module, self.rank)
         alpha = first_match(self.alpha_pattern, module, self.alpha)
         return Slot(rank, scaling(alpha, rank, self.rslora), float(self.dropout))
+
+    def as_plain(self) -> AdapterSpec:
+        """What the adapter is in a file: with "pissa" B A − B0 A0 is stored, of twice the rank and the same scale."""
+        if self.init != "pissa":
+            return self
+        factor = math.sqrt(2) if self.rslora else 2
+        return replace(
+            self,
+            init="kaiming",
+            rank=2 * self.rank,
+            alpha=factor * self.alpha,
+            rank_pattern={name: 2 * rank for name, rank in self.rank_pattern.items()},
+            alpha_pattern={name: factor * alpha for name, alpha in self.alpha_pattern.items()},
+        )
 
 
 def scaling(alpha: float, rank: int, rslora: bool) -> float:

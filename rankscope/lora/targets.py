@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Generator, nn
 from torch.nn.parameter import UninitializedParameter
 
 from rankscope.errors import ConfigError
 from rankscope.lora.kinds import Conv1DLayer, Conv2dLayer, EmbeddingLayer, LinearLayer
 from rankscope.lora.layer import AdapterLayer
 from rankscope.lora.spec import ALL_LINEAR, AdapterSpec, Slot, select_names
+from rankscope.updates import check_finite
 
 
 def layer_class(module: nn.Module) -> type[AdapterLayer] | None:
@@ -50,13 +52,16 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> dict[str, Slot]:
         names = select_names(spec.targets, free, "target", shown=adaptable)
     for name in names:
         check_target(model, name, spec.slot(name))
+        if spec.init == "pissa":
+            check_directions(model, name, spec.slot(name))
     return {name: spec.slot(name) for name in names}
 
 
 def find_saved(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Paths of the modules that are trained whole."""
+    """Paths of the modules that are trained whole; what lies within one of them goes along with it."""
     paths = [name for name, _ in model.named_modules() if name]
-    return select_names(names, paths, "modules_to_save entry", shown=paths) if names else []
+    found = select_names(names, paths, "modules_to_save entry", shown=paths) if names else []
+    return [name for name in found if not any(name != other and is_within(name, other) for other in found)]
 
 
 def is_within(path: str, ancestor: str) -> bool:
@@ -90,3 +95,43 @@ def check_target(model: nn.Module, name: str, slot: Slot) -> None:
         )
     if reason:
         raise ConfigError(f"target {name!r} {reason}")
+
+
+def check_directions(model: nn.Module, name: str, slot: Slot) -> None:
+    """Raise where an adapter cannot start from the singular directions of this module's weight.
+
+    Raises:
+        ConfigError: the kind of module, its dtype or its size does not allow it.
+        NonFiniteError: the weight holds NaN or infinity.
+    """
+    module = model.get_submodule(name)
+    weight: Any = module.weight
+    reason = None
+    if layer_class(module) is EmbeddingLayer:
+        reason = "is an Embedding, whose two factors PEFT starts otherwise"
+    elif getattr(module, "groups", 1) > 1:
+        reason = "is a convolution with groups, whose weight is not one matrix"
+    elif not weight.is_floating_point():
+        reason = f"is stored as {weight.dtype}; load the base unquantised"
+    elif slot.rank > (most := min(weight.flatten(1).shape)):
+        reason = f"has only {most} singular directions, fewer than the rank {slot.rank}"
+    if reason:
+        raise ConfigError(f'target {name!r} {reason}: init "pissa" cannot start there')
+    if not weight.is_meta:
+        check_finite(weight, f"the weight of target {name!r}")
+
+
+def check_bank(model: nn.Module, specs: Sequence[AdapterSpec], generators: Sequence[Generator]) -> None:
+    """Raise ConfigError where these adapters cannot share this model."""
+    if not specs:
+        raise ConfigError("a bank needs at least one adapter")
+    if len(specs) != len(generators) or len({id(source) for source in generators}) < len(generators):
+        raise ConfigError(f"{len(specs)} adapters need as many generators of their own, not {len(generators)}")
+    if any(isinstance(module, AdapterLayer) for module in model.modules()):
+        raise ConfigError("the model has adapters already; detach them first, or attach all of them at once")
+    if len(specs) > 1 and any(spec.bias != "none" for spec in specs):
+        raise ConfigError(
+            "biases can only be trained with one adapter on the model, not several, which would share them"
+        )
+    if len({frozenset(spec.modules_to_save) for spec in specs}) > 1:
+        raise ConfigError("the adapters of a bank need the same modules_to_save; attach the others to another model")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,13 +18,17 @@ import torch
 from rankscope.errors import ConfigError
 from rankscope.formats.interface import usable_device
 
+Method = Literal["lora", "rslora", "lora+", "frozen-a", "pissa", "bias", "head", "full"]
+
 
 class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Settings of a study: its task, its grid (ranks × rates × seeds), and how each run is trained.
+    """Settings of a study: its task, its grid (methods × targets × ranks × rates × seeds), how each run is trained.
 
-    Empty or None means the task's own default. ``alpha`` None is α = 2r. ``epochs`` counts only
-    where ``steps`` is None. ``data`` and ``eval`` are files; without ``eval`` the held-out text is
-    a tenth of ``data``.
+    Empty or None means the task's own default. ``epochs`` counts only where ``steps`` is None. ``data`` and
+    ``eval`` are files; without ``eval`` the held-out text is a tenth of ``data``. Each entry of ``targets`` is one
+    set of modules, such as "q_proj,v_proj"; ``budget`` gives each set the rank that makes this many parameters.
+    ``alpha`` is a number, or a multiple of the rank such as "2r"; None is 2r, and 16 for rsLoRA.
+    ``tokens`` is how many tokens may pass at once: it decides how many runs are trained together.
     """
 
     task: Literal["docs", "planted", "classify", "lm"] = "docs"
@@ -35,30 +41,41 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     planted_rank: int = 4
     planted_noise: float = 0.5
 
+    methods: tuple[Method, ...] = ("lora",)
+    targets: tuple[str, ...] = ()
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 64)
-    full: bool = True
+    budget: int | None = None
     lrs: tuple[float, ...] = ()
+    full: bool = True
     full_lrs: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0,)
+    extend_lrs: bool = False
+    halving: bool = False
 
-    targets: tuple[str, ...] = ()
-    alpha: float | None = None
-    rslora: bool = False
+    alpha: float | str | None = None
     init: Literal["kaiming", "gaussian"] = "kaiming"
     dropout: float = 0.0
     bias: Literal["none", "lora_only", "all"] = "none"
+    lora_plus_ratio: float = 16.0
 
     steps: int | None = None
     epochs: float = 3.0
-    batch: int = 16
+    batch: int | None = None
     accumulate: int = 1
     warmup: float = 0.06
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     weight_decay: float = 0.01
     clip: float = 1.0
-    evaluations: int = 4
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    evaluations: int = 1
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    tf32: bool = False
+    compile: bool = False
+    checkpointing: bool = False
     device: str = "auto"
+    tokens: int | None = None
+    data_parallel: bool = False
+    shard: bool = False
     save_seconds: float = 20.0
 
     def __post_init__(self) -> None:
@@ -67,8 +84,11 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 # What may differ when a study is taken up again: the grid may grow, and the place may change.
+GRID = frozenset({"methods", "targets", "ranks", "budget", "lrs", "full", "full_lrs", "seeds", "extend_lrs", "halving"})
+PLACE = frozenset({"device", "tokens", "checkpointing", "data_parallel", "shard", "save_seconds"})
 # Files may be named otherwise: the fingerprint has their hashes.
-RESUMABLE = frozenset({"ranks", "full", "lrs", "full_lrs", "seeds", "device", "save_seconds", "model", "data", "eval"})
+RESUMABLE = GRID | PLACE | {"model", "data", "eval"}
+ALPHA = re.compile(r"(\d+(?:\.\d+)?)?\s*r")
 
 
 def problems(config: StudyConfig) -> list[tuple[str, str]]:
@@ -80,21 +100,23 @@ def problems(config: StudyConfig) -> list[tuple[str, str]]:
             found.append((key, f"expected {wanted}"))
 
     require("ranks", all(rank > 0 for rank in config.ranks), "ranks of at least 1")
-    for key in ("ranks", "lrs", "full_lrs", "seeds"):
+    for key in ("methods", "targets", "ranks", "lrs", "full_lrs", "seeds"):
         values = getattr(config, key)
         require(key, len(set(values)) == len(values), "each value once")
     for key in ("lrs", "full_lrs"):
         require(key, all(0 < lr < math.inf for lr in getattr(config, key)), "rates above 0")
     require("seeds", len(config.seeds) > 0, "at least one seed")
-    require("ranks", bool(config.ranks) or config.full, "at least one rank, or full fine-tuning")
-    for key in ("batch", "accumulate"):
-        require(key, getattr(config, key) > 0, "at least 1")
+    some = bool(config.methods) and bool(config.ranks or config.budget)
+    require("ranks", some or config.full, "at least one rank, or full fine-tuning")
+    require("methods", "full" not in config.methods, "methods besides full fine-tuning, which full = true asks for")
+    for key in ("batch", "accumulate", "budget", "tokens", "steps"):
+        value = getattr(config, key)
+        require(key, value is None or value > 0, "at least 1")
+    require("alpha", alpha_factor(config.alpha) is not None, "a number above 0, or a multiple of the rank such as 2r")
     require("planted_rank", 1 <= config.planted_rank <= 64, "1 to 64: the planted maps are 64 × 96")
     require("planted_noise", config.planted_noise <= 1e6, "at most a million")
-    for key in ("steps", "max_length"):
-        value = getattr(config, key)
-        require(key, value is None or value > 1, "at least 2")
-    for key in ("alpha", "epochs", "clip"):
+    require("max_length", config.max_length is None or config.max_length > 1, "at least 2")
+    for key in ("epochs", "clip", "lora_plus_ratio"):
         value = getattr(config, key)
         require(key, value is None or 0 < value < math.inf, "a number above 0")
     for key in ("weight_decay", "planted_noise", "evaluations", "save_seconds"):
@@ -107,6 +129,18 @@ def problems(config: StudyConfig) -> list[tuple[str, str]]:
     for key in ("model", "data", "eval"):
         require(key, own or getattr(config, key) is None, f"nothing: task {config.task!r} brings its own")
     return found
+
+
+def alpha_factor(alpha: float | str | None) -> tuple[float, bool] | None:
+    """(number, whether the rank multiplies it) of an alpha setting; None where it makes no sense."""
+    if alpha is None:
+        return 2.0, True
+    found = ALPHA.fullmatch(alpha) if isinstance(alpha, str) else None
+    try:
+        value = float(found[1] or 1.0) if found else float(alpha)
+    except ValueError:
+        return None
+    return (value, found is not None) if 0 < value < math.inf else None
 
 
 def read_config(path: Path, overrides: Mapping[str, Any]) -> StudyConfig:
@@ -137,14 +171,19 @@ def make_config(values: Mapping[str, Any], where: str) -> StudyConfig:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def generator(*parts: object) -> torch.Generator:
-    """A CPU generator seeded by what it is for, e.g. ``generator(seed, "init", rank)``.
+def stream_seed(*parts: object) -> int:
+    """A seed made of what it is for, e.g. ``stream_seed(seed, "dropout", step)``.
 
     Hashing keeps streams apart that small neighbouring seeds would share: with one torch seed
     the first rows of A at rank 64 *are* A at rank 8.
     """
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(*parts: object) -> torch.Generator:
+    """A CPU generator seeded by what it is for, e.g. ``generator(seed, "init", rank)``."""
+    return torch.Generator().manual_seed(stream_seed(*parts))
 
 
 @contextmanager
@@ -153,7 +192,7 @@ def seeded(device: torch.device, *parts: object) -> Iterator[None]:
 
     Models of others, such as BERT with its dropout, draw from the global stream and take no other.
     """
-    seed = generator(*parts).initial_seed()
+    seed = stream_seed(*parts)
     kept = torch.mps.get_rng_state() if device.type == "mps" else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for stream in streams(device):
@@ -182,7 +221,7 @@ def resolve_device(name: str) -> torch.device:
         ConfigError: no such device, or it is not present.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     return usable_device(name)

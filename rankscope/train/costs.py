@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,9 @@ def total_bytes(tensors: Iterable[Tensor | None]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimizer's state: for AdamW two moments a parameter and a step count."""
-    return total_bytes(
-        value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
-    )
+def optimizer_bytes(state: Mapping[str, Mapping[str, Any]]) -> int:
+    """Bytes of an optimizer's state: for AdamW two moments a parameter and a step count."""
+    return total_bytes(value for one in state.values() for value in one.values() if isinstance(value, Tensor))
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -41,3 +40,18 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
     return int(found[0]) * 1024 if found else None
+
+
+SPARE = 0.8  # of the free memory: allocators lose some of it to fragments
+
+
+def memory_room(device: torch.device, probe: Callable[[], None]) -> int:
+    """How many times what ``probe`` takes fits into the GPU's free memory."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    probe()
+    taken = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(SPARE * free) // max(1, taken)

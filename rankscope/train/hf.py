@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rankscope.train.pretrained import (
     Pretrained,
     check_causal,
     check_tokens,
+    draws_numbers,
     head_modules,
     initialise,
     length_limit,
@@ -25,7 +26,7 @@ from rankscope.train.pretrained import (
     vocabulary,
 )
 from rankscope.train.tables import read_table
-from rankscope.train.tasks import Batch, Split, Task, WindowTask, epoch_indices, file_hash
+from rankscope.train.tasks import Batch, Split, Task, WindowTask, epoch_indices, file_hash, weighted_mean
 
 MOST_VALIDATION = 1000
 LOGITS = 2**25  # numbers that one evaluation pass may make: 128 MiB in float32
@@ -50,8 +51,7 @@ class ClassifyTask(Task):
 
     metric = "accuracy"
     higher_is_better = True
-    lora_rate = 2e-3
-    full_rate = 1e-4
+    full_rate = 2e-4
     peft_task = "SEQ_CLS"
 
     def __init__(self, config: StudyConfig, evaluation_rows: int = 64) -> None:
@@ -65,8 +65,10 @@ class ClassifyTask(Task):
         self.pad_id = padding_id(self.base)
         model, self.missing = self._load()
         self.heads = head_modules(model, self.missing, self.base.name)
+        self.draws = draws_numbers(model)
         self.rows = self._encode([text for part in texts for text in part], model)
-        self.steps = count_steps(config, len(self.splits["train"]))
+        self.longest = max(len(self.rows[place]) for place in self.splits["train"].tolist())
+        self.steps = count_steps(config, len(self.splits["train"]), self.default_batch)
 
     def _load(self) -> tuple[Any, list[str]]:
         names = dict(enumerate(self.labels))
@@ -111,25 +113,47 @@ class ClassifyTask(Task):
         train = self.splits["train"]
         return self.collate(train[epoch_indices(seed, index, size, len(train))])
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(rows, labels) in float32."""
+    def join(self, batches: Sequence[Batch]) -> Batch:
+        """One batch, padded to the longest of all.
+
+        A padded row has the loss and gradient that it has alone; but where ``draws``, dropout of other shape is other
+        dropout, so only batches of the same number of ``tokens`` drop the same entries joined and alone. Those of runs
+        with the same seed, at the same step, are the same.
+        """
+        width = max(batch["input_ids"].shape[1] for batch in batches)
+        return super().join([{key: self._widen(key, value, width) for key, value in b.items()} for b in batches])
+
+    def _widen(self, key: str, value: Tensor, width: int) -> Tensor:
+        if value.ndim < 2:
+            return value
+        return F.pad(value, (0, width - value.shape[1]), value=self.pad_id if key == "input_ids" else 0)
+
+    def tokens(self, batch: Batch) -> int:
+        return batch["input_ids"].numel()
+
+    def tokens_per_example(self) -> int:
+        return self.longest
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits (rows, labels) in float32."""
         out: Tensor = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
         return out.float()
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return F.cross_entropy(self.logits(model, batch), batch["labels"])
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(outputs, batch["labels"])
 
     def evaluate(self, model: nn.Module, split: Split, device: torch.device) -> dict[str, float]:
         places = sorted(self.splits[split].tolist(), key=lambda place: len(self.rows[place]))
-        losses, predicted = 0.0, []
+        losses, counts, predicted = [], [], []
         for start in range(0, len(places), self.evaluation_rows):
             batch = {k: v.to(device) for k, v in self.collate(places[start : start + self.evaluation_rows]).items()}
-            logits = self.logits(model, batch)
-            losses += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
-            predicted.append(logits.argmax(-1).cpu())
-        guess, truth = torch.cat(predicted), self.truth[places]
+            logits = self.outputs(model, batch)
+            losses.append(self.loss(logits, batch))
+            counts.append(len(logits))
+            predicted.append(logits.argmax(-1))
+        guess, truth = torch.cat(predicted).cpu(), self.truth[places]
         accuracy = float((guess == truth).double().mean())
-        return {"accuracy": accuracy, "macro_f1": macro_f1(truth, guess), "loss": losses / len(places)}
+        return {"accuracy": accuracy, "macro_f1": macro_f1(truth, guess), "loss": weighted_mean(losses, counts)}
 
     def fingerprint(self) -> dict[str, str]:
         return {**self.base.fingerprint(), **data_fingerprint(self.config)}
@@ -138,8 +162,7 @@ class ClassifyTask(Task):
 class LmTask(WindowTask):
     """The next token of running text: documents joined by the end-of-text token, cut into windows."""
 
-    lora_rate = 2e-3
-    full_rate = 1e-4
+    full_rate = 2e-4
     peft_task = "CAUSAL_LM"
 
     def __init__(self, config: StudyConfig) -> None:
@@ -159,8 +182,9 @@ class LmTask(WindowTask):
                 raise ConfigError(f"{config.data}: {few}; give more text or a smaller max_length")
         super().__init__(parts["train"], parts["validation"], parts["test"], length)
         check_causal(model, self.train[:length], self.base.name)
-        self.window_rows = max(1, LOGITS // (length * vocabulary(model)))
-        self.steps = count_steps(config, len(self.train) // length)
+        self.evaluation_rows = max(1, min(self.evaluation_rows, LOGITS // (length * vocabulary(model))))
+        self.draws = draws_numbers(model)
+        self.steps = count_steps(config, len(self.train) // length, self.default_batch)
 
     def _join(self, documents: list[list[int]]) -> Tensor:
         between = self.base.tokenizer.eos_token_id
@@ -180,12 +204,10 @@ class LmTask(WindowTask):
         out: nn.Module = self._load().eval()
         return out
 
-    def logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
-        out: Tensor = model(input_ids=tokens).logits
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits (batch, length, vocabulary)."""
+        out: Tensor = model(input_ids=batch["tokens"]).logits
         return out
-
-    def windows(self, split: Split, rows: int = 64) -> Iterator[Tensor]:
-        return super().windows(split, min(rows, self.window_rows))
 
     def fingerprint(self) -> dict[str, str]:
         return {**self.base.fingerprint(), **data_fingerprint(self.config)}
@@ -255,9 +277,9 @@ def split_rows(counts: list[int], where: str) -> dict[str, Tensor]:
     return {"train": train, "validation": validation, "test": test}
 
 
-def count_steps(config: StudyConfig, examples: int) -> int:
+def count_steps(config: StudyConfig, examples: int, default_batch: int) -> int:
     """``steps``, or as many as ``epochs`` need."""
-    return config.steps or math.ceil(config.epochs * examples / (config.batch * config.accumulate))
+    return config.steps or math.ceil(config.epochs * examples / ((config.batch or default_batch) * config.accumulate))
 
 
 def macro_f1(truth: Tensor, predicted: Tensor) -> float:

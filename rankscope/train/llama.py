@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from rankscope.errors import FormatError
 from rankscope.formats.files import read_json, read_tensors, write_json, write_tensors
@@ -116,6 +117,7 @@ class Trunk(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config.hidden_size, config.intermediate_size, config.num_attention_heads, config.rms_norm_eps)
@@ -129,7 +131,11 @@ class Trunk(nn.Module):
         cos, sin = rotary_tables(tokens.shape[1], head_dim, self.config.rope_theta, tokens.device)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            if self.checkpointing and self.training:
+                # The model draws nothing itself, so there is no random state to keep.
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, cos, sin)
         out: Tensor = self.norm(x)
         return out
 
@@ -143,6 +149,10 @@ class Llama(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.linear(self.model(tokens), self.model.embed_tokens.weight)
+
+    def gradient_checkpointing_enable(self, *_: object, **__: object) -> None:
+        """Recompute each block in the backward pass in place of keeping its activations; called as transformers' is."""
+        self.model.checkpointing = True
 
 
 def save_llama(model: Llama, folder: Path, **notes: str) -> None:

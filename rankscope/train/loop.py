@@ -1,69 +1,70 @@
-"""Training one run: AdamW, a schedule, evaluations, and a state on disk to go on from."""
+"""Training some runs in one pass: each with its own data, loss, clipping, schedule, optimizer; one is the case N = 1.
+
+Run i is chunk i of a joined batch. What it computes depends on nothing but itself, up to the rounding of larger
+matrix products: its batches, its dropout and its schedule are functions of the run and the step.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rankscope.errors import FormatError, TrainingError
-from rankscope.formats.files import write_atomic
+from rankscope.errors import ConfigError, TrainingError
 from rankscope.linalg import may_copy_ahead
-from rankscope.train.config import StudyConfig, seeded
-from rankscope.train.costs import optimizer_bytes, peak_memory, reset_peak_memory, total_bytes
-from rankscope.train.methods import METHODS, Trained
-from rankscope.train.runs import Cost, Record, Run
+from rankscope.train.config import StudyConfig, stream_seed
+from rankscope.train.costs import peak_memory, reset_peak_memory
+from rankscope.train.methods import make_trained
+from rankscope.train.randomness import own_streams
+from rankscope.train.runs import Record, Run, Status
 from rankscope.train.tasks import Batch, Split, Task
+from rankscope.train.team import ALONE, Team
+from rankscope.train.trainee import Trainee
 
-STATE = "state.pt"
-# What torch.load and reading its result raise on a file that is damaged or not ours.
-BROKEN_STATE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Metrics = Mapping[str, Mapping[str, float]]
 
 
 class InterruptedTrainingError(TrainingError):
-    """The run was asked to stop and has saved its state."""
+    """The runs were asked to stop and have saved their state."""
 
 
 class Listener(Protocol):
     """Who is told how training goes; the command line draws progress from it."""
 
+    def planned(self, runs: Sequence[Run], ended: Sequence[Record]) -> None: ...
+
     def started(self, run: Run, steps: int, at: int) -> None: ...
 
-    def stepped(self, run: Run, step: int) -> None: ...
+    def stepped(self, runs: Sequence[Run], tokens: int, steps: int = 1) -> None: ...
 
     def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def ended(self, record: Record) -> None: ...
 
-
-@dataclass
-class Progress:
-    """Where a run in progress stands; with the weights and the optimizer this is its whole state."""
-
-    step: int = 0
-    seconds: float = 0.0
-    step_seconds: float = 0.0
-    peak: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    def noted(self, text: str) -> None: ...
 
 
-def rate(step: int, steps: int, config: StudyConfig) -> float:
-    """Share of the peak rate at a step: linear warm-up, then the schedule down to 0 after the last step."""
-    warmup = round(config.warmup * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, steps - warmup)
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return 1.0 - done if config.schedule == "linear" else 1.0
+class Silent:
+    """A listener that says nothing."""
+
+    def planned(self, runs: Sequence[Run], ended: Sequence[Record]) -> None: ...
+
+    def started(self, run: Run, steps: int, at: int) -> None: ...
+
+    def stepped(self, runs: Sequence[Run], tokens: int, steps: int = 1) -> None: ...
+
+    def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def ended(self, record: Record) -> None: ...
+
+    def noted(self, text: str) -> None: ...
 
 
 def evaluation_steps(steps: int, count: int) -> set[int]:
@@ -71,208 +72,239 @@ def evaluation_steps(steps: int, count: int) -> set[int]:
     return {round(steps * i / (count + 1)) for i in range(count + 2)}
 
 
-class Loop:
-    """One run: the model, its optimizer, and where it stands."""
+def step_count(task: Task, config: StudyConfig) -> int:
+    return config.steps or task.steps
+
+
+def batch_size(task: Task, config: StudyConfig) -> int:
+    return config.batch or task.default_batch
+
+
+class Group:
+    """Runs that are trained side by side on one model.
+
+    Args:
+        before: metrics of the untouched base by seed.
+        until: train no further than this step, and leave the state there; None is to the end.
+        team: the processes that do this together.
+    """
 
     def __init__(
         self,
         task: Task,
         config: StudyConfig,
-        run: Run,
-        folder: Path,
-        before: Mapping[str, Mapping[str, float]],
+        runs: Sequence[Run],
+        folders: Sequence[Path],
+        before: Mapping[int, Metrics],
         device: torch.device,
         listener: Listener,
+        until: int | None = None,
+        team: Team = ALONE,
     ) -> None:
+        self.team = team
+        self.task, self.config, self.device, self.listener = task, config, device, listener
         self.before = before
-        self.task, self.config, self.run, self.folder, self.device = task, config, run, folder, device
-        self.listener = listener
-        self.steps = config.steps or task.steps
-        self.trained: Trained = METHODS[run.method](task, config, run)
-        self.model = self.trained.model.to(device)
-        self.parameters = self.trained.parameters()
-        self.optimizer = make_optimizer(self.parameters, run, config, device)
-        self.progress = Progress()
-        self.loss_sum = torch.zeros((), device=device)
-        self.since_evaluation = 0
+        self.steps = step_count(task, config)
+        self.until = self.steps if until is None else until
+        self._seat(runs, folders)
 
-    def train(self, stop: Callable[[], bool]) -> Record:
-        """Train to the end, or to the point where the loss is no longer finite.
+    def _seat(self, runs: Sequence[Run], folders: Sequence[Path]) -> None:
+        """Make the model ready for these runs."""
+        self.trained = make_trained(self.task, self.config, runs)
+        self.trained.team = self.team
+        self.model = self.trained.model.to(self.device)
+        if self.config.checkpointing:
+            self.task.checkpoint(self.model, self.config.compile)
+        self.forward: Any = self.team.wrap(self.model)
+        if self.config.compile:
+            # Once for all sizes: groups differ in how many runs they hold and of what rank.
+            self.forward = torch.compile(self.forward, dynamic=True)
+        self.trainees = [
+            Trainee(
+                self.trained, i, run, self.config, self.steps, folder, self.before[run.seed], self.device, self.team
+            )
+            for i, (run, folder) in enumerate(zip(runs, folders, strict=True))
+        ]
+
+    def train(self, stop: Callable[[], bool]) -> None:
+        """Train each run to the end, to ``until``, or to the point where its loss is no longer finite.
 
         Raises:
-            InterruptedTrainingError: ``stop`` said so; the state is saved.
+            InterruptedTrainingError: ``stop`` said so; the states are saved.
         """
-        if not self._resume():
-            self.trained.save_initial(self.folder)
-        self.listener.started(self.run, self.steps, self.progress.step)
+        for i, trainee in enumerate(self.trainees):
+            if not trainee.resume() and self.team.leads:
+                self.trained.save_initial(i, trainee.folder)
+            self.listener.started(trainee.run, self.steps, trainee.progress.step)
         reset_peak_memory(self.device)
-        due = evaluation_steps(self.steps, self.config.evaluations)
-        started = saved = time.monotonic()
-        spent = self.progress.seconds
-        while True:
-            if self.progress.step in due and not self._evaluated() and not self._evaluate():
-                return self._end("diverged")
-            if self.progress.step >= self.steps:
-                return self._end("done")
-            asked = stop()
-            if asked or time.monotonic() - saved > self.config.save_seconds:
-                self.progress.seconds = spent + time.monotonic() - started
-                self._save_state()
+        saved = time.monotonic()
+        while self._evaluate_due():
+            asked = self.team.any(stop())
+            if asked or self.team.any(time.monotonic() - saved > self.config.save_seconds):
+                self._save_states()
                 saved = time.monotonic()
             if asked:
-                raise InterruptedTrainingError(f"stopped at step {self.progress.step} of {self.run.name}")
-            began = time.monotonic()
+                raise InterruptedTrainingError(f"stopped at {self._where()}")
             self._step()
-            now = time.monotonic()
-            self.progress.step_seconds += now - began
-            self.progress.seconds = spent + now - started
-            self.listener.stepped(self.run, self.progress.step)
+
+    def try_step(self) -> None:
+        """A forward and backward pass and a step of the optimizer, of which nothing is kept."""
+        self._step()
+
+    def _where(self) -> str:
+        first, *others = self.trainees
+        more = f" and {len(others)} more" if others else ""
+        return f"step {first.progress.step} of {first.run.name}{more}"
+
+    def _save_states(self) -> None:
+        self._note_costs()
+        for trainee in self.trainees:
+            trainee.save_state()
+
+    def _note_costs(self) -> None:
+        peak = peak_memory(self.device) or 0
+        for trainee in self.trainees:
+            trainee.progress.peak = max(trainee.progress.peak, peak)
+            trainee.progress.together = max(trainee.progress.together, len(self.trainees))
+
+    # A step
 
     def _step(self) -> None:
-        self.model.train()
-        step, config = self.progress.step, self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.run.lr * rate(step, self.steps, config)  # type: ignore[operator]
-        with seeded(self.device, self.run.seed, "model", step):
-            for micro in range(config.accumulate):
-                self._backward(step * config.accumulate + micro)
-        nn.utils.clip_grad_norm_(self.parameters.values(), config.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.progress.step += 1
-        self.since_evaluation += 1
+        began = time.monotonic()
+        self.trained.train()
+        tokens = sum(self._backward(micro) for micro in range(self.config.accumulate))
+        self.trained.share_gradients()
+        for trainee in self.trainees:
+            trainee.step()
+        self.trained.zero_grad()
+        share = (time.monotonic() - began) / len(self.trainees)
+        for trainee in self.trainees:
+            trainee.progress.step_seconds += share
+            trainee.progress.seconds += share
+        self.listener.stepped([trainee.run for trainee in self.trainees], tokens)
 
-    def _backward(self, index: int) -> None:
-        """Add the gradients of one batch."""
-        batch = self.task.batch(self.run.seed, index, self.config.batch)
-        with autocast(self.device, self.config):
-            loss = self.task.loss(self.model, move(batch, self.device)) / self.config.accumulate
-        torch.autograd.backward(loss)
-        # Summed on the device: reading the loss here would make the host wait at every step.
-        self.loss_sum += loss.detach()
+    def _backward(self, micro: int) -> int:
+        """Add the gradients of one batch a run; how many tokens they had."""
+        size, accumulate = batch_size(self.task, self.config), self.config.accumulate
+        indices = [trainee.progress.step * accumulate + micro for trainee in self.trainees]
+        batches = [self.task.batch(t.run.seed, at, size) for t, at in zip(self.trainees, indices, strict=True)]
+        joined = self.team.share(self.task.join(batches))
+        batch = move(joined, self.device)
+        self.trained.draw(
+            [stream_seed(t.run.seed, "dropout", at) for t, at in zip(self.trainees, indices, strict=True)]
+        )
+        with self._streams(indices), autocast(self.device, self.config):
+            outputs = self.task.outputs(self.forward, batch)
+            losses = self._losses(outputs, batch)
+        scaled = [t.backward_of(loss / accumulate) for t, loss in zip(self.trainees, losses, strict=True)]
+        torch.autograd.backward(scaled)
+        return self.task.tokens(joined)
 
-    def _evaluated(self) -> bool:
-        return bool(self.progress.history) and self.progress.history[-1]["step"] == self.progress.step
+    @contextmanager
+    def _streams(self, indices: Sequence[int]) -> Iterator[None]:
+        """For models of others, such as BERT with its dropout, which draw from torch's global stream and no other."""
+        if not self.task.draws:
+            yield
+            return
+        others = [self.team.rank] if self.team.rank else []
+        seeds = [stream_seed(t.run.seed, "model", at, *others) for t, at in zip(self.trainees, indices, strict=True)]
+        with own_streams(self.device, seeds):
+            yield
 
-    def _evaluate(self) -> bool:
+    def _losses(self, outputs: Tensor, batch: Batch) -> list[Tensor]:
+        """The loss of each run on its chunk."""
+        n = len(self.trainees)
+        parts = {name: tensor.chunk(n) for name, tensor in batch.items()}
+        return [
+            self.task.loss(out, {name: chunks[i] for name, chunks in parts.items()})
+            for i, out in enumerate(outputs.chunk(n))
+        ]
+
+    # Evaluations
+
+    def _evaluate_due(self) -> bool:
+        """Evaluate the runs that are due, let go of those that are through; whether some are left."""
+        due = evaluation_steps(self.steps, self.config.evaluations) | {self.until}
+        left = []
+        for trainee in self.trainees:
+            step = trainee.progress.step
+            if step in due and not trainee.evaluated and not self._evaluate(trainee):
+                self._end(trainee, "diverged")
+            elif step >= self.steps:
+                self._end(trainee, "done")
+            elif step >= self.until:
+                self._note_costs()
+                trainee.save_state()
+            else:
+                left.append(trainee)
+        if left and len(left) < len(self.trainees):
+            self._keep(left)
+        return bool(left)
+
+    def _keep(self, left: Sequence[Trainee]) -> None:
+        """Go on with these runs alone."""
+        states = [trainee.state() for trainee in left]
+        self._seat([trainee.run for trainee in left], [trainee.folder for trainee in left])
+        for trainee, state in zip(self.trainees, states, strict=True):
+            trainee.take(state)
+
+    def _evaluate(self, trainee: Trainee) -> bool:
         """Measure held-out data and note it; False where the loss is no longer finite."""
-        step = self.progress.step
-        line: dict[str, Any] = {"step": step, "seconds": round(self.progress.seconds, 3)}
-        if self.since_evaluation:
-            line["train_loss"] = float(self.loss_sum) / self.since_evaluation
+        began = time.monotonic()
+        step = trainee.progress.step
+        line: dict[str, Any] = {"step": step, "seconds": round(trainee.progress.seconds, 3)}
+        if losses := trainee.new_losses():
+            line |= {"train_loss": sum(losses) / len(losses), "train_losses": losses}
             if not math.isfinite(line["train_loss"]):
                 return False
         # Every method starts as the base, which has been measured.
-        line |= (
-            self.before
-            if step == 0
-            else self._measure(("validation", "test") if step >= self.steps else ("validation",))
-        )
+        line |= trainee.before if step == 0 else self._measure(trainee)
         if not all(math.isfinite(value) for value in line["validation"].values()):
             return False
-        self.loss_sum.zero_()
-        self.since_evaluation = 0
-        self.progress.history.append(line)
-        self._write_history()
-        self.listener.evaluated(self.run, step, line["validation"])
+        trainee.note(line)
+        trainee.progress.seconds += time.monotonic() - began
+        self.listener.evaluated(trainee.run, step, line["validation"])
         return True
 
-    def _measure(self, splits: Sequence[Split]) -> dict[str, dict[str, float]]:
+    def _measure(self, trainee: Trainee) -> dict[str, dict[str, float]]:
+        splits: tuple[Split, ...] = ("validation", "test") if trainee.progress.step >= self.steps else ("validation",)
+        self.trained.select(trainee.i)
         return evaluate(self.task, self.model, splits, self.config, self.device)
 
-    def _write_history(self) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in self.progress.history)
-        write_atomic(self.folder / "metrics.jsonl", lambda path: _write(path, text))
-
-    def _end(self, status: str) -> Record:
-        """Save the result, then the record, then drop the state: a kill between any two loses nothing."""
-        saved = self.trained.save(self.folder) if status == "done" else 0
-        last = self.progress.history[-1]
-        record = Record(
-            run=self.run,
-            status="done" if status == "done" else "diverged",
-            steps=self.progress.step,
-            metrics={split: last[split] for split in ("validation", "test") if split in last} if saved else {},
-            before={split: dict(metrics) for split, metrics in self.before.items()},
-            cost=self._cost(saved),
-        )
-        record.write(self.folder)
-        (self.folder / STATE).unlink(missing_ok=True)
-        self.listener.ended(record)
-        return record
-
-    def _cost(self, saved: int) -> Cost:
-        weights = list(self.parameters.values())
-        return Cost(
-            parameters=sum(weight.numel() for weight in self.model.parameters()),
-            trainable=sum(weight.numel() for weight in weights),
-            parameter_bytes=total_bytes(weights),
-            gradient_bytes=total_bytes(weights),
-            optimizer_bytes=optimizer_bytes(self.optimizer),
-            saved_bytes=saved,
-            peak_memory=self._peak() or None,
-            seconds=round(self.progress.seconds, 3),
-            seconds_per_step=round(self.progress.step_seconds / max(1, self.progress.step), 5),
-        )
-
-    def _peak(self) -> int:
-        return max(self.progress.peak, peak_memory(self.device) or 0)
-
-    def _save_state(self) -> None:
-        self.progress.peak = self._peak()
-        state = {
-            "progress": vars(self.progress),
-            "loss_sum": self.loss_sum,
-            "since_evaluation": self.since_evaluation,
-            "parameters": {name: weight.detach() for name, weight in self.parameters.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "generators": [generator.get_state() for generator in self.trained.generators()],
-        }
-        write_atomic(self.folder / STATE, lambda path: torch.save(state, path))
-
-    def _resume(self) -> bool:
-        """Take up the state on disk, if there is one."""
-        path = self.folder / STATE
-        if not path.exists():
-            return False
-        try:
-            # To the host first: the optimizer moves its moments to the device, and reads its count of steps here.
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            with torch.no_grad():
-                for name, weight in self.parameters.items():
-                    weight.copy_(state["parameters"][name])
-            self.optimizer.load_state_dict(state["optimizer"])
-            for generator, value in zip(self.trained.generators(), state["generators"], strict=True):
-                generator.set_state(value)
-            self.loss_sum.copy_(state["loss_sum"])
-            self.since_evaluation = state["since_evaluation"]
-            self.progress = Progress(**state["progress"])
-        except BROKEN_STATE as error:
-            raise FormatError(f"{path}: not the state of this run; delete it to start the run again") from error
-        return True
+    def _end(self, trainee: Trainee, status: Status) -> None:
+        self._note_costs()
+        self.listener.ended(trainee.end(status))
+        self.team.wait()
 
 
-def make_optimizer(
-    parameters: Mapping[str, Tensor], run: Run, config: StudyConfig, device: torch.device
-) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only, as transformers does it: not on biases and norms."""
-    matrices = [weight for weight in parameters.values() if weight.ndim >= 2]
-    vectors = [weight for weight in parameters.values() if weight.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=run.lr or 0.0, fused=device.type in ("cpu", "cuda"))
-
-
-def autocast(device: torch.device, config: StudyConfig) -> torch.autocast:
+def autocast(device: torch.device, config: StudyConfig) -> torch.autocast | nullcontext[None]:
     """Mixed precision where the settings ask for it; weights and optimizer stay float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
+    if config.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[config.dtype])
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device; from pinned memory, where the host goes on while it is copied."""
+    if device.type == "cuda":
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     return {name: tensor.to(device, non_blocking=may_copy_ahead(device)) for name, tensor in batch.items()}
+
+
+@contextmanager
+def precision(device: torch.device, config: StudyConfig) -> Iterator[None]:
+    """TF32 for float32 matrix products on CUDA where the settings ask for it, and never else; as before afterwards."""
+    if device.type != "cuda":
+        if config.tf32:
+            raise ConfigError(f"tf32 = true: only CUDA has it, and the device is {device}; leave it out")
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def evaluate(
@@ -292,7 +324,3 @@ def evaluate_base(task: Task, config: StudyConfig, run: Run, folder: Path, devic
     record = Record(run=run, status="done", steps=0, metrics=metrics, before=metrics)
     record.write(folder)
     return record
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

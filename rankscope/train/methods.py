@@ -1,133 +1,250 @@
-"""How a run changes the base: what is trained, what is saved. LoRA and full fine-tuning."""
+"""What a run trains and what it saves: LoRA in its variants, parts of the base, or all of it.
+
+A method is a small declaration on one loop: which parameters the optimizer moves, at what multiple of the rate.
+"""
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from rankscope.errors import ConfigError
 from rankscope.formats.store import write_updates
 from rankscope.lora import AdapterSpec, Bank
 from rankscope.lora.kinds import Conv1DLayer
-from rankscope.lora.spec import ALL_LINEAR
-from rankscope.lora.targets import layer_class
+from rankscope.lora.targets import is_within, layer_class
 from rankscope.train.config import StudyConfig, generator
+from rankscope.train.costs import total_bytes
 from rankscope.train.runs import Run
+from rankscope.train.targets import expand_targets
 from rankscope.train.tasks import Task
+from rankscope.train.team import ALONE, Team, whole
 
 
 class Trained(ABC):
-    """A model made ready for one run."""
+    """A model made ready for some runs: one, or several in one pass, run i taking chunk i of a joined batch."""
 
     model: nn.Module
+    base_size: int
+    """Numbers that the base has."""
+    team: Team = ALONE
 
     @abstractmethod
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What the optimizer moves, by name, in a fixed order."""
+    def parameters(self, i: int) -> dict[str, Tensor]:
+        """What the optimizer of run i moves, by name, in a fixed order; the model is where it is trained."""
+
+    def rate_factor(self, i: int, name: str) -> float:
+        """Multiple of the run's rate that a parameter is trained at."""
+        return 1.0
+
+    def share_gradients(self) -> None:  # noqa: B027 (only stacked parameters have to share)
+        """After a backward pass, give each parameter of ``parameters`` its gradient."""
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad()
+
+    def draw(self, seeds: Sequence[int]) -> None:  # noqa: B027 (only LoRA's dropout draws)
+        """Before a pass: what run i draws in it depends on ``seeds[i]`` alone."""
+
+    def train(self) -> None:
+        """All runs side by side, ready for a training step."""
+        self.model.train()
+
+    def select(self, i: int) -> None:  # noqa: B027 (with one run there is nothing to choose)
+        """The model computes run i alone."""
+
+    def trim(self, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the shapes of ``parameters`` in shapes that do not depend on the other runs."""
+        return dict(tensors)
+
+    def pad(self, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The way back from ``trim``."""
+        return dict(tensors)
 
     @abstractmethod
-    def save(self, folder: Path) -> int:
-        """Write the result into the run's folder; its bytes."""
+    def save(self, i: int, folder: Path) -> int:
+        """Write the result of run i into its folder; its bytes."""
 
-    def save_initial(self, folder: Path) -> None:  # noqa: B027 (most methods start from the base alone)
-        """Write what the run starts from, where chance had a part in it."""
+    def save_initial(self, i: int, folder: Path) -> None:  # noqa: B027 (most methods start from the base alone)
+        """Write what run i starts from, where it is not the base."""
 
-    def generators(self) -> list[torch.Generator]:
-        """Streams whose state a run in progress must keep."""
-        return []
+
+@dataclass(frozen=True)
+class Variant:
+    """How a method differs from plain LoRA.
+
+    ``ratio`` is LoRA+'s: B's rate over A's (Hayou et al. 2024). Without ``trains_a``, A stays the random projection
+    that it starts as (Zhang et al. 2023, LoRA-FA). ``init`` None is the one of the settings.
+    """
+
+    rslora: bool = False
+    plus: bool = False
+    trains_a: bool = True
+    init: str | None = None
+
+
+VARIANTS = {
+    "lora": Variant(),
+    "rslora": Variant(rslora=True),
+    "lora+": Variant(plus=True),
+    "frozen-a": Variant(trains_a=False),
+    "pissa": Variant(init="pissa"),
+}
 
 
 class LoraTrained(Trained):
-    """One adapter on the frozen base, and the heads that are new to it."""
+    """Adapters on one frozen base, one a run, and for each run its own heads that are new to the base."""
 
-    def __init__(self, task: Task, config: StudyConfig, run: Run) -> None:
-        self.task = task
-        self.model = task.model(run.seed)
-        self.spec = lora_spec(task, config, run)
-        # Each rank draws its own: from one seed, A at rank 64 would begin with A at rank 8.
-        self.generator = generator(run.seed, "init", run.rank)
-        self.bank = Bank.attach(self.model, self.spec, self.generator)
+    def __init__(self, task: Task, config: StudyConfig, runs: Sequence[Run]) -> None:
+        self.task, self.config, self.runs = task, config, runs
+        self.model = task.model(runs[0].seed)
+        self.base_size = sum(weight.numel() for weight in self.model.parameters())
+        specs = [lora_spec(task, config, run, self.model) for run in runs]
+        self.bank = Bank.attach(self.model, specs, [generator(*init_stream(run)) for run in runs])
+        self._start_heads()
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+    @torch.no_grad()
+    def _start_heads(self) -> None:
+        """Heads of other seeds than the first run's, which the model came with."""
+        for i, run in enumerate(self.runs):
+            if run.seed == self.runs[0].seed or not self.bank.heads:
+                continue
+            model = self.task.model(run.seed)
+            for path in self.bank.heads:
+                self.bank.head(i, path).load_state_dict(model.get_submodule(path).state_dict())
 
-    def generators(self) -> list[torch.Generator]:
-        return [self.generator]
+    def parameters(self, i: int) -> dict[str, Tensor]:
+        variant = VARIANTS[self.runs[i].method]
+        found = self.bank.parameters(i)
+        return found if variant.trains_a else {name: p for name, p in found.items() if not self._is_factor(name, "A")}
 
-    def save(self, folder: Path) -> int:
-        return self._save(folder / "adapter")
+    def rate_factor(self, i: int, name: str) -> float:
+        plus = VARIANTS[self.runs[i].method].plus and self._is_factor(name, "B")
+        return self.config.lora_plus_ratio if plus else 1.0
 
-    def save_initial(self, folder: Path) -> None:
-        self._save(folder / "initial")
+    def _is_factor(self, name: str, which: str) -> bool:
+        path, _, last = name.rpartition(".")
+        return last == which and path in self.bank.layers
 
-    def _save(self, folder: Path) -> int:
-        self.bank.save(0, folder, base_name=self.task.base_name, task_type=self.task.peft_task)
-        return (folder / "adapter_model.safetensors").stat().st_size
+    def share_gradients(self) -> None:
+        self.bank.share_gradients()
+
+    def zero_grad(self) -> None:
+        self.bank.zero_grad()
+
+    def draw(self, seeds: Sequence[int]) -> None:
+        self.bank.route.seeds = seeds
+
+    def train(self) -> None:
+        self.model.train()
+        self.bank.select(0 if len(self.runs) == 1 else None)
+
+    def select(self, i: int) -> None:
+        self.bank.select(i)
+
+    def trim(self, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.bank.trim(i, tensors)
+
+    def pad(self, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.bank.pad(i, tensors)
+
+    def save(self, i: int, folder: Path) -> int:
+        target = folder / "adapter"
+        self.bank.save(i, target, base_name=self.task.base_name, task_type=self.task.peft_task)
+        return (target / "adapter_model.safetensors").stat().st_size
+
+    def save_initial(self, i: int, folder: Path) -> None:
+        self.bank.save_initial(i, folder / "initial", base_name=self.task.base_name, task_type=self.task.peft_task)
 
 
-def lora_spec(task: Task, config: StudyConfig, run: Run) -> AdapterSpec:
+def init_stream(run: Run) -> tuple[object, ...]:
+    """What the initial factors of a run are drawn from: the same at each of its rates.
+
+    Each rank draws its own: from one seed, A at rank 64 would begin with A at rank 8. So does each method and each
+    set of targets, or a small set's first matrix would be a large one's.
+    """
+    others = [part for part in (run.method if run.method != "lora" else None, run.targets) if part is not None]
+    return (run.seed, "init", run.rank, *others)
+
+
+def lora_spec(task: Task, config: StudyConfig, run: Run, model: nn.Module) -> AdapterSpec:
     """The adapter of one run of the grid."""
-    targets = pattern(config.targets or task.targets)
     if run.rank is None or run.alpha is None:
         raise ValueError(f"{run.name} is not a LoRA run")
+    variant = VARIANTS[run.method]
+    targets = run.targets if run.targets is not None else ",".join(task.targets)
     return AdapterSpec(
         rank=run.rank,
         alpha=run.alpha,
-        targets=targets,
-        init=config.init,
+        targets=expand_targets(model, targets),
+        init=variant.init or config.init,  # type: ignore[arg-type]
         dropout=config.dropout,
-        rslora=config.rslora,
+        rslora=variant.rslora,
         bias=config.bias,
         modules_to_save=task.heads,
     )
 
 
-def pattern(targets: tuple[str, ...]) -> str | tuple[str, ...]:
-    """Names as they are; "all-linear", or one entry that is more than a dotted name, as the expression it is."""
-    alone = len(targets) == 1 and (targets[0] == ALL_LINEAR or not re.fullmatch(r"[\w.]+", targets[0]))
-    return targets[0] if alone else targets
+class WeightsTrained(Trained):
+    """Weights of the base itself: all, its biases, or its head. The float32 update of each is the result."""
 
-
-class FullTrained(Trained):
-    """Every weight of the base is trained; the float32 update of each is the result."""
-
-    def __init__(self, task: Task, config: StudyConfig, run: Run) -> None:
+    def __init__(self, task: Task, run: Run, chosen: Callable[[str], bool]) -> None:
         self.task, self.run = task, run
         self.model = task.model(run.seed)
-        self.model.requires_grad_(True)
+        self.base_size = sum(weight.numel() for weight in self.model.parameters())
+        for name, weight in self.model.named_parameters():
+            weight.requires_grad_(chosen(name))
+        if not self.parameters(0):
+            raise ConfigError(f"method {run.method!r}: this model has nothing of that kind to train")
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.model.named_parameters())
+    def parameters(self, i: int) -> dict[str, Tensor]:
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def updates(self) -> dict[str, Tensor]:
-        """tuned − base of every weight in float32 on the CPU, matrices (out, in) by module path."""
+        """tuned − base of every trained weight in float32 on the CPU, matrices (out, in) by module path."""
         base = self.task.model(self.run.seed)
-        found = {}
+        found: dict[str, Tensor] = {}
         seen: set[int] = set()
         for path, module in self.model.named_modules():
             for name, weight in module.named_parameters(recurse=False):
-                if id(weight) in seen:  # tied: its change is counted once, under its first name
+                if id(weight) in seen or not weight.requires_grad:  # tied: counted once, under its first name
                     continue
                 seen.add(id(weight))
-                start = base.get_parameter(f"{path}.{name}" if path else name)
-                difference = weight.detach().cpu().float() - start.detach().float()
+                full_name = f"{path}.{name}" if path else name
+                difference = whole(weight.detach()).cpu().float() - base.get_parameter(full_name).detach().float()
                 if name == "weight" and difference.ndim >= 2:
                     # transformers' Conv1D stores (in, out); a convolution is flattened as adapters are.
                     transposed = layer_class(module) is Conv1DLayer
-                    difference = difference.T if transposed else difference.flatten(1)
-                    found[path] = difference
+                    found[path] = difference.T if transposed else difference.flatten(1)
                 else:
-                    found[f"{path}.{name}" if path else name] = difference
+                    found[full_name] = difference
         return found
 
-    def save(self, folder: Path) -> int:
+    def save(self, i: int, folder: Path) -> int:
         path = folder / "update.safetensors"
-        write_updates(path, self.updates())
-        return path.stat().st_size
+        updates = self.updates()
+        if self.team.leads:
+            write_updates(path, updates)
+        return total_bytes(updates.values())
 
 
-METHODS: dict[str, Callable[[Task, StudyConfig, Run], Trained]] = {"lora": LoraTrained, "full": FullTrained}
+def make_trained(task: Task, config: StudyConfig, runs: Sequence[Run]) -> Trained:
+    """The base made ready for these runs: any number with adapters, or one of another method."""
+    method = runs[0].method
+    if runs[0].is_lora:
+        return LoraTrained(task, config, runs)
+    chosen: dict[str, Callable[[str], bool]] = {
+        "full": lambda name: True,
+        "bias": lambda name: name.endswith("bias") or in_head(task, name),
+        "head": lambda name: in_head(task, name),
+    }
+    return WeightsTrained(task, runs[0], chosen[method])
+
+
+def in_head(task: Task, name: str) -> bool:
+    return any(is_within(name, head) for head in task.heads)

@@ -42,7 +42,6 @@ class PlantedTask(Task):
     metric = "loss"
     higher_is_better = False
     steps = 400
-    lora_rate = 1e-2
     full_rate = 3e-3
 
     def __init__(self, rank: int, noise: float, count: int = 8192) -> None:
@@ -56,7 +55,7 @@ class PlantedTask(Task):
             split: torch.randn(count, width, generator=generator("planted", split))
             for split in ("train", "validation", "test")
         }
-        self.outputs = {split: self._teach(x, split) for split, x in self.inputs.items()}
+        self.answers = {split: self._teach(x, split) for split, x in self.inputs.items()}
 
     @property
     def singular_values(self) -> Tensor:
@@ -86,9 +85,9 @@ class PlantedTask(Task):
             y: Tensor = teacher(x)
         return y + self.noise * torch.randn(y.shape, generator=generator("planted", "noise", split))
 
-    def rate(self, rank: int | None) -> float:
-        """One rate for all ranks: the task is easy enough for it to reach each floor."""
-        return self.full_rate if rank is None else self.lora_rate
+    def rates(self, full: bool) -> tuple[float, ...]:
+        """One rate: the task is easy enough for it to reach each floor."""
+        return (self.full_rate,) if full else (1e-2,)
 
     def model(self, seed: int) -> nn.Module:
         student = Planted()
@@ -97,15 +96,25 @@ class PlantedTask(Task):
 
     def batch(self, seed: int, index: int, size: int) -> Batch:
         rows = torch.randint(len(self.inputs["train"]), (size,), generator=generator(seed, "order", index))
-        return {"x": self.inputs["train"][rows], "y": self.outputs["train"][rows]}
+        return {"x": self.inputs["train"][rows], "y": self.answers["train"][rows]}
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        loss: Tensor = (model(batch["x"]) - batch["y"]).square().mean()
-        return loss
+    def tokens(self, batch: Batch) -> int:
+        return len(batch["x"])
+
+    def tokens_per_example(self) -> int:
+        return 1
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(batch, first.out + second.out)."""
+        out: Tensor = model(batch["x"])
+        return out
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return (outputs - batch["y"]).square().mean()
 
     def evaluate(self, model: nn.Module, split: Split, device: torch.device) -> dict[str, float]:
-        batch = {"x": self.inputs[split].to(device), "y": self.outputs[split].to(device)}
-        return {"loss": float(self.loss(model, batch))}
+        batch = {"x": self.inputs[split].to(device), "y": self.answers[split].to(device)}
+        return {"loss": float(self.loss(self.outputs(model, batch), batch))}
 
     def fingerprint(self) -> dict[str, str]:
         return {"base": "planted", "data": f"rank {self.rank}, noise {self.noise:g}, {len(self.inputs['train'])} rows"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,28 @@ def initialise(model: Any, names: list[str], seed: int) -> None:
             parameter.normal_(0.0, deviation, generator=generator(seed, "head", name))
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def draws_numbers(model: Any) -> bool:
+    """Whether the model draws random numbers in training: dropout, layers left out, noise on a router.
+
+    Found by a module of that name with a probability above 0, or by such a number in the configuration.
+    """
+    modules = ((type(m).__name__, getattr(m, "p", getattr(m, "drop_prob", 0))) for m in model.modules())
+    numbers = (*modules, *config_numbers(model.config.to_dict()))
+    return any(
+        isinstance(number, int | float) and number > 0 and ("drop" in name.lower() or "jitter" in name)
+        for name, number in numbers
+    )
+
+
+def config_numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each entry of a configuration and of those inside it."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from config_numbers(value)
+        elif not isinstance(value, bool):
+            yield name, value
 
 
 def padding_id(base: Pretrained) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from rankscope.analysis.spectra import SpectrumResult, spectrum
 from rankscope.spectra import MEASURES
-from rankscope.train.runs import Record
-from rankscope.train.study import Study
+from rankscope.train.runs import Record, Run
+from rankscope.train.study import Choice, Study
 
 MEASURE = "entropy_rank"
 """The effective rank that tables and plots of a study show unless another is asked for."""
@@ -29,20 +29,27 @@ class Row:
     chosen_by: float | None
     ranks: dict[str, float]
     spectra: SpectrumResult | None
-    best: bool
-    """At the best rate of its method, rank and seed."""
+    choice: Choice | None
+    """Of its label, where this run is at the best rate."""
+
+    @property
+    def best(self) -> bool:
+        """At the best rate of its method, targets and rank, or without one (the base)."""
+        return self.record.status == "done" and (self.record.run.lr is None or self.choice is not None)
 
     def to_json(self) -> dict[str, Any]:
         run, cost = self.record.run, self.record.cost
         return {
             "name": run.name,
             "method": run.method,
+            "targets": run.targets,
             "rank": run.rank,
             "alpha": run.alpha,
             "lr": run.lr,
             "seed": run.seed,
             "status": self.record.status,
             "best_rate": self.best,
+            "edge": self.choice.edge if self.choice else None,
             "validation": self.chosen_by,
             "test": self.score,
             "effective_rank": self.ranks,
@@ -52,33 +59,35 @@ class Row:
 
 
 def rows(study: Study) -> list[Row]:
-    """Every run that has ended: the base, LoRA by rank and rate, full fine-tuning."""
-    best = {record.run for record in study.best()}
-    layers = shared_layers(study)
-    return [_row(study, record, record.run in best, layers) for record in study.records]
+    """Every run that has ended: the base, then method by method, each by targets, rank, rate and seed."""
+    choices = study.choices()
+    layers = adapted_layers(study)
+    return [_row(study, record, choices.get(record.run.label), layers) for record in study.records]
 
 
-def _row(study: Study, record: Record, best: bool, layers: list[str]) -> Row:
+def _row(study: Study, record: Record, choice: Choice | None, layers: set[str]) -> Row:
     if record.status != "done":
-        return Row(record, None, None, {}, None, False)
-    spectra = None if record.run.method == "base" else spectrum(study.store(record.run))
+        return Row(record, None, None, {}, None, None)
+    spectra = spectrum(study.store(record.run)) if has_matrices(record.run) else None
     ranks = effective_ranks(spectra, layers) if spectra else {}
-    return Row(record, study.score(record), study.score(record, "validation"), ranks, spectra, best)
+    chosen = choice if choice is not None and choice.lr == record.run.lr else None
+    return Row(record, study.score(record), study.score(record, "validation"), ranks, spectra, chosen)
 
 
-def shared_layers(study: Study) -> list[str]:
-    """The layers that every run with an update has; those of LoRA where full fine-tuning has more."""
-    found: list[str] | None = None
-    for record in study.done():
-        if record.run.method != "base":
-            store = study.store(record.run)
-            found = [name for name in (found if found is not None else store.names()) if name in store]
-    return found or []
+def has_matrices(run: Run) -> bool:
+    """Whether a run changes matrices of the base, which have a spectrum."""
+    return run.is_lora or run.method == "full"
 
 
-def effective_ranks(spectra: SpectrumResult, layers: Iterable[str]) -> dict[str, float]:
-    """Each measure of an update, the median over ``layers``."""
-    measured = [spectra[name].measures for name in layers]
+def adapted_layers(study: Study) -> set[str]:
+    """The layers that some adapter of the study has: full fine-tuning, which changes more, is measured on these."""
+    stores = [study.store(record.run) for record in study.done() if record.run.is_lora]
+    return {name for store in stores for name in store.names()}
+
+
+def effective_ranks(spectra: SpectrumResult, layers: Collection[str]) -> dict[str, float]:
+    """Each measure of an update, the median over its layers, or over those of them that are in ``layers``."""
+    measured = [layer.measures for layer in spectra.layers if not layers or layer.name in layers]
     if not measured:
         return {}
     return {name: float(statistics.median(measures[name] for measures in measured)) for name in MEASURES}

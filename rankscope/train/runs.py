@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -9,18 +11,26 @@ import msgspec
 
 from rankscope.errors import FormatError
 from rankscope.formats.files import write_json
-from rankscope.train.config import StudyConfig
+from rankscope.train.config import Method, StudyConfig, alpha_factor
+from rankscope.train.targets import expand_targets, parameters_per_rank
 from rankscope.train.tasks import Task
 
 SCHEMA = "rankscope.run/1"
-Method = Literal["base", "lora", "full"]
+LORA = ("lora", "rslora", "lora+", "frozen-a", "pissa")
+"""The methods that train adapters."""
+RSLORA_ALPHA = 16.0
+Status = Literal["done", "diverged", "stopped"]
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """One training: its method, and where it stands in the grid. ``rank`` and ``alpha`` are LoRA's."""
+    """One training: its method, and where it stands in the grid.
 
-    method: Method
+    ``rank``, ``alpha`` and ``targets`` are LoRA's; ``targets`` None is the task's own.
+    """
+
+    method: Literal["base"] | Method
     seed: int
+    targets: str | None = None
     rank: int | None = None
     alpha: float | None = None
     lr: float | None = None
@@ -28,35 +38,79 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         """Folder name: unique in a study, readable, the same at every start."""
+        targets = f"-{slug(self.targets)}" if self.targets is not None else ""
         rank = f"-r{self.rank}" if self.rank is not None else ""
         lr = f"-lr{self.lr!r}" if self.lr is not None else ""
-        return f"{self.method}{rank}{lr}-s{self.seed}"
+        return f"{self.method}{targets}{rank}{lr}-s{self.seed}"
 
     @property
     def label(self) -> str:
-        """What tables and plots call the method: ``base``, ``full`` or ``r = 8``."""
-        return f"r = {self.rank}" if self.method == "lora" else self.method
+        """What tables and plots call it, whatever its rate and seed: ``base``, ``full``, ``r = 8``, ``pissa r = 8``."""
+        parts: list[str] = [self.method] if self.method != "lora" else []
+        parts += [self.targets] if self.targets is not None else []
+        parts += [f"r = {self.rank}"] if self.rank is not None else []
+        return " ".join(parts)
+
+    @property
+    def is_lora(self) -> bool:
+        return self.method in LORA
+
+
+def slug(targets: str) -> str:
+    """Targets as part of a folder name; a hash tells apart what this makes alike."""
+    plain = re.sub(r"[^\w.+-]", "_", targets.replace(",", "+"))[:40]
+    return (
+        plain if plain == targets.replace(",", "+") else f"{plain}-{hashlib.sha256(targets.encode()).hexdigest()[:8]}"
+    )
 
 
 def grid(config: StudyConfig, task: Task) -> list[Run]:
-    """Every run of the study in the order they are trained: the untouched base, LoRA by rank, full fine-tuning."""
-    full_lrs = (config.full_lrs or (task.rate(None),)) if config.full else ()
+    """Every run of the study in the order they are trained: the untouched base, then seed by seed each method."""
+    cells = [cell for method in config.methods for cell in _cells(config, task, method)]
     runs = [Run(method="base", seed=seed) for seed in config.seeds]
     for seed in config.seeds:
-        for rank in config.ranks:
-            alpha = config.alpha if config.alpha is not None else 2.0 * rank
-            runs += [
-                Run(method="lora", seed=seed, rank=rank, alpha=alpha, lr=lr) for lr in config.lrs or (task.rate(rank),)
-            ]
+        for cell in cells:
+            runs += [msgspec.structs.replace(cell, seed=seed, lr=lr) for lr in config.lrs or task.rates(full=False)]
+        full_lrs = (config.full_lrs or task.rates(full=True)) if config.full else ()
         runs += [Run(method="full", seed=seed, lr=lr) for lr in full_lrs]
     return runs
 
 
+def _cells(config: StudyConfig, task: Task, method: Method) -> list[Run]:
+    """A method at each of its target sets and ranks, without rate and with any seed."""
+    if method not in LORA:
+        return [Run(method=method, seed=0)]
+    cells = []
+    for targets in config.targets or (None,):
+        ranks = config.ranks if config.budget is None else (budget_rank(config.budget, task, targets),)
+        cells += [
+            Run(method=method, seed=0, targets=targets, rank=rank, alpha=alpha_of(config, method, rank))
+            for rank in ranks
+        ]
+    return cells
+
+
+def alpha_of(config: StudyConfig, method: Method, rank: int) -> float:
+    """α of a run: what the settings say, or 2r; for rsLoRA 16, since its scale α/√r is made for a fixed α."""
+    if config.alpha is None and method == "rslora":
+        return RSLORA_ALPHA
+    value, multiplies = alpha_factor(config.alpha) or (2.0, True)
+    return value * rank if multiplies else value
+
+
+def budget_rank(budget: int, task: Task, targets: str | None) -> int:
+    """The rank whose adapter on these targets comes nearest to ``budget`` parameters, at least 1 (LoRA's Table 5)."""
+    model = task.model(0)
+    chosen = targets if targets is not None else ",".join(task.targets)
+    return max(1, round(budget / parameters_per_rank(model, expand_targets(model, chosen), task.heads)))
+
+
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run took. Bytes are of what is trained, besides ``parameters`` (all) and the saved result.
+    """What a run took. ``parameters`` are the base's; bytes are of what is trained and of the saved result.
 
     ``peak_memory`` is that of the process on a CPU (None where the system does not tell it)
-    and of the allocator on a GPU.
+    and of the allocator on a GPU. ``together`` runs were trained in one pass: they share the peak,
+    and each has its share of the time.
     """
 
     parameters: int
@@ -68,17 +122,18 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     peak_memory: int | None
     seconds: float
     seconds_per_step: float
+    together: int = 1
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """``run.json``: a run that has ended, well or not.
+    """``run.json``: a run that has ended: done, with a loss that is not finite, or stopped as hopeless.
 
     ``metrics`` holds those of the validation and the test split after the last step, ``before`` those
     of the same model at step 0.
     """
 
     run: Run
-    status: Literal["done", "diverged"]
+    status: Status
     steps: int
     metrics: dict[str, dict[str, float]] = {}
     before: dict[str, dict[str, float]] = {}

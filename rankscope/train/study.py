@@ -4,28 +4,46 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 import torch
 
-from rankscope.errors import ConfigError, FormatError, TrainingError, located
+from rankscope.errors import ConfigError, FormatError
 from rankscope.formats.files import read_json, write_json
 from rankscope.formats.interface import Store
 from rankscope.formats.store import open as open_store
-from rankscope.train.config import RESUMABLE, StudyConfig, make_config, resolve_device
-from rankscope.train.loop import STATE, Listener, Loop, evaluate_base
+from rankscope.train.claims import LOCK, alone, claiming
+from rankscope.train.config import RESUMABLE, Method, StudyConfig, make_config, resolve_device
+from rankscope.train.loop import Listener, Silent, precision
 from rankscope.train.runs import Record, Run, grid
+from rankscope.train.sweep import Sweep
 from rankscope.train.tasks import Task, make_task
+from rankscope.train.team import team_of
+from rankscope.train.trainee import STATE
 
-SCHEMA = "rankscope.study/1"
-LOCK = ".lock"
+SCHEMA = "rankscope.study/2"
+
+
+Edge = Literal["low", "high"] | None
+
+
+class Choice(NamedTuple):
+    """The best rate, among those tried in ascending order.
+
+    ``edge`` says at which end of them it lies, if it does: then the true best may lie beyond, and a rank whose best
+    rate was not tried looks worse than it is.
+    """
+
+    lr: float
+    edge: Edge
+    tried: tuple[float, ...]
 
 
 class Study:
@@ -69,18 +87,38 @@ class Study:
     def done(self) -> list[Record]:
         return [record for record in self.records if record.status == "done"]
 
-    def best(self) -> list[Record]:
-        """Of each method, rank and seed the run at its best rate, chosen on the validation split."""
-        chosen: dict[tuple[str, int], Record] = {}
-        for record in self.done():
-            key = (record.run.label, record.run.seed)
-            if key not in chosen or self._better(record, chosen[key]):
-                chosen[key] = record
-        return list(chosen.values())
+    def choices(self) -> dict[str, Choice]:
+        """The best rate of each label (method, targets and rank), by the mean over seeds on the validation split."""
+        cells: dict[str, list[Record]] = {}
+        for record in self.records:
+            if record.run.lr is not None:
+                cells.setdefault(record.run.label, []).append(record)
+        found = {label: self._choose(records) for label, records in cells.items()}
+        return {label: choice for label, choice in found.items() if choice is not None}
 
-    def _better(self, a: Record, b: Record) -> bool:
-        difference = self.score(a, "validation") - self.score(b, "validation")
-        return difference > 0 if self.higher_is_better else difference < 0
+    def _choose(self, records: list[Record]) -> Choice | None:
+        """Rates that some seed diverged at, or was stopped at, cannot be the best one while others are left."""
+        scores: dict[float, list[float]] = {}
+        for record in records:
+            if record.status == "done" and record.run.lr is not None:
+                scores.setdefault(record.run.lr, []).append(self.score(record, "validation"))
+        if not scores:
+            return None
+        most = max(len(values) for values in scores.values())
+        means = {lr: statistics.fmean(values) for lr, values in scores.items() if len(values) == most}
+        best = (max if self.higher_is_better else min)(means, key=lambda lr: means[lr])
+        tried = sorted({record.run.lr for record in records if record.run.lr is not None})
+        edge: Edge = "low" if best == tried[0] else "high" if best == tried[-1] else None
+        return Choice(best, edge if len(tried) > 1 else None, tuple(tried))
+
+    def best(self) -> list[Record]:
+        """The runs at the best rate of their label, one a seed, and the untouched base."""
+        choices = self.choices()
+
+        def chosen(run: Run) -> bool:
+            return run.lr is None or (run.label in choices and choices[run.label].lr == run.lr)
+
+        return [record for record in self.done() if chosen(record.run)]
 
     def path(self, run: Run) -> Path:
         return self.folder / "runs" / run.name
@@ -102,9 +140,12 @@ class Study:
         return f"Study({str(self.folder)!r}, {len(self.records)} runs, {self.metric})"
 
 
-def _order(record: Record) -> tuple[int, int, float, int]:
+ORDER = ("base", *get_args(Method))
+
+
+def _order(record: Record) -> tuple[int, str, int, float, int]:
     run = record.run
-    return ("base", "lora", "full").index(run.method), run.rank or 0, run.lr or 0.0, run.seed
+    return ORDER.index(run.method), run.targets or "", run.rank or 0, run.lr or 0.0, run.seed
 
 
 def run_study(
@@ -120,29 +161,64 @@ def run_study(
         listener: is told of each step, evaluation and end; nobody is where it is None.
         stop: asked before each step; where it says yes the state is saved and ``InterruptedTrainingError`` raised.
 
+    Several processes may be at work on one study: each takes runs that no other holds, and all return when the study is
+    complete. torchrun is one way to start them.
+
     Raises:
         ConfigError: the folder holds a study with other settings, or something else.
-        TrainingError: another process is at work on this study.
         InterruptedTrainingError: ``stop`` said so.
     """
     folder = Path(folder)
     device = resolve_device(config.device)
     task = make_task(config)
+    listener = listener or Silent()
     _check_free(folder)
-    with locked(folder):
-        _sweep_leftovers(folder)
-        _describe(folder, config, task, device)
-        for run in grid(config, task):
-            target = folder / "runs" / run.name
-            if (target / "run.json").exists():
-                continue
-            with located(run.name), memory_errors():
-                if run.method == "base":
-                    evaluate_base(task, config, run, target, device)
-                else:
-                    base = Record.read(folder / "runs" / Run(method="base", seed=run.seed).name)
-                    Loop(task, config, run, target, base.metrics, device, listener or Silent()).train(stop)
+    with claiming(folder) as claims, precision(device, config), team_of(config, device) as team:
+        planned = grid(config, task)
+        with alone(claims):
+            _sweep_leftovers(folder)
+            _describe(folder, config, task, device)
+        sweep = Sweep(task, config, folder, device, claims, listener, stop, team)
+        runs = list(planned)
+        _train_grid(sweep, runs)
+        while config.extend_lrs and (more := extension(Study(folder), planned)):
+            listener.noted(f"best rates on the edge of the grid: {len(more)} more runs")
+            runs += more
+            _train_grid(sweep, runs)
     return Study(folder)
+
+
+def _train_grid(sweep: Sweep, runs: list[Run]) -> None:
+    sweep.announce(runs)
+    if sweep.config.halving:
+        way = 1.0 if sweep.task.higher_is_better else -1.0
+        sweep.halve_rates(runs, lambda metrics: way * metrics[sweep.task.metric])
+    sweep.train(runs)
+
+
+MOST_EXTENSIONS = 3
+
+
+def extension(study: Study, planned: list[Run]) -> list[Run]:
+    """Runs one rate further out, for each label whose best rate lies on the edge of those tried with every seed."""
+    runs = []
+    for label, choice in study.choices().items():
+        asked = {run.lr for run in planned if run.label == label}
+        if choice.edge is None or not asked or len(choice.tried) >= len(asked) + MOST_EXTENSIONS:
+            continue
+        seeds = {run.seed for run in planned if run.label == label}
+        ended = {(r.run.lr, r.run.seed) for r in study.records if r.run.label == label}
+        if all((lr, seed) in ended for lr in choice.tried for seed in seeds):
+            like = next(run for run in planned if run.label == label)
+            lr = next_rate(choice.tried, choice.edge)
+            runs += [msgspec.structs.replace(like, seed=seed, lr=lr) for seed in sorted(seeds)]
+    return runs
+
+
+def next_rate(tried: tuple[float, ...], edge: Edge) -> float:
+    """One step of the grid beyond its edge, on a log scale, to two digits."""
+    lr = tried[-1] * tried[-1] / tried[-2] if edge == "high" else tried[0] * tried[0] / tried[1]
+    return float(f"{lr:.2g}")
 
 
 def _check_free(folder: Path) -> None:
@@ -151,23 +227,6 @@ def _check_free(folder: Path) -> None:
         return
     if not folder.is_dir() or any(not path.name.startswith((LOCK, ".study.json.")) for path in folder.iterdir()):
         raise ConfigError(f"{folder} exists and is not a study; choose another folder with -o")
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn what torch and Python raise when memory runs out into one TrainingError."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # The CPU's allocator raises a bare RuntimeError, CUDA's a torch.OutOfMemoryError, which is one too.
-        text = str(error)
-        if (
-            isinstance(error, MemoryError | torch.OutOfMemoryError)
-            or "allocate memory" in text
-            or "enough memory" in text
-        ):
-            raise TrainingError("out of memory; try a smaller --batch with more --accumulate") from error
-        raise
 
 
 def _describe(folder: Path, config: StudyConfig, task: Task, device: torch.device) -> None:
@@ -225,42 +284,10 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"device": str(device), "processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it for this process; the lock goes with the process, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FormatError(f"{folder}: cannot be made ({error.strerror or error})") from error
-    try:
-        import fcntl
-    except ImportError:  # Windows: no advisory locks, the second process is not noticed
-        yield
-        return
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise TrainingError(f"{folder}: another process is training this study; wait for it or stop it") from error
-        yield
-
-
 def _sweep_leftovers(folder: Path) -> None:
-    """Remove what a killed process was writing; the names are ours alone (see ``write_atomic``)."""
-    for path in (*folder.glob("runs/**/.*.tmp"), *folder.glob(".study.json.*.tmp")):
+    """Remove what a killed process was writing of the study's own files, and states of runs that have ended."""
+    for path in folder.glob(".study.json.*.tmp"):
         path.unlink(missing_ok=True)
     for path in folder.glob(f"runs/*/{STATE}"):
         if (path.parent / "run.json").exists():
             path.unlink(missing_ok=True)
-
-
-class Silent:
-    """A listener that says nothing."""
-
-    def started(self, run: Run, steps: int, at: int) -> None: ...
-
-    def stepped(self, run: Run, step: int) -> None: ...
-
-    def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def ended(self, record: Record) -> None: ...

@@ -9,14 +9,14 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rankscope.errors import ConfigError, FormatError
 
-Rows = Iterator[tuple[str, Mapping[str, Any]]]
+Rows = Generator[tuple[str, Mapping[str, Any]], None, None]
 """Each row with the place that an error message names: "line 7"."""
 
 
@@ -36,9 +36,11 @@ def read_table(path: str | Path, columns: Sequence[str]) -> dict[str, list[Any]]
     if reader is None:
         raise FormatError(f"{path}: a data file is one of {', '.join(READERS)}; convert it or rename it")
     table: dict[str, list[Any]] = {column: [] for column in columns}
-    for place, row in reader(path, columns):
-        for column, values in table.items():
-            values.append(filled(row.get(column), f"{path}, {place}", column))
+    # A generator that an error leaves half-way would keep the file open for as long as the error is.
+    with closing(reader(path, columns)) as rows:
+        for place, row in rows:
+            for column, values in table.items():
+                values.append(filled(row.get(column), f"{path}, {place}", column))
     if not next(iter(table.values())):
         raise FormatError(f"{path}: the table has no rows")
     return table
@@ -70,7 +72,7 @@ def opened(path: Path) -> Iterator[None]:
         raise FormatError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def text_lines(path: Path) -> Iterator[str]:
+def text_lines(path: Path) -> Generator[str, None, None]:
     """Decoded lines with their line ends; only \\n ends a line, as the csv module needs it."""
     with opened(path), path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -91,9 +93,9 @@ def long_fields() -> Iterator[None]:
 
 
 def delimited_rows(path: Path, columns: Sequence[str], delimiter: str) -> Rows:
-    # strict: without it a quote that is never closed swallows the rest of the file.
-    reader = csv.reader(text_lines(path), delimiter=delimiter, strict=True)
-    with long_fields():
+    with closing(text_lines(path)) as lines, long_fields():
+        # strict: without it a quote that is never closed swallows the rest of the file.
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             header = next(reader, [])
             require_columns(path, columns, header)
@@ -117,17 +119,18 @@ def tsv_rows(path: Path, columns: Sequence[str]) -> Rows:
 
 
 def jsonl_rows(path: Path, columns: Sequence[str]) -> Rows:
-    for number, line in enumerate(text_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{path}, line {number}: not valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise FormatError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-        require_columns(Path(f"{path}, line {number}"), columns, row)
-        yield f"line {number}", row
+    with closing(text_lines(path)) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise FormatError(f"{path}, line {number}: not valid JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise FormatError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+            require_columns(Path(f"{path}, line {number}"), columns, row)
+            yield f"line {number}", row
 
 
 def parquet_rows(path: Path, columns: Sequence[str]) -> Rows:

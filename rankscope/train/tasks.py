@@ -10,35 +10,49 @@ import hashlib
 import math
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankscope.errors import ConfigError
+from rankscope.errors import ConfigError, TrainingError
 from rankscope.train.config import StudyConfig, generator
 from rankscope.train.llama import load_llama
+from rankscope.train.randomness import own_streams, replay
 
 Split = Literal["validation", "test"]
 Batch = Mapping[str, Tensor]
 
 
+LORA_OVER_FULL = 10.0
+"""LoRA's best learning rate over that of full fine-tuning, about, whatever the rank (Schulman et al. 2025)."""
+APART = 2e-3
+"""Share of the largest output by which rounding may change the others; other dropout changes far more."""
+
+
 class Task(ABC):
-    """A base, its data, a loss, and the metrics of held-out data."""
+    """A base, its data, a loss, and the metrics of held-out data.
+
+    Runs are trained side by side: their batches are joined along the first axis, and chunk i of what ``outputs``
+    gives is run i's.
+    """
 
     metric: str
     """Name of the metric that runs are compared by."""
     higher_is_better: bool
     steps: int
     """Optimizer steps of a run."""
-    lora_rate: float
-    """Learning rate of LoRA at rank 1, where the settings name none."""
     full_rate: float
+    """The middle of the learning rates of full fine-tuning, where the settings name none."""
+    default_batch: int = 16
+    """Examples a step, where the settings name none."""
+    draws: bool = False
+    """Whether the base itself draws random numbers in training."""
     targets: tuple[str, ...] = ("all-linear",)
     heads: tuple[str, ...] = ()
     """Modules that are new to the base: every method trains them in full."""
@@ -50,21 +64,33 @@ class Task(ABC):
     def model(self, seed: int) -> nn.Module:
         """A fresh copy of the base in float32 on the CPU; ``seed`` makes what the base lacks."""
 
-    def rate(self, rank: int | None) -> float:
-        """Learning rate of LoRA at this rank, of full fine-tuning for None, where the settings name none.
-
-        ``lora_rate``/√r, to one digit: with α = 2r the best rate falls with the rank. Measured on the documentation
-        over 3e-3, 1e-2 and 2e-2: at r = 1 the highest is best, at r = 64 the lowest, and one rate of 1e-2 for all
-        makes rank 64 look worse than rank 4.
-        """
-        return self.full_rate if rank is None else float(f"{self.lora_rate / math.sqrt(rank):.1g}")
+    def rates(self, full: bool) -> tuple[float, ...]:
+        """Learning rates to try, ascending, where the settings name none: half a decade apart, to one digit."""
+        middle = self.full_rate * (1.0 if full else LORA_OVER_FULL)
+        return tuple(float(f"{middle * 10**power:.1g}") for power in (-0.5, 0.0, 0.5))
 
     @abstractmethod
     def batch(self, seed: int, index: int, size: int) -> Batch:
         """The ``index``-th training batch of the run with this seed."""
 
+    def join(self, batches: Sequence[Batch]) -> Batch:
+        """One batch from N of the same number of examples, in order along the first axis."""
+        return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def tokens(self, batch: Batch) -> int:
+        """How many tokens, padding included, a batch has: what a pass costs."""
+
+    @abstractmethod
+    def tokens_per_example(self) -> int:
+        """The most that one training example can cost."""
+
+    @abstractmethod
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the loss needs of the model; the first axis is that of the examples."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Mean loss of a batch, a scalar."""
 
     @abstractmethod
@@ -74,6 +100,52 @@ class Task(ABC):
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
         """What identifies base and data: names and hashes."""
+
+    def checkpoint(self, model: nn.Module, compiled: bool = False) -> None:
+        """Have the model recompute its blocks in the backward pass in place of keeping their activations.
+
+        Args:
+            compiled: it is for torch.compile, which cannot replay streams: with a base that draws, one run at a time.
+
+        Raises:
+            ConfigError: the model does not offer it.
+        """
+        how: dict[str, Any] = {"use_reentrant": False}
+        if self.draws and not compiled:
+            how["context_fn"] = replay
+        # transformers 5.23 renamed it and warns of the old name.
+        old = getattr(model, "gradient_checkpointing_enable", None)
+        enable = getattr(model, "activation_checkpointing_enable", old)
+        try:
+            if enable is None:
+                raise ValueError("no such method")
+            enable(how)
+        except ValueError as error:
+            kind = type(model).__name__
+            raise ConfigError(f"checkpointing: a {kind} cannot recompute its activations; leave it out") from error
+
+    @torch.no_grad()
+    def can_share(self, model: nn.Module, device: torch.device) -> bool:
+        """Whether what a run computes is its own whatever runs pass beside it, its dropout included: by trying.
+
+        It is not with BatchNorm, or where the base draws for something that has no row for each example. The model
+        is on the device, has no adapters, and is not to be used afterwards.
+        """
+        seeds = (1, 2, 3)
+        batch = {key: tensor.to(device) for key, tensor in self.batch(0, 0, 2 * len(seeds)).items()}
+        parts = {key: tensor.chunk(len(seeds)) for key, tensor in batch.items()}
+        model.train()
+        try:
+            with own_streams(device, seeds):
+                together = self.outputs(model, batch).float().chunk(len(seeds))
+        except TrainingError:
+            return False
+        for i, seed in enumerate(seeds):
+            with own_streams(device, [seed]):
+                alone = self.outputs(model, {key: chunks[i] for key, chunks in parts.items()}).float()
+            if not torch.allclose(alone, together[i], rtol=0.0, atol=APART * float(alone.abs().max())):
+                return False
+        return True
 
 
 @lru_cache(maxsize=8)
@@ -96,6 +168,8 @@ class WindowTask(Task):
 
     metric = "loss"
     higher_is_better = False
+    evaluation_rows = 64
+    """Windows in one pass of an evaluation: on two cores 8 and 16 took a sixth longer, 32 as long."""
 
     def __init__(self, train: Tensor, validation: Tensor, test: Tensor, length: int) -> None:
         shortest = min(len(train), len(validation), len(test))
@@ -111,31 +185,43 @@ class WindowTask(Task):
         starts = torch.randint(len(self.train) - self.length + 1, (size, 1), generator=generator(seed, "order", index))
         return {"tokens": self.train[starts + torch.arange(self.length)].long()}
 
-    def logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
-        """(batch, length, vocabulary) of a model of this task."""
-        out: Tensor = model(tokens)
+    def tokens(self, batch: Batch) -> int:
+        return batch["tokens"].numel()
+
+    def tokens_per_example(self) -> int:
+        return self.length
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits (batch, length, vocabulary)."""
+        out: Tensor = model(batch["tokens"])
         return out
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        tokens = batch["tokens"]
-        logits = self.logits(model, tokens)[:, :-1]
-        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(outputs[:, :-1].float().flatten(0, 1), batch["tokens"][:, 1:].flatten())
 
-    def windows(self, split: Split, rows: int = 64) -> Iterator[Tensor]:
+    def windows(self, split: Split) -> Iterator[Tensor]:
+        """Held-out windows, (up to ``evaluation_rows``, length) at a time."""
         tokens = self.held_out[split]
         count = len(tokens) // self.length
         whole = tokens[: count * self.length].view(count, self.length)
-        yield from (whole[start : start + rows] for start in range(0, count, rows))
+        yield from torch.split(whole, self.evaluation_rows)
 
     def evaluate(self, model: nn.Module, split: Split, device: torch.device) -> dict[str, float]:
-        total, count = 0.0, 0
+        losses, counts = [], []
         for rows in self.windows(split):
-            total += float(self.loss(model, {"tokens": rows.long().to(device)})) * rows.shape[0]
-            count += rows.shape[0]
-        return self.describe(total / count)
+            batch = {"tokens": rows.long().to(device)}
+            losses.append(self.loss(self.outputs(model, batch), batch))
+            counts.append(len(rows))
+        return self.describe(weighted_mean(losses, counts))
 
     def describe(self, loss: float) -> dict[str, float]:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+def weighted_mean(losses: Sequence[Tensor], counts: Sequence[int]) -> float:
+    """Mean loss of batches of different size, in float64; the device is waited for once."""
+    weights = torch.tensor(counts, dtype=torch.float64)
+    return float(torch.stack(list(losses)).cpu().double() @ weights / weights.sum())
 
 
 class DocsTask(WindowTask):
@@ -143,8 +229,8 @@ class DocsTask(WindowTask):
 
     metric = "bits_per_byte"
     steps = 200
-    lora_rate = 2e-2
-    full_rate = 2e-3
+    full_rate = 1e-3
+    default_batch = 8
     targets = ("all-linear",)
     peft_task = "CAUSAL_LM"
 

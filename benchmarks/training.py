@@ -1,0 +1,270 @@
+"""A grid of LoRA runs: PEFT one run after another, and rankscope step by step to all it has, in one process run.
+
+python benchmarks/training.py                      # the embedded base, the default grid's ranks and rates
+python benchmarks/training.py --model minilm --data brown-train.tsv --batch 8
+
+Every row trains the same runs: the same initial factors, the same batches. What is timed is training steps, after
+``--warm`` untimed ones, without evaluations and without loading. The rows are timed in turns, ``--repeats`` times, and
+the median is shown. ``difference`` is the largest relative difference of any training loss from PEFT's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankscope.train.config import StudyConfig
+from rankscope.train.costs import peak_memory, reset_peak_memory
+from rankscope.train.loop import Group, Silent, batch_size
+from rankscope.train.runs import Run, grid
+from rankscope.train.tasks import Task, base_folder, make_task
+from rankscope.train.trainee import rate_share
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Measured:
+    """Seconds of all timed steps of all runs, the losses by run, and the peak of the process's memory."""
+
+    seconds: float
+    losses: dict[str, list[float]]
+    peak: int
+
+
+class Job:
+    """The runs and how many steps of each are trained."""
+
+    def __init__(self, arguments: argparse.Namespace, **changes: Any) -> None:
+        own = {"task": "classify", "model": arguments.model, "data": arguments.data} if arguments.model else {}
+        ranks = tuple(int(rank) for rank in arguments.ranks.split(","))
+        lrs = tuple(float(lr) for lr in arguments.lrs.split(","))
+        self.config = StudyConfig(
+            **own,  # type: ignore[arg-type]
+            ranks=ranks,
+            lrs=lrs,
+            full=False,
+            seeds=tuple(range(arguments.seeds)),
+            batch=arguments.batch,
+            max_length=arguments.max_length,
+            steps=arguments.warm + arguments.steps,
+            **changes,
+        )
+        self.task: Task = make_task(self.config)
+        self.runs = [run for run in grid(self.config, self.task) if run.is_lora]
+        self.warm, self.steps = arguments.warm, arguments.steps
+
+
+def ours(job: Job, runs: list[Run], together: int) -> Measured:
+    """``together`` runs in one pass, pass after pass."""
+    losses, seconds = {}, 0.0
+    reset_peak_memory(CPU)
+    with tempfile.TemporaryDirectory() as folder:
+        for start in range(0, len(runs), together):
+            some = runs[start : start + together]
+            group = make_group(job, some, Path(folder))
+            for _ in range(job.warm):
+                group.try_step()
+            began = time.perf_counter()
+            for _ in range(job.steps):
+                group.try_step()
+            seconds += time.perf_counter() - began
+            losses |= {t.run.name: t.losses.tolist() for t in group.trainees}
+    return Measured(seconds, losses, peak_memory(CPU) or 0)
+
+
+def make_group(job: Job, runs: list[Run], folder: Path) -> Group:
+    before: dict[int, dict[str, dict[str, float]]] = {run.seed: {} for run in runs}
+    return Group(job.task, job.config, runs, [folder / run.name for run in runs], before, CPU, Silent())
+
+
+def worker(job: Job, runs: list[Run], together: int, threads: int, ready: Any, answers: Any) -> None:
+    torch.set_num_threads(threads)
+    # The first pass of each process pays for imports and, with torch.compile, for compiling.
+    warm = Job.__new__(Job)
+    warm.__dict__ = {**job.__dict__, "steps": 1}
+    ours(warm, runs[:together], together)
+    ready.wait()
+    answers.put(ours(job, runs, together))
+
+
+def ours_in_workers(job: Job, together: int, count: int) -> Measured:
+    """The runs shared out to processes of one thread each; the time is that of the slowest."""
+    context = multiprocessing.get_context("spawn")
+    ready, answers = context.Barrier(count), context.Queue()
+    groups = [job.runs[start : start + together] for start in range(0, len(job.runs), together)]
+    threads = max(1, torch.get_num_threads() // count)
+    processes = []
+    for i in range(count):
+        runs = [run for group in groups[i::count] for run in group]
+        processes.append(context.Process(target=worker, args=(job, runs, together, threads, ready, answers)))
+        processes[-1].start()
+    found = [answers.get() for _ in processes]
+    for process in processes:
+        process.join()
+    losses = {name: values for one in found for name, values in one.losses.items()}
+    return Measured(max(one.seconds for one in found), losses, sum(one.peak for one in found))
+
+
+def theirs(job: Job) -> Measured:
+    """PEFT on transformers' model, one run after another, with the same data, factors, schedule and optimizer."""
+    import peft
+
+    losses, seconds = {}, 0.0
+    reset_peak_memory(CPU)
+    with tempfile.TemporaryDirectory() as folder:
+        for run in job.runs:
+            start = make_group(job, [run], Path(folder))
+            start.trained.save_initial(0, Path(folder))
+            model = peft.PeftModel.from_pretrained(base_of(job, run), Path(folder) / "initial", is_trainable=True)
+            took, losses[run.name] = train_peft(job, run, model)
+            seconds += took
+    return Measured(seconds, losses, peak_memory(CPU) or 0)
+
+
+def base_of(job: Job, run: Run) -> Any:
+    if job.config.model:
+        return job.task.model(run.seed)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base_folder(), dtype=torch.float32)
+    model.config.use_cache = False
+    return model
+
+
+def train_peft(job: Job, run: Run, model: Any) -> tuple[float, list[float]]:
+    parameters = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=run.lr or 0.0, weight_decay=job.config.weight_decay, fused=True)
+    model.train()
+    quiet_dropout(model)
+    losses, began = [], 0.0
+    total = job.warm + job.steps
+    for step in range(total):
+        if step == job.warm:
+            began = time.perf_counter()
+        optimizer.param_groups[0]["lr"] = (run.lr or 0.0) * rate_share(step, total, job.config)
+        batch = job.task.batch(run.seed, step, batch_size(job.task, job.config))
+        loss = peft_loss(job, model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, job.config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    seconds = time.perf_counter() - began
+    return seconds, torch.stack(losses).tolist()
+
+
+def peft_loss(job: Job, model: Any, batch: Any) -> torch.Tensor:
+    if job.config.model:
+        outputs = model(**{key: value for key, value in batch.items() if key != "labels"}).logits.float()
+    else:
+        outputs = model(input_ids=batch["tokens"]).logits
+    return job.task.loss(outputs, batch)
+
+
+def quiet_dropout(model: torch.nn.Module) -> None:
+    """Dropout off: PEFT's random stream is another, and losses could not be compared."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if hasattr(model, "config"):
+        model.config.attention_probs_dropout_prob = 0.0
+
+
+def difference(ours: Measured, theirs: Measured) -> float:
+    """The largest relative difference of any loss of any run."""
+    pairs = ((a, b) for name in theirs.losses for a, b in zip(ours.losses[name], theirs.losses[name], strict=True))
+    return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Measured]]:
+    plain = Job(arguments)
+    tokens = plain.task.tokens_per_example() * batch_size(plain.task, plain.config)
+    together = arguments.together or max(1, arguments.tokens // tokens)
+    cores = os.cpu_count() or 1
+    found: dict[str, Callable[[], Measured]] = {
+        "PEFT, one run after another": lambda: theirs(plain),
+        "rankscope, one run after another": lambda: ours(plain, plain.runs, 1),
+        f"{together} runs in one pass": lambda: ours(plain, plain.runs, together),
+        f"{together} in one pass, {cores} workers": lambda: ours_in_workers(plain, together, cores),
+        f"1 in one pass, {cores} workers": lambda: ours_in_workers(plain, 1, cores),
+    }
+    if arguments.compile:
+        compiled = Job(arguments, compile=True)
+        half = Job(arguments, compile=True, dtype="bfloat16")
+        found |= {
+            f"{together}, {cores} workers, compiled": lambda: ours_in_workers(compiled, together, cores),
+            f"{together}, {cores} workers, compiled, bfloat16": lambda: ours_in_workers(half, together, cores),
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of a model to classify with; the embedded base without it")
+    parser.add_argument("--data", help="its training examples")
+    parser.add_argument("--max-length", type=int)
+    parser.add_argument("--batch", type=int, default=None)
+    parser.add_argument("--ranks", default="1,2,4,8,16,64")
+    parser.add_argument("--lrs", default="0.003,0.01,0.03")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warm", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=4096, help="budget of a pass")
+    parser.add_argument("--together", type=int, help="runs in a pass, instead of the budget")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    table = rows(arguments)
+    measured: dict[str, list[Measured]] = {name: [] for name in table}
+    for _ in range(arguments.repeats):
+        for name, measure in table.items():
+            measured[name].append(measure())
+            print(f"{name}: {measured[name][-1].seconds:.2f} s", file=sys.stderr)
+    report(measured, arguments)
+
+
+def report(measured: dict[str, list[Measured]], arguments: argparse.Namespace) -> None:
+    reference = next(iter(measured.values()))
+    base = statistics.median(one.seconds for one in reference)
+    runs = len(reference[0].losses)
+    lines = []
+    for name, found in measured.items():
+        seconds = statistics.median(one.seconds for one in found)
+        lines.append(
+            {
+                "row": name,
+                "ms_per_run_and_step": 1000 * seconds / (runs * arguments.steps),
+                "times_faster_than_peft": base / seconds,
+                "difference": difference(found[0], reference[0]),
+                "peak_mib": max(one.peak for one in found) / 2**20,
+            }
+        )
+    if arguments.json:
+        print(json.dumps({"runs": runs, "steps": arguments.steps, "batch": arguments.batch, "rows": lines}, indent=2))
+        return
+    print(f"{'':48}{'ms a run and step':>18}{'x PEFT':>8}{'difference':>12}{'peak MiB':>10}")
+    for line in lines:
+        print(
+            f"{line['row']:48}{line['ms_per_run_and_step']:18.1f}{line['times_faster_than_peft']:8.2f}"
+            f"{line['difference']:12.1e}{line['peak_mib']:10.0f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

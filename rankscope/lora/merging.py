@@ -1,0 +1,33 @@
+"""Base weights with an adapter added, in the places of the base weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rankscope.errors import located
+from rankscope.lora.layer import AdapterLayer
+from rankscope.lora.routing import Route
+from rankscope.lora.swap import Swap
+
+
+def put(route: Route, layers: Mapping[str, AdapterLayer], i: int) -> None:
+    """Merge adapter i, in place of whichever is merged; on an error nothing is merged."""
+    restore(route, layers)
+    try:
+        for name, layer in layers.items():
+            if layer.slots[i].rank:
+                with located(name):
+                    layer.merge_swap = Swap(layer.base_layer, "weight", layer.merged_weight(i))
+    except BaseException:
+        restore(route, layers)
+        raise
+    route.merged = i
+
+
+def restore(route: Route, layers: Mapping[str, AdapterLayer]) -> None:
+    """Put the base weights back, if an adapter is merged."""
+    for layer in layers.values():
+        if layer.merge_swap is not None:
+            layer.merge_swap.undo()
+            layer.merge_swap = None
+    route.merged = None

@@ -1,0 +1,115 @@
+"""Where the rows of a batch go: all through one adapter, in N equal chunks, or each row through its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+import torch
+from torch import Generator, Tensor
+
+from rankscope.errors import ShapeError
+from rankscope.linalg import may_copy_ahead
+
+BASE = -1
+"""In a list of rows: no adapter, the base alone."""
+
+
+class Rows:
+    """The adapter of each row of a batch, as groups of rows that pass one adapter together.
+
+    Attributes:
+        rows: the adapter of each row, ``BASE`` for none.
+        adapters: the adapters that occur, ascending: one group each.
+        sizes: rows of each group.
+    """
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = tuple(rows)
+        counts = Counter(self.rows)
+        self.adapters = tuple(sorted(counts))
+        self.sizes = [counts[i] for i in self.adapters]
+        order = sorted(range(len(self.rows)), key=self.rows.__getitem__)
+        self._order = None if order == sorted(order) else order
+        self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def even(cls, length: int, count: int) -> Rows:
+        """``length`` rows in equal chunks, one for each of ``count`` adapters."""
+        check_even(length, count)
+        return cls([i for i in range(count) for _ in range(length // count)])
+
+    def place(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The order that sorts rows into groups, and its inverse; copied to each device once."""
+        if device not in self._placed:
+            order = torch.tensor(self._order if self._order is not None else range(len(self.rows)))
+            ahead = may_copy_ahead(device)
+            self._placed[device] = (
+                order.to(device, non_blocking=ahead),
+                order.argsort().to(device, non_blocking=ahead),
+            )
+        return self._placed[device]
+
+    def check(self, length: int) -> None:
+        """Raise ShapeError where a batch has another number of rows."""
+        if length != len(self.rows):
+            raise ShapeError(
+                f"an input of {length} rows does not fit the {len(self.rows)} rows that were selected; "
+                "select one adapter for each row of the batch, which must be the first axis"
+            )
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """The rows of each group; ShapeError as for ``check``."""
+        self.check(x.shape[0])
+        if self._order is not None:
+            x = x.index_select(0, self.place(x.device)[0])
+        return torch.split(x, self.sizes)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The groups put together again, each row in its place."""
+        joined = torch.cat(list(parts))
+        return joined if self._order is None else joined.index_select(0, self.place(joined.device)[1])
+
+
+@dataclass
+class Route:
+    """Where rows go; one object that all layers and heads of a bank share.
+
+    Attributes:
+        generators: the random stream of each adapter.
+        selected: the adapter that every row passes; or the one of each row; or None: the batch is N equal chunks, one
+            per adapter, in order.
+        merged: the adapter that the base weights contain just now, if any.
+        seeds: one number per adapter, to be set before each pass: dropout then depends on it and on the layer's path
+            alone, so it is the same whatever other adapters there are, and the same again when activation
+            checkpointing repeats a forward pass (a layer called twice in a pass drops the same entries twice). None:
+            each adapter's stream runs on from mask to mask.
+    """
+
+    generators: Sequence[Generator]
+    selected: int | Rows | None = 0
+    merged: int | None = None
+    seeds: Sequence[int] | None = None
+
+    def source(self, i: int, path: str) -> Generator:
+        """The stream that adapter i draws its mask on the layer of this path from."""
+        source = self.generators[i]
+        if self.seeds is not None:
+            source.manual_seed(mixed(self.seeds[i], path))
+        return source
+
+
+def mixed(seed: int, path: str) -> int:
+    """A seed in [0, 2⁶³) from a seed and a path: the same in every process, on every machine."""
+    return int.from_bytes(sha256(f"{seed} {path}".encode()).digest()[:8], "big") >> 1
+
+
+def check_even(length: int, count: int) -> None:
+    """Raise ShapeError where rows cannot be shared out in equal chunks."""
+    if length % count:
+        raise ShapeError(
+            f"an input of {length} rows cannot be shared out to {count} adapters; "
+            "give each the same number of rows, or select one adapter"
+        )

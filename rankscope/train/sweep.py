@@ -1,0 +1,238 @@
+"""Which runs of a study are trained when, by which process, and how many in one pass."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from rankscope.errors import TrainingError, located
+from rankscope.train.claims import Claims
+from rankscope.train.config import StudyConfig
+from rankscope.train.costs import memory_room
+from rankscope.train.loop import (
+    Group,
+    InterruptedTrainingError,
+    Listener,
+    batch_size,
+    evaluate_base,
+    evaluation_steps,
+    step_count,
+)
+from rankscope.train.runs import Record, Run
+from rankscope.train.tasks import Task
+from rankscope.train.team import ALONE, Team
+from rankscope.train.trainee import STATE, metrics_at, reached
+
+CPU_TOKENS = 4096
+"""Tokens in one pass on a CPU: more runs in a pass stop paying there (measured, docs/benchmarks.md)."""
+WIDEST = 4
+"""Ranks in one pass differ by this factor at most: factors are padded to the largest."""
+POLL = 0.2  # seconds between looks at what other processes have done
+RUNG = 1 / 3
+"""Share of a run after which successive halving drops the worse half of the rates."""
+
+
+class Sweep:
+    """The runs of a study that have not ended, taken group by group; several processes may do it at once."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: StudyConfig,
+        folder: Path,
+        device: torch.device,
+        claims: Claims,
+        listener: Listener,
+        stop: Callable[[], bool],
+        team: Team = ALONE,
+    ) -> None:
+        self.team = team
+        self.task, self.config, self.folder, self.device = task, config, folder, device
+        self.claims, self.listener, self.stop = claims, listener, stop
+        self.shares: bool | None = None
+        self.limit: int | None = None  # runs in one pass, known once the first adapters are trained
+
+    def train(self, runs: Sequence[Run], until: int | None = None) -> None:
+        """Train these runs to the end, or to step ``until``, together with other processes at work on the study.
+
+        Returns when none is left: what another process holds is waited for, and taken up should that process die.
+        """
+        joint = [run for run in runs if self._is_joint(run)]
+        while left := [run for run in runs if run not in joint and not self._is_through(run, until)]:
+            group = self._claim(left, until)
+            if not group:
+                if self.stop():
+                    raise InterruptedTrainingError("stopped while other processes are at work on the study")
+                time.sleep(POLL)
+                self.announce(runs)  # what others have ended meanwhile
+                continue
+            try:
+                self._train_group(group, until)
+            finally:
+                self.claims.release(run.name for run in group)
+        for run in joint:
+            self._train_jointly(run, until)
+
+    def _is_joint(self, run: Run) -> bool:
+        return self.team.size > 1 and run.method == "full"
+
+    def _train_jointly(self, run: Run, until: int | None) -> None:
+        """All processes of the team at one run, unless it has been done."""
+        self.team.wait()
+        if self.team.any(self._is_through(run, until)):
+            return
+        while self.team.any(self.team.leads and not self.claims.take(run.name)):
+            time.sleep(POLL)
+        try:
+            self._train_group([run], until)
+        finally:
+            self.claims.release([run.name])
+
+    def announce(self, runs: Sequence[Run]) -> None:
+        """Tell the listener which runs there are and which have ended."""
+        self.listener.planned(runs, [Record.read(self.path(run)) for run in runs if self.ended(run)])
+
+    def path(self, run: Run) -> Path:
+        return self.folder / "runs" / run.name
+
+    def ended(self, run: Run) -> bool:
+        return (self.path(run) / "run.json").exists()
+
+    def _is_through(self, run: Run, until: int | None) -> bool:
+        return self.ended(run) or (until is not None and reached(self.path(run)) >= until)
+
+    # Which runs, how many
+
+    def _claim(self, left: Sequence[Run], until: int | None) -> list[Run]:
+        """The next runs that go together and that no other process is at."""
+        group: list[Run] = []
+        for run in left:
+            if group and (not self._goes_with(group, run) or len(group) >= self._limit(group[0])):
+                break
+            if run.method != "base" and not self.ended(base_of(run)):
+                continue
+            if self.claims.take(run.name):
+                if self._is_through(run, until):  # another process has just done it
+                    self.claims.release([run.name])
+                else:
+                    sweep_leftovers(self.path(run))
+                    group.append(run)
+        return group
+
+    def _goes_with(self, group: Sequence[Run], run: Run) -> bool:
+        """Whether a run can share a pass with these, and without much padding."""
+        if not (run.is_lora and group[0].is_lora) or self.config.bias != "none":
+            return False
+        if self.task.draws and (self.config.compile or run.seed != group[0].seed):
+            # Compiled code draws past own_streams. Runs of one seed have the same batches: a text padded to another
+            # run's longest would get other dropout.
+            return False
+        ranks = [other.rank or 1 for other in (*group, run)]
+        return max(ranks) <= WIDEST * min(ranks) and self._can_share()
+
+    def _can_share(self) -> bool:
+        """Whether what the model computes for a run is the same beside others; tried once."""
+        if self.shares is None:
+            self.shares = self.task.can_share(self.task.model(0).to(self.device), self.device)
+        return self.shares
+
+    def _limit(self, run: Run) -> int:
+        """How many runs pass together: as many as fit the budget of tokens, or on a GPU the memory."""
+        if self.limit is None:
+            tokens = self.task.tokens_per_example() * batch_size(self.task, self.config)
+            if self.config.tokens is not None or self.device.type != "cuda":
+                self.limit = max(1, (self.config.tokens or CPU_TOKENS) // tokens)
+            else:
+                self.limit = max(1, memory_room(self.device, lambda: self._probe(run)))
+        return self.limit
+
+    def _probe(self, run: Run) -> None:
+        """One pass of one run that is thrown away, to see what it takes."""
+        base = Record.read(self.path(base_of(run)))
+        before = {run.seed: base.metrics}
+        Group(self.task, self.config, [run], [self.path(run)], before, self.device, self.listener).try_step()
+
+    # Training them
+
+    def _train_group(self, group: list[Run], until: int | None) -> None:
+        name = group[0].name if len(group) == 1 else f"{group[0].name} and {len(group) - 1} more"
+        with located(name):
+            if group[0].method == "base":
+                evaluate_base(self.task, self.config, group[0], self.path(group[0]), self.device)
+                return
+            try:
+                self._train_together(group, until)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve(len(group), error)
+
+    def _train_together(self, group: list[Run], until: int | None) -> None:
+        before = {run.seed: Record.read(self.path(base_of(run))).metrics for run in group}
+        folders = [self.path(run) for run in group]
+        team = self.team if self._is_joint(group[0]) else ALONE
+        Group(self.task, self.config, group, folders, before, self.device, self.listener, until, team).train(self.stop)
+
+    def _halve(self, size: int, error: BaseException) -> None:
+        """Go on with half as many runs in a pass; they start from what they saved last."""
+        if size == 1:
+            raise TrainingError("out of memory; try a smaller --batch with more --accumulate") from error
+        self.limit = size // 2
+        self.listener.noted(f"out of memory with {size} runs in one pass; going on with {self.limit}")
+        # The traceback holds the group's tensors.
+        error.__traceback__ = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # Successive halving
+
+    def halve_rates(self, runs: Sequence[Run], score: Callable[[Mapping[str, float]], float]) -> None:
+        """Train all to a rung, then record the worse half of each cell's rates as stopped (Jamieson & Talwalkar 2016).
+
+        Args:
+            score: of the metrics of the validation split, higher is better.
+        """
+        due = sorted(evaluation_steps(step_count(self.task, self.config), self.config.evaluations))
+        steps = step_count(self.task, self.config)
+        rung = min((step for step in due if 0 < step < steps), key=lambda s: abs(s - RUNG * steps), default=0)
+        rung = rung or max(1, round(RUNG * steps))
+        self.train(runs, until=rung)
+        cells: dict[tuple[str, int], list[tuple[float, Run]]] = {}
+        for run in runs:
+            # Of the rung itself: another process may have decided already and gone on.
+            if run.lr is not None and (metrics := metrics_at(self.path(run), rung)):
+                cells.setdefault((run.label, run.seed), []).append((score(metrics), run))
+        for rivals in cells.values():
+            rivals.sort(key=lambda rival: -rival[0])
+            for _, run in rivals[math.ceil(len(rivals) / 2) :]:
+                if not self.ended(run):
+                    self._stop_run(run, rung)
+
+    def _stop_run(self, run: Run, rung: int) -> None:
+        before = Record.read(self.path(base_of(run))).metrics
+        record = Record(run=run, status="stopped", steps=rung, before=before)
+        record.write(self.path(run))
+        (self.path(run) / STATE).unlink(missing_ok=True)
+        self.listener.ended(record)
+
+
+def sweep_leftovers(folder: Path) -> None:
+    """Remove what a killed process was writing in a run's folder; the names are ours alone (see ``write_atomic``)."""
+    for path in folder.glob("**/.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def base_of(run: Run) -> Run:
+    """The untouched base that a run starts from."""
+    return Run(method="base", seed=run.seed)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """What torch and Python raise when memory runs out: the CPU's allocator a bare RuntimeError."""
+    text = str(error)
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "allocate memory" in text or "enough memory" in text
