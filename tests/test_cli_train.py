@@ -328,3 +328,25 @@ def test_help_has_two_examples(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(["train", "--help"], capsys)
     assert code == 0
     assert out.split("Examples:")[1].count("rankscope train") >= 2
+
+
+def test_what_serving_costs_is_measured_once(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*QUICK, "-o", str(study), "--json", "--quiet"]
+    described = json.loads(run(arguments, capsys)[1])["serving"]
+    assert described["run"] == "lora-r4-lr0.01-s0"
+    assert [latency["size"] for latency in described["latency"]] == [1, 32]
+    assert all(latency[name] > 0 for latency in described["latency"] for name in ("base", "merged", "unmerged"))
+    assert json.loads((study / "latency.json").read_text()) == described
+    assert json.loads(run(arguments, capsys)[1])["serving"] == described
+    (study / "latency.json").write_text("{")
+    code, _, err = run(arguments, capsys)
+    assert code == 1
+    assert "delete it to measure again" in err
+
+
+def test_full_fine_tuning_alone_serves_no_adapter(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(
+        ["train", "--task", "planted", "--ranks", "", "--steps", "5", "-o", str(study), "--json"], capsys
+    )
+    assert code == 0
+    assert json.loads(out)["serving"] is None

@@ -310,3 +310,108 @@ def test_a_pass_is_not_begun_before_its_base_is_measured(tmp_path: Path, monkeyp
     monkeypatch.setattr(Sweep, "_train_group", train)
     run_study(small(ranks=(1,), seeds=(0, 1), steps=2, tokens=10**9), tmp_path / "study")
     assert seen == [["base-s0"], ["base-s1"], ["lora-r1-lr0.01-s0", "lora-r1-lr0.01-s1"]]
+
+
+# A model of others, with dropout and a head of its own
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT, with the dropout that BERT has."""
+    hf = pytest.importorskip("test_train_hf")
+    folder = tmp_path_factory.mktemp("bert")
+    shape = {"vocab_size": 44, "max_position_embeddings": 32, "pad_token_id": 0, **hf.SMALL}
+    shape |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    with hf.hf_quiet():
+        hf.wide(hf.transformers.BertModel(hf.transformers.BertConfig(**shape))).save_pretrained(folder / "bert")
+    hf.word_tokenizer(folder / "bert")
+    return folder / "bert"
+
+
+def classified(folder: Path, bert: Path, **changes: object) -> StudyConfig:
+    hf = pytest.importorskip("test_train_hf")
+    grid = {"ranks": (1, 4), "seeds": (0, 1), "lrs": (1e-3, 1e-2), "full": False, "dropout": 0.1}
+    config: StudyConfig = hf.settings(folder, bert, **{**grid, "steps": 6, "batch": 4, "evaluations": 0, **changes})
+    return config
+
+
+def test_runs_on_a_base_with_dropout_and_a_new_head_are_what_they_are_alone(tmp_path: Path, bert: Path) -> None:
+    together = run_study(classified(tmp_path, bert, tokens=10**9), tmp_path / "together")
+    alone = run_study(classified(tmp_path, bert, tokens=1), tmp_path / "alone")
+    assert sizes(together) == {4}  # the runs of a seed
+    assert_equal_to_rounding(together, alone)
+    for ours, theirs in zip(together.done(), alone.done(), strict=True):
+        if ours.run.method == "base":
+            continue
+        mine, other = (
+            read_tensors(study.path(record.run) / "adapter" / "adapter_model.safetensors")
+            for study, record in ((together, ours), (alone, theirs))
+        )
+        heads = [name for name in mine if "classifier" in name]
+        assert len(heads) == 2
+        for name in heads:
+            assert torch.allclose(mine[name], other[name], rtol=1e-3, atol=1e-6), name
+
+
+def test_checkpointing_changes_nothing_but_the_memory(tmp_path: Path, bert: Path) -> None:
+    kept = run_study(classified(tmp_path, bert, tokens=10**9), tmp_path / "kept")
+    recomputed = run_study(classified(tmp_path, bert, tokens=10**9, checkpointing=True), tmp_path / "recomputed")
+    assert_equal_to_rounding(recomputed, kept)
+
+
+def test_biases_alone_and_the_head_alone(tmp_path: Path, bert: Path) -> None:
+    config = classified(tmp_path, bert, methods=("bias", "head"), ranks=(1,), seeds=(0,))
+    study = run_study(config, tmp_path / "study")
+    found = {}
+    for record in study.done()[1:]:
+        found[record.run.method] = set(read_tensors(study.path(record.run) / "update.safetensors"))
+    assert found["head"] == {"classifier", "classifier.bias"}
+    assert found["head"] < found["bias"]
+    assert all(name.endswith("bias") for name in found["bias"] - {"classifier"})
+    assert len(found["bias"]) > 10
+
+
+def test_a_head_where_there_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing of that kind"):
+        run_study(small(methods=("head",)), tmp_path / "study")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_near_float32_and_not_it(tmp_path: Path, dtype: str) -> None:
+    """float16 with loss scaling: a loss is scaled by 65536 before and its gradients unscaled after."""
+    exact = run_study(small(dropout=0.0, tokens=10**9), tmp_path / "float32")
+    coarse = run_study(small(dropout=0.0, dtype=dtype, tokens=10**9), tmp_path / dtype)
+    for a, b in zip(exact.done()[1:], coarse.done()[1:], strict=True):
+        assert exact.score(a) != coarse.score(b)
+        assert exact.score(a) == pytest.approx(coarse.score(b), rel=0.02)
+
+
+def test_an_overflow_in_float16_skips_the_step_of_its_own_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient too large for its scale is dropped and the scale halved; the neighbour's step is taken."""
+    from rankscope.train.trainee import Trainee
+
+    honest, scales = Trainee.step, {}
+
+    def step(trainee: Trainee) -> None:
+        if trainee.run.rank == 4 and trainee.progress.step == 0:
+            for weight in trainee.parameters.values():
+                if weight.grad is not None:
+                    weight.grad.fill_(float("inf"))
+        before = {name: weight.clone() for name, weight in trainee.parameters.items()}
+        honest(trainee)
+        moved = any(not torch.equal(weight, before[name]) for name, weight in trainee.parameters.items())
+        scales.setdefault(trainee.run.rank, []).append((moved, trainee.scaler.get_scale()))
+
+    monkeypatch.setattr(Trainee, "step", step)
+    study = run_study(small(dropout=0.0, dtype="float16", steps=3, tokens=10**9), tmp_path / "study")
+    assert scales[4][0] == (False, 32768.0)
+    assert [moved for moved, _ in scales[4][1:]] == [True, True]
+    assert scales[1] == [(True, 65536.0)] * 3
+    assert all(record.status == "done" for record in study.records)
+
+
+def test_tf32_is_only_for_cuda(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="only CUDA has it"):
+        run_study(small(tf32=True), tmp_path / "study")

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
 from rankscope.cli.cost_table import cost_rows, costs, legend
+from rankscope.train.latency import Latency
 from rankscope.train.results import MEASURE, Row, baseline
 from rankscope.train.runs import Run
+from rankscope.train.serving import Serving
 from rankscope.train.study import Study
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 RANKS = {"entropy": "entropy_rank", "stable": "stable_rank", "k90": "k90"}
 RUNS_HEADER = ("method", "lr", "seed", "trainable", "validation", "test", *RANKS, "s/step")
+SERVING_HEADER = ("examples in a pass", "base", "merged", "unmerged")
 LABELS_HEADER = ("method", "lr", "seeds", "validation", "test", *RANKS, "lost")
 SERIES = {
     "lora": "LoRA",
@@ -35,10 +39,13 @@ SERIES = {
 """What plots call a method."""
 
 
-def print_study(study: Study, found: list[Row], as_json: bool, verbose: bool = False) -> None:
+def print_study(
+    study: Study, found: list[Row], as_json: bool, verbose: bool = False, served: Serving | None = None
+) -> None:
     """The runs and what they cost: tables on stdout with their legend on stderr, or the same as JSON.
 
     Args:
+        served: what serving an adapter costs, where it was measured.
         verbose: a row for each run, not one for each label; JSON has every run.
     """
     entries = costs(found)
@@ -51,6 +58,7 @@ def print_study(study: Study, found: list[Row], as_json: bool, verbose: bool = F
             "runs": [row.to_json() for row in found],
             "peak_memory_of": "allocator" if _device(study).startswith("cuda") else "process",
             "costs": entries,
+            "serving": None if served is None else msgspec.to_builtins(served),
         }
         click.echo(json.dumps(described, indent=2, allow_nan=False))
         return
@@ -65,6 +73,16 @@ def print_study(study: Study, found: list[Row], as_json: bool, verbose: bool = F
         click.echo()
         print_table(*cost_rows(entries))
         _say(legend(entries, _device(study)))
+    if served:
+        click.echo()
+        print_table(SERVING_HEADER, [_serving_cells(latency) for latency in served.latency])
+        _say([f"milliseconds of a forward pass on {served.device}, {served.run}; ± is the base's interquartile range."])
+
+
+def _serving_cells(latency: Latency) -> tuple[str, ...]:
+    times = (latency.base, latency.merged, latency.unmerged)
+    base, merged, unmerged = (format(1000 * seconds, ".2f") for seconds in times)
+    return str(latency.size), f"{base} ± {1000 * latency.noise:.2f}", merged, unmerged
 
 
 def _device(study: Study) -> str:

@@ -123,6 +123,7 @@ def command(
     from rankscope.train.config import make_config, read_config
     from rankscope.train.loop import InterruptedTrainingError
     from rankscope.train.results import rows
+    from rankscope.train.serving import serving
     from rankscope.train.team import launched
     from rankscope.train.workers import run_study_with_workers
 
@@ -142,7 +143,7 @@ def command(
     found = rows(study)
     # Drawn first: whoever pipes the table into head may end this process.
     written = write_plots(study, found)
-    print_study(study, found, as_json, verbose)
+    print_study(study, found, as_json, verbose, serving(study))
     for path in written:
         if not quiet:
             click.echo(f"wrote {path}", err=True)

@@ -59,6 +59,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Causal attention of q, k, v (batch, heads, length, head_dim)."""
+    out: Tensor = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+    return out
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention with rotary positions."""
 
@@ -76,9 +82,13 @@ class Attention(nn.Module):
         def split(y: Tensor) -> Tensor:
             return y.view(batch, length, self.heads, -1).transpose(1, 2)
 
-        q = rotate(split(self.q_proj(x)), cos, sin)
-        k = rotate(split(self.k_proj(x)), cos, sin)
-        y = F.scaled_dot_product_attention(q, k, split(self.v_proj(x)), is_causal=True)
+        q, k, v = (split(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if x.device.type == "cpu":
+            # On CPUs the backward pass of attention in half precision takes six times as long as in float32.
+            with torch.autocast("cpu", enabled=False):
+                y = attend(q.float(), k.float(), v.float(), cos.float(), sin.float())
+        else:
+            y = attend(q, k, v, cos, sin)
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, length, dim))
         return out
 

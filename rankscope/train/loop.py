@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,10 +115,9 @@ class Group:
         self.model = self.trained.model.to(self.device)
         if self.config.checkpointing:
             self.task.checkpoint(self.model, self.config.compile)
-        self.forward: Any = self.team.wrap(self.model)
-        if self.config.compile:
-            # Once for all sizes: groups differ in how many runs they hold and of what rank.
-            self.forward = torch.compile(self.forward, dynamic=True)
+        self.wrapped = self.team.wrap(self.model)
+        # The losses too: what is fused of them is a tenth of a step.
+        self.losses: Any = torch.compile(self._losses) if self.config.compile else self._losses
         self.trainees = [
             Trainee(
                 self.trained, i, run, self.config, self.steps, folder, self.before[run.seed], self.device, self.team
@@ -194,8 +193,7 @@ class Group:
             [stream_seed(t.run.seed, "dropout", at) for t, at in zip(self.trainees, indices, strict=True)]
         )
         with self._streams(indices), autocast(self.device, self.config):
-            outputs = self.task.outputs(self.forward, batch)
-            losses = self._losses(outputs, batch)
+            losses = self.losses(batch)
         scaled = [t.backward_of(loss / accumulate) for t, loss in zip(self.trainees, losses, strict=True)]
         torch.autograd.backward(scaled)
         return self.task.tokens(joined)
@@ -211,14 +209,12 @@ class Group:
         with own_streams(self.device, seeds):
             yield
 
-    def _losses(self, outputs: Tensor, batch: Batch) -> list[Tensor]:
+    def _losses(self, batch: Batch) -> list[Tensor]:
         """The loss of each run on its chunk."""
         n = len(self.trainees)
+        outputs = self.task.outputs(self.wrapped, batch).chunk(n)
         parts = {name: tensor.chunk(n) for name, tensor in batch.items()}
-        return [
-            self.task.loss(out, {name: chunks[i] for name, chunks in parts.items()})
-            for i, out in enumerate(outputs.chunk(n))
-        ]
+        return [self.task.loss(outputs[i], {name: chunks[i] for name, chunks in parts.items()}) for i in range(n)]
 
     # Evaluations
 
@@ -293,18 +289,23 @@ def move(batch: Batch, device: torch.device) -> Batch:
 
 @contextmanager
 def precision(device: torch.device, config: StudyConfig) -> Iterator[None]:
-    """TF32 for float32 matrix products on CUDA where the settings ask for it, and never else; as before afterwards."""
-    if device.type != "cuda":
-        if config.tf32:
-            raise ConfigError(f"tf32 = true: only CUDA has it, and the device is {device}; leave it out")
+    """torch's settings for the arithmetic of a study; as before afterwards.
+
+    TF32 in float32 matrix products on CUDA where the settings ask for it, and never else. Compiled code takes
+    adapters of any rank: they are parameters, which torch would otherwise compile for one shape each.
+    """
+    if config.tf32 and device.type != "cuda":
+        raise ConfigError(f"tf32 = true: only CUDA has it, and the device is {device}; leave it out")
+    with ExitStack() as stack:
+        if config.compile:
+            import torch._dynamo
+
+            stack.enter_context(torch._dynamo.config.patch(force_parameter_static_shapes=False))
+        if device.type == "cuda":
+            for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+                stack.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
+                backend.allow_tf32 = config.tf32
         yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def evaluate(

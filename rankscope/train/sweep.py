@@ -27,7 +27,7 @@ from rankscope.train.tasks import Task
 from rankscope.train.team import ALONE, Team
 from rankscope.train.trainee import STATE, metrics_at, reached
 
-CPU_TOKENS = 4096
+CPU_TOKENS = 2048
 """Tokens in one pass on a CPU: more runs in a pass stop paying there (measured, docs/benchmarks.md)."""
 WIDEST = 4
 """Ranks in one pass differ by this factor at most: factors are padded to the largest."""
@@ -147,8 +147,17 @@ class Sweep:
             if self.config.tokens is not None or self.device.type != "cuda":
                 self.limit = max(1, (self.config.tokens or CPU_TOKENS) // tokens)
             else:
-                self.limit = max(1, memory_room(self.device, lambda: self._probe(run)))
+                self.limit = max(1, self._room(run))
         return self.limit
+
+    def _room(self, run: Run) -> int:
+        """How many runs like this one the free memory holds."""
+        try:
+            return memory_room(self.device, lambda: self._probe(run))
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                return 1
+            raise
 
     def _probe(self, run: Run) -> None:
         """One pass of one run that is thrown away, to see what it takes."""
@@ -161,11 +170,11 @@ class Sweep:
     def _train_group(self, group: list[Run], until: int | None) -> None:
         name = group[0].name if len(group) == 1 else f"{group[0].name} and {len(group) - 1} more"
         with located(name):
-            if group[0].method == "base":
-                evaluate_base(self.task, self.config, group[0], self.path(group[0]), self.device)
-                return
             try:
-                self._train_together(group, until)
+                if group[0].method == "base":
+                    evaluate_base(self.task, self.config, group[0], self.path(group[0]), self.device)
+                else:
+                    self._train_together(group, until)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
