@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from rankscope.train.config import StudyConfig
 from rankscope.train.costs import peak_memory, reset_peak_memory
 from rankscope.train.loop import Group, Silent, autocast, batch_size, precision
 from rankscope.train.runs import Run, grid
+from rankscope.train.sweep import CPU_TOKENS, WIDEST
 from rankscope.train.tasks import Task, base_folder, make_task
 from rankscope.train.trainee import rate_share
 
@@ -50,6 +51,7 @@ class Job:
     """The runs and how many steps of each are trained."""
 
     def __init__(self, arguments: argparse.Namespace, **changes: Any) -> None:
+        self.arguments, self.changes = arguments, changes
         own = {"task": "classify", "model": arguments.model, "data": arguments.data} if arguments.model else {}
         ranks = tuple(int(rank) for rank in arguments.ranks.split(","))
         lrs = tuple(float(lr) for lr in arguments.lrs.split(","))
@@ -69,14 +71,33 @@ class Job:
         self.runs = [run for run in grid(self.config, self.task) if run.is_lora]
         self.warm, self.steps = arguments.warm, arguments.steps
 
+    def __reduce__(self) -> Any:
+        """A worker reads the data again: thousands of tensors cannot be passed to it."""
+        return make_job, (self.arguments, self.changes)
 
-def ours(job: Job, runs: list[Run], together: int) -> Measured:
-    """``together`` runs in one pass, pass after pass."""
+
+def make_job(arguments: argparse.Namespace, changes: dict[str, Any]) -> Job:
+    return Job(arguments, **changes)
+
+
+def passes_of(runs: list[Run], together: int) -> list[list[Run]]:
+    """Runs that go together, at most so many, as ``rankscope train`` groups them: ranks within a factor."""
+    found: list[list[Run]] = []
+    for run in runs:
+        ranks = [other.rank or 1 for other in (*(found[-1] if found else []), run)]
+        if found and len(found[-1]) < together and max(ranks) <= WIDEST * min(ranks):
+            found[-1].append(run)
+        else:
+            found.append([run])
+    return found
+
+
+def ours(job: Job, passes: Iterable[list[Run]]) -> Measured:
+    """Pass after pass."""
     losses, seconds = {}, 0.0
     reset_peak_memory(CPU)
     with tempfile.TemporaryDirectory() as folder:
-        for start in range(0, len(runs), together):
-            some = runs[start : start + together]
+        for some in passes:
             group = make_group(job, some, Path(folder))
             with precision(CPU, job.config):
                 for _ in range(job.warm):
@@ -96,27 +117,36 @@ def make_group(job: Job, runs: list[Run], folder: Path) -> Group:
     return group
 
 
-def worker(job: Job, runs: list[Run], together: int, threads: int, ready: Any, answers: Any) -> None:
+def worker(job: Job, together: int, threads: int, ready: Any, following: Any, answers: Any) -> None:
     torch.set_num_threads(threads)
+    passes = passes_of(job.runs, together)
     # The first passes of each process pay for imports and, with torch.compile, for compiling.
-    warm = Job.__new__(Job)
-    warm.__dict__ = {**job.__dict__, "steps": 1}
-    ours(warm, runs, together)
+    warm = make_job(job.arguments, job.changes)
+    warm.steps = 1
+    ours(warm, passes)
     ready.wait()
-    answers.put(ours(job, runs, together))
+    answers.put(ours(job, taken(passes, following)))
+
+
+def taken(passes: list[list[Run]], following: Any) -> Iterator[list[Run]]:
+    """The passes that this worker comes to first."""
+    while True:
+        with following.get_lock():
+            at, following.value = following.value, following.value + 1
+        if at >= len(passes):
+            return
+        yield passes[at]
 
 
 def ours_in_workers(job: Job, together: int, count: int) -> Measured:
-    """The runs shared out to processes of one thread each; the time is that of the slowest."""
+    """The passes shared out to processes of one thread each; the time is that of the slowest."""
     context = multiprocessing.get_context("spawn")
-    ready, answers = context.Barrier(count), context.Queue()
-    groups = [job.runs[start : start + together] for start in range(0, len(job.runs), together)]
+    ready, following, answers = context.Barrier(count), context.Value("i", 0), context.Queue()
     threads = max(1, torch.get_num_threads() // count)
-    processes = []
-    for i in range(count):
-        runs = [run for group in groups[i::count] for run in group]
-        processes.append(context.Process(target=worker, args=(job, runs, together, threads, ready, answers)))
-        processes[-1].start()
+    given = (job, together, threads, ready, following, answers)
+    processes = [context.Process(target=worker, args=given) for _ in range(count)]
+    for process in processes:
+        process.start()
     found = [answers.get() for _ in processes]
     for process in processes:
         process.join()
@@ -204,16 +234,18 @@ def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Measured]]:
     tokens = plain.task.tokens_per_example() * batch_size(plain.task, plain.config)
     together = arguments.together or max(1, arguments.tokens // tokens)
     cores = os.cpu_count() or 1
+    half = Job(arguments, dtype="bfloat16")
     found: dict[str, Callable[[], Measured]] = {
         "PEFT, one run after another": lambda: theirs(plain),
-        "rankscope, one run after another": lambda: ours(plain, plain.runs, 1),
-        f"{together} runs in one pass": lambda: ours(plain, plain.runs, together),
-        f"{together} in one pass, {cores} workers": lambda: ours_in_workers(plain, together, cores),
+        "PEFT, one run after another, bfloat16": lambda: theirs(half),
+        "rankscope, one run after another": lambda: ours(plain, passes_of(plain.runs, 1)),
+        f"{together} runs in one pass": lambda: ours(plain, passes_of(plain.runs, together)),
         f"1 in one pass, {cores} workers": lambda: ours_in_workers(plain, 1, cores),
     }
-    half = Job(arguments, dtype="bfloat16")
+    if len(passes_of(plain.runs, together)) < cores:  # there is no pass for each worker
+        return found
     found |= {
-        "PEFT, one run after another, bfloat16": lambda: theirs(half),
+        f"{together} in one pass, {cores} workers": lambda: ours_in_workers(plain, together, cores),
         f"{together}, {cores} workers, bfloat16": lambda: ours_in_workers(half, together, cores),
     }
     if arguments.compile:
@@ -238,7 +270,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warm", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=4096, help="budget of a pass")
+    parser.add_argument("--tokens", type=int, default=CPU_TOKENS, help="budget of a pass")
     parser.add_argument("--together", type=int, help="runs in a pass, instead of the budget")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", action="store_true")
