@@ -302,7 +302,8 @@ def precision(device: torch.device, config: StudyConfig) -> Iterator[None]:
 
             stack.enter_context(torch._dynamo.config.patch(force_parameter_static_shapes=False))
         if device.type == "cuda":
-            for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+            backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+            for backend in backends:
                 stack.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
                 backend.allow_tf32 = config.tf32
         yield
