@@ -37,7 +37,7 @@ def test_a_study_prints_a_table_and_draws_two_plots(study: Path, capsys: pytest.
     assert code == 0
     lines = out.splitlines()
     assert lines[0].split()[:4] == ["method", "lr", "seeds", "validation"]
-    runs, costs = out.split("\n\n")
+    runs, costs, serving = out.split("\n\n")
     for table in (runs, costs):
         assert [line[:5] for line in table.splitlines() if line.startswith(("r =", "full"))] == [
             "r = 1",
@@ -46,6 +46,7 @@ def test_a_study_prints_a_table_and_draws_two_plots(study: Path, capsys: pytest.
         ]
     assert max(map(len, lines)) <= 100
     assert costs.split()[:4] == ["method", "params", "of", "all"]
+    assert [line.split()[0] for line in serving.splitlines()] == ["examples", "1", "32"]
     for name in ("spectra.png", "performance.png"):
         assert (study / name).read_bytes().startswith(b"\x89PNG")
         assert name in err

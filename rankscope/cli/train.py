@@ -127,7 +127,8 @@ def command(
     from rankscope.train.team import launched
     from rankscope.train.workers import run_study_with_workers
 
-    overrides = {key: value for key, value in settings.items() if value is not None and value != ()}
+    settings["targets"] = settings["targets"] or None  # click gives () where the option is not given
+    overrides = {key: value for key, value in settings.items() if value is not None}
     if ("model" in overrides or "data" in overrides) and "task" not in overrides and config_file is None:
         raise click.UsageError("--model and --data need --task classify or --task lm")
     config = read_config(Path(config_file), overrides) if config_file else make_config(overrides, "options")
