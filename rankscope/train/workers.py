@@ -84,10 +84,11 @@ def run_study_with_workers(
     for process in processes:
         process.start()
     failures: list[str] = []
+    said: set[Any] = set()
     while any(process.is_alive() for process in processes) or not reports.empty():
         if stop() or failures:
             asked.set()
-        _forward(reports, listener, failures)
+        _forward(reports, listener, failures, said)
     if failures:
         raise TrainingError(failures[0])
     if stop():
@@ -97,15 +98,16 @@ def run_study_with_workers(
     return Study(folder)
 
 
-def _forward(reports: Any, listener: Listener, failures: list[str]) -> None:
-    """Pass on one report, if one comes."""
+def _forward(reports: Any, listener: Listener, failures: list[str], said: set[Any]) -> None:
+    """Pass on one report, if one comes; what every worker notes is passed on once."""
     try:
         what, arguments = reports.get(timeout=LOOK)
     except queue.Empty:
         return
     if what == "failed":
         failures.append(arguments[0])
-    else:
+    elif what != "noted" or arguments not in said:
+        said.add(arguments if what == "noted" else None)
         getattr(listener, what)(*arguments)
 
 
