@@ -76,8 +76,18 @@ class Update(ABC):
 
     @property
     def nominal_rank(self) -> int | None:
-        """LoRA's r; None for an update that was not made as a product."""
+        """The rank that the construction allows, LoRA's r; None for an update that was not made of factors."""
         return None
+
+    @property
+    def product(self) -> LowRank | None:
+        """The same update as thin factors, where its construction has any; None for one without."""
+        return None
+
+    @property
+    def working_matrix(self) -> Tensor:
+        """The matrix (out, in) in the working precision, formed like that of ``dense()``."""
+        return self.dense().to(working_dtype(self.device))
 
     @property
     def norm(self) -> float:
@@ -88,18 +98,18 @@ class Update(ABC):
         return self * -1.0
 
     def inner(self, other: Update) -> float:
-        """⟨self, other⟩ = tr(selfᵀ · other), never forming a product of factors.
+        """⟨self, other⟩ = tr(selfᵀ · other), forming no matrix where one of the two has thin factors.
 
         Raises:
             ShapeError: the shapes differ.
         """
         check_same_shape(self, other)
-        if isinstance(other, LowRank):
-            return float(((self @ other.right.T) * other.left).sum())
-        if isinstance(self, LowRank):
+        thin = other.product
+        if thin is not None:
+            return float(((self @ thin.right.T) * thin.left).sum())
+        if self.product is not None:
             return other.inner(self)
-        working = working_dtype(self.device)
-        return float((self.dense().to(working) * other.dense().to(working)).sum())
+        return float((self.working_matrix * other.working_matrix).sum())
 
 
 @dataclass(frozen=True, repr=False)
@@ -143,6 +153,14 @@ class LowRank(Update):
         return self.A.shape[0]
 
     @property
+    def product(self) -> LowRank:
+        return self
+
+    @property
+    def working_matrix(self) -> Tensor:
+        return self.left @ self.right
+
+    @property
     def left(self) -> Tensor:
         """scale · B in the working precision."""
         return self.B.to(working_dtype(self.device)) * self.scale
@@ -168,7 +186,7 @@ class LowRank(Update):
         return product_svd(self.left, self.right)
 
     def dense(self) -> Tensor:
-        return (self.left @ self.right).float()
+        return self.working_matrix.float()
 
     def __matmul__(self, other: Tensor) -> Tensor:
         return self.left @ (self.right @ other.to(self.right.dtype))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import rankscope
 from rankscope.spectra import Spectrum
+from rankscope.structured import Hadamard, Kronecker
 from rankscope.updates import Dense, LowRank, Update
 
 
@@ -52,6 +53,10 @@ def float64(update: Update) -> np.ndarray:
     """The matrix by numpy, from the raw fields alone."""
     if isinstance(update, LowRank):
         return update.scale * (update.B.double().numpy() @ update.A.double().numpy())
+    if isinstance(update, Kronecker):
+        return update.scale * np.kron(float64(update.W1), float64(update.W2))
+    if isinstance(update, Hadamard):
+        return float64(update.first) * float64(update.second)
     assert isinstance(update, Dense)
     return update.matrix.double().numpy()
 
@@ -70,6 +75,30 @@ def _dora(out: int, into: int, seed: int) -> Dense:
     W = normal(out, into, seed=seed)
     V = W + normal(out, 2, seed=seed + 1) @ normal(2, into, seed=seed + 2)
     return Dense(1.1 * W.norm(dim=1, keepdim=True) * V / V.norm(dim=1, keepdim=True) - W)
+
+
+def _split(n: int) -> tuple[int, int]:
+    """Two factors of n, the smaller first, as equal as they can be."""
+    small = max(d for d in range(1, n + 1) if n % d == 0 and d * d <= n)
+    return small, n // small
+
+
+def _low_rank(out: int, into: int, r: int, seed: int, scale: float = 1.0) -> LowRank:
+    return LowRank(normal(out, r, seed=seed), normal(r, into, seed=seed + 1), scale)
+
+
+def _kronecker(out: int, into: int, seed: int, thin: tuple[bool, bool]) -> Kronecker:
+    """Factors of the smaller and the larger divisors of both sides; rank 2 where ``thin``, else full."""
+    (o1, o2), (i1, i2) = _split(out), _split(into)
+    W1, W2 = (
+        _low_rank(o, i, 2, s) if low else Dense(normal(o, i, seed=s))
+        for o, i, s, low in ((o1, i1, seed, thin[0]), (o2, i2, seed + 2, thin[1]))
+    )
+    return Kronecker(W1, W2, -0.6)
+
+
+def _hadamard(out: int, into: int, seed: int, r1: int, r2: int) -> Hadamard:
+    return Hadamard(_low_rank(out, into, r1, seed, 1.5), _low_rank(out, into, r2, seed + 2, -0.4))
 
 
 MAKERS: dict[str, Maker] = {
@@ -93,6 +122,11 @@ MAKERS: dict[str, Maker] = {
         1e-6,
     ),
     "DoRA, whole": Maker(Dense, _dora, 1e-6),
+    "Kronecker, full factors": Maker(Kronecker, lambda o, i, s: _kronecker(o, i, s, (False, False)), 1e-6),
+    "Kronecker, one low rank": Maker(Kronecker, lambda o, i, s: _kronecker(o, i, s, (False, True)), 1e-6),
+    "Kronecker, low ranks": Maker(Kronecker, lambda o, i, s: _kronecker(o, i, s, (True, True)), 1e-12),
+    "Hadamard, thin": Maker(Hadamard, lambda o, i, s: _hadamard(o, i, s, 2, 3), 1e-6),
+    "Hadamard, r1 · r2 > out and in": Maker(Hadamard, lambda o, i, s: _hadamard(o, i, s, 7, 8), 1e-6),
 }
 
 

@@ -317,13 +317,13 @@ def test_a_study_stopped_on_one_device_goes_on_on_another(tmp_path: Path, after:
 
 def looped(folder: Path, task: str = "planted", method: str = "lora", **changes: Any) -> Group:
     """A run on the device, ready to step."""
-    config = settings("fake", task=task, **changes)
+    config = settings("fake", task=task, methods=("lora", "subspace"), dims=(8,), **changes)
     made = make_task(config)
     run = next(run for run in grid(config, made) if run.method == method)
     return Group(made, config, [run], [folder], {run.seed: {"validation": {"loss": 1.0}}}, DEVICE, Silent())
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "full", "subspace"])
 @pytest.mark.parametrize(
     ("task", "changes"),
     [("planted", {}), ("planted", {"accumulate": 2, "dropout": 0.0}), ("docs", {"max_length": 16, "batch": 2})],
@@ -369,7 +369,7 @@ def test_a_wait_in_a_step_would_be_seen(tmp_path: Path, monkeypatch: pytest.Monk
     assert noted == ["aten._local_scalar_dense.default"]
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "full", "subspace"])
 def test_a_model_of_transformers_on_the_device(tmp_path: Path, method: str) -> None:
     """Classification: padded batches, a new head and the model's own dropout go along."""
     hf = pytest.importorskip("test_train_hf")
@@ -377,8 +377,12 @@ def test_a_model_of_transformers_on_the_device(tmp_path: Path, method: str) -> N
     with hf.hf_quiet():
         hf.wide(hf.transformers.BertModel(hf.transformers.BertConfig(**shape))).save_pretrained(tmp_path / "bert")
     hf.word_tokenizer(tmp_path / "bert")
-    ranks = {"ranks": (2,), "full": False} if method == "lora" else {"ranks": ()}
-    more = {"steps": 3, "batch": 4, "evaluations": 0, **ranks}
+    grids = {
+        "lora": {"ranks": (2,), "full": False},
+        "subspace": {"methods": ("subspace",), "dims": (8,), "full": False},
+        "full": {"ranks": ()},
+    }
+    more = {"steps": 3, "batch": 4, "evaluations": 0, **grids[method]}
     here, there = (
         run_study(hf.settings(tmp_path, tmp_path / "bert", device=device, **more), tmp_path / device)
         for device in ("cpu", "fake")

@@ -9,6 +9,7 @@ from makers import MAKERS, concrete_kinds, float64, normal
 
 from rankscope.errors import NonFiniteError, RankscopeError, ShapeError
 from rankscope.linalg import ulp
+from rankscope.structured import Hadamard, Kronecker
 from rankscope.updates import Dense, LowRank, Update
 
 SHAPES = [(12, 7), (7, 12), (9, 9), (1, 6), (6, 1)]
@@ -85,6 +86,110 @@ def test_the_sum_of_two_products() -> None:
     assert isinstance(b, LowRank)
     assert (a + b).nominal_rank == 6
     assert np.allclose((a + b).dense().numpy(), float64(a) + float64(b), atol=1e-5)
+
+
+# Structured products
+
+
+def thin(out: int, into: int, r: int, seed: int = 0, scale: float = 1.0) -> LowRank:
+    return LowRank(normal(out, r, seed=seed), normal(r, into, seed=seed + 1), scale)
+
+
+def test_a_kronecker_product_is_never_formed() -> None:
+    """40 000 × 90 000 entries from factors of 200 × 300: everything but dense() works on those."""
+    update = Kronecker(thin(200, 300, 2), thin(200, 300, 3, seed=2), -0.5)
+    s1, s2 = (np.linalg.svd(float64(factor), compute_uv=False) for factor in (update.W1, update.W2))
+    expected = np.sort(0.5 * np.outer(s1[:2], s2[:3]).ravel())[::-1]
+    assert np.allclose(update.singular_values().numpy(), expected, rtol=1e-12)
+    U, s, Vt = update.svd()
+    assert (U.shape, Vt.shape) == ((40_000, 6), (6, 90_000))
+    assert np.allclose((update @ Vt.T).numpy(), (U * s).numpy(), atol=1e-8 * expected[0])
+    assert update.energy == pytest.approx((expected**2).sum(), rel=1e-12)
+    assert update.product is not None
+    assert update.product.nominal_rank == update.nominal_rank == 6
+    assert update.inner(update) == pytest.approx(update.energy, rel=1e-12)
+    assert update.inner(update.product) == pytest.approx(update.energy, rel=1e-10)
+
+
+def test_a_hadamard_product_works_on_its_exact_factors() -> None:
+    """60 000 × 50 000 entries: the Khatri–Rao factors have rank r₁·r₂ = 6."""
+    update = Hadamard(thin(60_000, 50_000, 2), thin(60_000, 50_000, 3, seed=2, scale=0.1))
+    assert update.nominal_rank == 6
+    assert len(update.singular_values()) == 6
+    rows, columns = [0, 7, 59_999], [3, 49_999]
+    parts = [f.scale * f.B[rows] @ f.A[:, columns] for f in (update.first, update.second)]
+    units = torch.zeros(50_000, 2, dtype=torch.float64)
+    units[columns, [0, 1]] = 1.0
+    found = update @ units
+    assert np.allclose(found[rows].numpy(), (parts[0] * parts[1]).numpy(), rtol=1e-10)
+
+
+@pytest.mark.parametrize(("r1", "r2", "formed"), [(2, 3, False), (3, 3, True), (1, 8, True)])
+def test_a_hadamard_product_forms_its_matrix_only_where_factors_would_be_larger(
+    r1: int, r2: int, formed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Hadamard(thin(9, 8, r1), thin(9, 8, r2, seed=5))
+    M = float64(update)
+    seen = []
+    original = Hadamard.working_matrix.fget  # type: ignore[attr-defined]
+    monkeypatch.setattr(Hadamard, "working_matrix", property(lambda self: seen.append(1) or original(self)))
+    assert (update.product is None) == formed
+    assert np.allclose(update.singular_values().numpy()[:3], np.linalg.svd(M, compute_uv=False)[:3], rtol=1e-5)
+    assert update.energy == pytest.approx((M**2).sum(), rel=1e-12)
+    assert np.allclose((update @ normal(8, 2)).numpy(), M @ normal(8, 2).numpy())
+    assert bool(seen) == formed
+
+
+@pytest.mark.parametrize(
+    ("W1", "W2", "rank"),
+    [
+        (Dense(normal(2, 3)), Dense(normal(5, 4, seed=1)), 2 * 4),
+        (Dense(normal(2, 3)), Dense(normal(4, 5, seed=1)), 2 * 4),
+        (thin(4, 4, 1), Dense(normal(5, 3, seed=1)), 1 * 3),
+        (Dense(normal(5, 3, seed=1)), thin(4, 4, 1), 3 * 1),
+        (thin(4, 4, 2), thin(5, 5, 3), 6),
+        (thin(2, 3, 40), thin(5, 4, 2), 2 * 2),
+    ],
+)
+def test_the_nominal_rank_of_a_kronecker_product_is_what_it_can_have(W1: Update, W2: Update, rank: int) -> None:
+    update = Kronecker(W1, W2)  # type: ignore[arg-type]
+    assert update.nominal_rank == rank == np.linalg.matrix_rank(float64(update), tol=1e-5)
+    assert len(update.singular_values()) == rank
+    assert (update.product is None) == (rank >= min(update.shape))
+    if update.product is not None:
+        assert update.product.nominal_rank == rank
+        assert np.allclose(float64(update.product), float64(update), atol=1e-6)
+
+
+def test_inner_products_of_kronecker_products_cut_elsewhere() -> None:
+    """(2 × 3) ⊗ (3 × 2) against (3 × 2) ⊗ (2 × 3): the same shape, other factors."""
+    a = Kronecker(Dense(normal(2, 3)), Dense(normal(3, 2, seed=1)))
+    b = Kronecker(Dense(normal(3, 2, seed=2)), Dense(normal(2, 3, seed=3)), 0.7)
+    assert a.inner(b) == pytest.approx(float((float64(a) * float64(b)).sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize("other", [Dense(normal(12, 12)), Kronecker(Dense(normal(3, 4)), Dense(normal(4, 3)))], ids=str)
+def test_an_inner_product_with_thin_factors_forms_no_matrix(other: Update, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = thin(12, 12, 2, seed=5)
+    expected = float((float64(a) * float64(other)).sum())
+    for kind in (LowRank, Kronecker):
+        monkeypatch.setattr(kind, "working_matrix", property(lambda self: pytest.fail("a matrix was formed")))
+    assert a.inner(other) == pytest.approx(expected, rel=1e-12)
+    assert other.inner(a) == pytest.approx(expected, rel=1e-12)
+
+
+def test_structured_updates_that_are_refused() -> None:
+    with pytest.raises(ShapeError, match="entry by entry"):
+        Hadamard(thin(4, 5, 2), thin(5, 4, 2))
+    with pytest.raises(NonFiniteError, match="scale"):
+        Kronecker(thin(4, 5, 2), thin(5, 4, 2), float("nan"))
+    huge = thin(4, 5, 2, scale=1e100)
+    with pytest.raises(NonFiniteError, match="too large to square"):
+        Hadamard(huge, huge)
+    with pytest.raises(NonFiniteError, match="too large to square"):
+        Kronecker(huge, huge)
+    with pytest.raises(NonFiniteError, match="too large to square"):
+        Kronecker(Dense(torch.full((2, 2), 1e30)), thin(4, 5, 2), 1e120)
 
 
 def test_scaling_a_stored_difference_scales_its_rounding() -> None:

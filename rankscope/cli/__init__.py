@@ -17,6 +17,14 @@ COMMANDS = {
     "train": "Train LoRA at many ranks, and full fine-tuning beside it.",
     "spectrum": "Singular spectra and effective ranks of adapters or of a tuned checkpoint.",
     "compare": "Overlap, angles and distance of two adapters or updates, with chance levels.",
+    "report": "The hypothesis tested on a study, along eight lines of evidence, as one page.",
+    "resize": "Shrink an adapter: the same update at lower rank.",
+    "extract": "A LoRA adapter from a full fine-tune.",
+    "merge": "Adapters into their base, or into one adapter.",
+    "unmerge": "Take adapters out of a merged model.",
+    "subtract": "What one adapter learned beyond another, as an adapter.",
+    "average": "The mean of adapters, as an adapter.",
+    "calibrate": "The whole instrument on planted truth: can it find a rank, can it say no?",
 }
 
 
@@ -47,6 +55,7 @@ def cli() -> None:
       rankscope train                           the embedded task, ranks 1 to 64 and full fine-tuning
       rankscope spectrum study                  what rank each run's update really has
       rankscope compare adapterA adapterB       do two adapters learn the same directions?
+      rankscope report study                    how much rank does the task need? one page
     """
 
 

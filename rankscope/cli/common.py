@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -41,6 +43,15 @@ def _plot_path(context: click.Context, parameter: click.Parameter, value: str | 
     return value
 
 
+def _page_path(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Refuse what cannot be a page before any work is done."""
+    if value is not None and Path(value).suffix.lower() != ".html":
+        raise click.BadParameter(f"{value}: a page is written as .html", context, parameter)
+    if value is not None and Path(value).expanduser().is_dir():
+        raise click.BadParameter(f"{value}: is a folder; give the page a name of its own", context, parameter)
+    return value
+
+
 reading_options = grouped(
     click.option("--base", metavar="PATH", help="Pre-trained checkpoint that full weights were tuned from."),
     click.option(
@@ -55,6 +66,9 @@ output_options = grouped(
     click.option("--json", "as_json", is_flag=True, help="Print everything as JSON."),
     click.option("--csv", "as_csv", is_flag=True, help="Print one row a layer as CSV."),
     click.option("--plot", metavar="FILE", callback=_plot_path, help="Draw to a .png, .svg or .pdf file."),
+    click.option(
+        "--report", metavar="FILE.html", callback=_page_path, help="Write it all as one page that needs nothing else."
+    ),
     click.option("-v", "--verbose", is_flag=True, help="List what was skipped, each with its reason."),
     click.option("--quiet", is_flag=True, help="No notes and no progress."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
@@ -177,5 +191,16 @@ def write_plot(draw: Callable[[], Any], path: str | None, quiet: bool) -> None:
     from rankscope.plots import save
 
     save(draw(), path)
+    if not quiet:
+        click.echo(f"wrote {path}", err=True)
+
+
+def write_report(build: Callable[[str], Any], path: str | None, quiet: bool) -> None:
+    """Write a page where a path was given; ``build`` makes its document from the command that asks for it."""
+    if path is None:
+        return
+    from rankscope.report.page import write_page
+
+    write_page(build(shlex.join(["rankscope", *sys.argv[1:]])), path)
     if not quiet:
         click.echo(f"wrote {path}", err=True)

@@ -21,6 +21,7 @@ from rankscope.cli.common import (
     skipped_lines,
     tracker,
     write_plot,
+    write_report,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ DISTANCES = ("projection", "geodesic", "chordal", "fubini_study", "procrustes")
     show_default=True,
     help="Which matrices: ΔW, the factors A (right side, as in the LoRA paper), or the factors B (left side).",
 )
-@click.option("--layer", metavar="NAME", help="The layer that --plot draws [the median over layers].")
+@click.option("--layer", metavar="NAME", help="The layer that --plot and --report draw [the median].")
 @output_options
 def command(
     a: str,
@@ -57,6 +58,7 @@ def command(
     as_json: bool,
     as_csv: bool,
     plot: str | None,
+    report: str | None,
     verbose: bool,
     quiet: bool,
     debug: bool,
@@ -75,8 +77,8 @@ def command(
     from rankscope.analysis.comparison import compare
 
     one_format(as_json, as_csv)
-    if layer and not plot:
-        raise click.UsageError("--layer says what --plot draws; give --plot FILE too")
+    if layer and not plot and not report:
+        raise click.UsageError("--layer says what --plot and --report draw; give --plot FILE or --report FILE too")
     result = compare(a, b, base, layers or None, top, of, device, tracker(quiet, "layers"))
     say(quiet, [*result.notes, *unmatched_lines(result, verbose), *skipped_lines(result.skipped, verbose)])
     # Drawn first: a --layer that is not there is said before the table, not after it.
@@ -84,6 +86,10 @@ def command(
         from rankscope.plots import plot_overlap
 
         write_plot(lambda: plot_overlap(result, layer), plot, quiet)
+    if report:
+        from rankscope.report.comparison import document
+
+        write_report(lambda said: document(result, layer, said), report, quiet)
     if as_json:
         print_json(result.to_json())
     elif as_csv:

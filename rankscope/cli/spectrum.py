@@ -20,6 +20,7 @@ from rankscope.cli.common import (
     skipped_lines,
     tracker,
     write_plot,
+    write_report,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def command(
     as_json: bool,
     as_csv: bool,
     plot: str | None,
+    report: str | None,
     verbose: bool,
     quiet: bool,
     debug: bool,
@@ -73,6 +75,15 @@ def command(
     for result in results:
         prefix = f"{result.title}: " if len(results) > 1 else ""
         say(quiet, (prefix + line for line in (*result.notes, *skipped_lines(result.skipped, verbose))))
+    # Drawn first: whoever pipes the table into head may end this process.
+    if plot:
+        from rankscope.plots import plot_spectra
+
+        write_plot(lambda: plot_spectra(results), plot, quiet)
+    if report:
+        from rankscope.report.spectrum import document
+
+        write_report(lambda said: document(results, said), report, quiet)
     if as_json and several:
         print_json({"schema": "rankscope.spectrum-list/1", "results": [result.to_json() for result in results]})
     elif as_json:
@@ -81,10 +92,6 @@ def command(
         print_csv(csv_header(), (row for result in results for row in csv_rows(result)))
     else:
         print_results(results)
-    if plot:
-        from rankscope.plots import plot_spectra
-
-        write_plot(lambda: plot_spectra(results), plot, quiet)
 
 
 def expand(paths: Sequence[str]) -> tuple[list[str], bool]:

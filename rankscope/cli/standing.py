@@ -216,6 +216,7 @@ def summary(runs: Sequence[Run]) -> str:
     parts = [] if methods == "lora" else [methods]
     parts += [targets] if (targets := _distinct((run.targets for run in runs), " and ")) else []
     parts += [f"r = {ranks}"] if (ranks := _distinct(run.rank for run in runs)) else []
+    parts += [f"d = {dims}"] if (dims := _distinct(run.dim for run in runs)) else []
     parts += [f"lr {rates}"] if (rates := _distinct(f"{run.lr:g}" for run in runs if run.lr is not None)) else []
     return "  ".join([*parts, f"seed {_distinct(run.seed for run in runs)}"])
 

@@ -34,6 +34,8 @@ SERIES = {
     "pissa": "PiSSA",
     "bias": "biases only",
     "head": "head only",
+    "subspace": "random subspace",
+    "said": "random subspace with layer factors",
     "full": "full fine-tuning",
 }
 """What plots call a method."""
@@ -180,7 +182,8 @@ def write_plots(study: Study, found: list[Row]) -> list[Path]:
     from rankscope import plots
 
     written = []
-    best = [row for row in found if row.best and row.record.run.method != "base"]
+    # A dimension is no rank: random subspaces have an axis of their own, in the report.
+    best = [row for row in found if row.best and row.record.run.method != "base" and not row.record.run.is_subspace]
     if measured := [row for row in best if row.spectra]:
         first = min(row.record.run.seed for row in measured)
         one_seed = [row.spectra for row in measured if row.spectra and row.record.run.seed == first]

@@ -34,10 +34,21 @@ data_options = grouped(
     click.option("--label", metavar="COLUMN", help="Column of the class (classify) [label]."),
     click.option("--max-length", type=int, metavar="N", help="Tokens kept of a text."),
     click.option("--planted-rank", type=int, metavar="R", help="Rank of the planted update (planted) [4]."),
+    click.option(
+        "--planted-spectrum",
+        type=click.Choice(["even", "flat", "decaying"]),
+        help="Its singular values (planted) [even].",
+    ),
 )
 grid_options = grouped(
-    click.option("--methods", type=Values(str), help="lora, rslora, lora+, frozen-a, pissa, bias, head [lora]."),
+    click.option(
+        "--methods",
+        "--method",
+        type=Values(str),
+        help="lora, rslora, lora+, frozen-a, pissa, bias, head, subspace, said [lora].",
+    ),
     click.option("--ranks", type=Values(int), help="LoRA ranks [1,2,4,8,16,64]."),
+    click.option("--dims", type=Values(int), help="Sizes of random subspaces (subspace, said) [16,64,…,16384]."),
     click.option(
         "--targets",
         multiple=True,
@@ -92,6 +103,7 @@ machine_options = grouped(
 @adapter_options
 @training_options
 @machine_options
+@click.option("--report", is_flag=True, help="Then write the study's report, as rankscope report does.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON instead of a table.")
 @click.option("-v", "--verbose", is_flag=True, help="A row for each run, not one for each rank.")
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -100,6 +112,7 @@ def command(
     output: str,
     config_file: str | None,
     workers: int | None,
+    report: bool,
     as_json: bool,
     verbose: bool,
     quiet: bool,
@@ -118,6 +131,8 @@ def command(
       rankscope train --model ./minilm --task classify --data reviews.csv --ranks 1,4,16 --seeds 0,1 -o reviews
       rankscope train --targets q --targets v --targets q,v --budget 16384 -o which-matrices
     """
+    if report and as_json:
+        raise click.UsageError("--json prints the rows of the runs; for the evidence use rankscope report --json")
     from rankscope.cli.progress import listen, stop_on_signal
     from rankscope.cli.study_output import print_study, write_plots
     from rankscope.train.config import make_config, read_config
@@ -148,3 +163,8 @@ def command(
     for path in written:
         if not quiet:
             click.echo(f"wrote {path}", err=True)
+    if report:
+        from rankscope.cli.report import print_verdicts, write_report
+
+        click.echo()
+        print_verdicts(write_report(study, Path(output), device=config.device, quiet=quiet))

@@ -17,6 +17,12 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, len(bare), bare) if number else (1, 0, part) for number, bare, part in parts)
 
 
+def kind_of(name: str) -> str:
+    """What a layer is called within its block: the last part of its name that is not a number."""
+    parts = [part for part in name.split(".") if not part.isdecimal()]
+    return parts[-1] if parts else name
+
+
 class Pairing(NamedTuple):
     """``pairs`` of (name in a, name in b), and what has no partner; each in natural order."""
 

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's layout: adapter_config.json beside adapter_model.safetensors.
+"""Adapters in PEFT's layout: adapter_config.json beside adapter_model.safetensors. LoRA itself is read here.
 
 Tensors are trusted over the configuration: r is A.shape[0]. DoRA layers give two entries, the product
 scale·B·A under their name and, with a base, the whole update under ``name:whole``.
@@ -7,6 +7,7 @@ scale·B·A under their name and, with a base, the whole update under ``name:who
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,32 +15,20 @@ from torch import Tensor
 
 from rankscope.errors import FormatError, located
 from rankscope.formats.checkpoint import BaseWeights
-from rankscope.formats.files import TensorInfo
-from rankscope.formats.interface import Store, UpdateInfo
-from rankscope.formats.names import natural_key
-from rankscope.formats.peft_config import AdapterConfig, read_adapter_config
-from rankscope.formats.peft_keys import (
-    CONFIG_NAME,
-    OLD_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    Kind,
-    bare_module,
-    parse_key,
-)
-from rankscope.formats.pickled import open_tensors
+from rankscope.formats.interface import UpdateInfo
+from rankscope.formats.names import WEIGHT
+from rankscope.formats.peft_config import MOVES_BASE, AdapterConfig, read_adapter_config
+from rankscope.formats.peft_experts import Experts, experts_of
+from rankscope.formats.peft_folder import AdapterStore, Origin
+from rankscope.formats.peft_keys import CONFIG_NAME, Kind, ParsedKey, parse_key
+from rankscope.formats.peft_shapes import block_diagonal, check_magnitude, geometry
+from rankscope.formats.recipes import floats
 from rankscope.linalg import working_dtype
-from rankscope.updates import Dense, LowRank, Update, check_finite
+from rankscope.updates import Dense, LowRank, check_finite
 
 WHOLE = ":whole"
-
-# Keys that are no factors, by what they end with or contain; the first that fits gives the reason.
-OTHER_KEYS = (
-    (".lora_B.bias", "lora_bias: the bias of B changes the layer's bias, not its weight"),
-    ("trainable_tokens", "trainable token rows: full rows of an embedding, no low-rank update"),
-    ("base_layer.weight", "the base weight, saved along"),
-    (".bias", "a bias: one-dimensional, no spectrum"),
-    (".weight", "modules_to_save: a full weight, no low-rank update"),
-)
+INITIAL = ("initial", *(f"{init}_init" for init in MOVES_BASE))
+"""Folders, in the adapter's or beside it, that its initial factors are looked for in."""
 
 
 @dataclass
@@ -48,6 +37,11 @@ class _Layer:
 
     module: str
     keys: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def owner(self) -> str:
+        """The module that is wrapped, where wrappers are nested (``target_parameters``)."""
+        return self.module.replace(".base_layer", "")
 
     @property
     def embedding(self) -> bool:
@@ -80,85 +74,130 @@ class _Factors:
     groups: int
 
 
-class PeftStore(Store):
+class PeftStore(AdapterStore):
     """The updates of one LoRA adapter.
 
     Args:
         path: the adapter's folder.
-        base: the base model's checkpoint; needed for the whole update of DoRA layers and for ``weight(name)``.
+        base: the base model's checkpoint; needed for the whole update of DoRA layers, for what was trained whole, and
+            for ``weight(name)``.
         device: where updates are put.
+        initial: the adapter's folder as it was before training, whose product is subtracted; by default looked for
+            where the initialisation moved the base (``INITIAL``).
 
     Raises:
         FormatError: not a LoRA adapter, a damaged file, a pair with one half, or factors that do not multiply.
     """
 
-    kind = "peft"
-
-    def __init__(self, path: Path, base: Path | None = None, device: torch.device | str = "cpu") -> None:
-        super().__init__(path, device)
+    def __init__(
+        self,
+        path: Path,
+        base: Path | None = None,
+        device: torch.device | str = "cpu",
+        initial: Path | None = None,
+    ) -> None:
         self.config: AdapterConfig = read_adapter_config(path / CONFIG_NAME)
-        self._file = open_tensors(_weights_file(path))
+        super().__init__(path, device)
         self.notes += self.config.notes()
         self._factors: dict[str, _Factors] = {}
         self._claims: list[tuple[str, int, int]] = []
-        layers = self._gather()
+        layers = [_Layer(module, keys) for module, keys in self._gather(_factor).items()]
+        origin = Origin(base, self._names_in_base(layers)) if base is not None else None
+        self._initial = self._open_initial(initial or _find_initial(path, self.config.moves_base))
+        self._add_layers(layers, origin)
+        self._note_oddities()
+        self._weights: BaseWeights | None = None
+        if base is not None and self._factors:
+            shapes = {name: self._infos[name].shape for name, factors in self._factors.items() if factors.groups == 1}
+            self._weights = BaseWeights(base, shapes, bool(self.config.fan_in_fan_out))
+        self._add_wholes()
+        self._add_others(origin, self.config.trainable_token_indices)
+
+    def _names_in_base(self, layers: list[_Layer]) -> set[str]:
+        names = self._other_names() | {layer.module + WEIGHT for layer in layers}
+        owners = {layer.owner for layer in layers}
+        return names | {f"{owner}.{name}" for owner in owners for name in self.config.parameters_of(owner)}
+
+    def _open_initial(self, folder: Path | None) -> PeftStore | None:
+        init = self.config.moves_base
+        if folder is not None:
+            self.notes.append(
+                f"the updates are scale·(B·A − B₀·A₀), of rank up to r + r₀, with the initial factors of {folder}"
+                + (f": {init} moves the base weight too" if init else "")
+            )
+            return PeftStore(folder)
+        if init is not None:
+            self.notes.append(
+                f"initialised with {init}, which moves the base weight too: scale·B·A is not the learned update "
+                f"(that is scale·(B·A − B₀·A₀); put the initial adapter into the subfolder {INITIAL[0]})"
+            )
+        return None
+
+    def _add_layers(self, layers: list[_Layer], origin: Origin | None) -> None:
+        stacks: dict[str, list[_Layer]] = {}
         for layer in layers:
+            if self.config.parameters_of(layer.owner):
+                stacks.setdefault(layer.owner, []).append(layer)
+                continue
             with located(f"{self._file.path}: layer {layer.module}"):
                 self._add(layer)
+        for owner, wrappers in stacks.items():
+            with located(f"{self._file.path}: layer {owner}"):
+                self._add_experts(owner, wrappers, origin)
         if not self._infos:
             seen = f"; skipped {self.skipped[0].name}: {self.skipped[0].reason}" if self.skipped else ""
             raise FormatError(f"{self._file.path}: holds no LoRA layer that can be read{seen}")
-        self._note_oddities()
-        self._weights: BaseWeights | None = None
-        if base is not None:
-            shapes = {name: info.shape for name, info in self._infos.items() if self._factors[name].groups == 1}
-            self._weights = BaseWeights(base, shapes, bool(self.config.fan_in_fan_out))
-        self._add_wholes()
-
-    def _gather(self) -> list[_Layer]:
-        """Layers with their keys; every other key is listed as skipped."""
-        layers: dict[str, _Layer] = {}
-        adapters = set()
-        for key in sorted(self._file.infos, key=natural_key):
-            parsed = parse_key(key)
-            if parsed is None or not _is_factor(parsed.part, parsed.leaf):
-                bias = parsed is not None and parsed.part == "lora_B" and parsed.leaf == "bias"
-                self._skip(bare_module(key), _reason(".lora_B.bias" if bias else key))
-                continue
-            adapters.add(parsed.adapter)
-            layer = layers.setdefault(parsed.module, _Layer(parsed.module))
-            if layer.keys.setdefault(parsed.part, key) != key:
-                raise FormatError(
-                    f"{self._file.path}: {parsed.module} has {parsed.part} twice, as {layer.keys[parsed.part]} and "
-                    f"{key}; save one adapter only"
-                )
-        if len(adapters) > 1:
-            names = ", ".join(sorted(repr(name) for name in adapters))
-            raise FormatError(f"{self._file.path}: holds the adapters {names}; save one only")
-        return list(layers.values())
 
     def _add(self, layer: _Layer) -> None:
         module = layer.module
         if set(layer.keys) == {"lora_magnitude_vector"}:
             self._skip(module, "a DoRA magnitude without factors")
             return
-        if self.config.targets_parameter_of(module):
-            self._skip(module, "target_parameters: factors of a bare parameter (stacked experts) are not read")
-            return
         key_a, key_b = layer.pair()
         A, B = self._file.infos[key_a], self._file.infos[key_b]
-        kind, shape = _geometry(A, B, layer.embedding)
+        kind, shape = geometry(A, B, layer.embedding)
         rank = A.shape[0]
         key_m = layer.keys.get("lora_magnitude_vector")
         if key_m is not None:
-            _check_magnitude(self._file.infos[key_m], shape, kind)
+            check_magnitude(self._file.infos[key_m], shape, kind)
         groups = rank // B.shape[1] if kind == "conv" else 1
         factors = _Factors(key_a, key_b, kind, self.config.scale(module, rank), key_m, groups)
         self._factors[module] = factors
-        self._infos[module] = UpdateInfo(shape, rank, factors.scale, A.dtype, "dora-product" if key_m else "lora")
+        nominal = rank + self._initial_rank(module, shape)
+        info = UpdateInfo(shape, nominal, factors.scale, A.dtype, "dora-product" if key_m else "lora")
+        self._put(module, info, partial(self._product, module), partial(self._weight, module))
         claimed = self.config.rank(module)
         if claimed is not None and claimed != rank:
             self._claims.append((module, claimed, rank))
+
+    def _initial_rank(self, module: str, shape: tuple[int, int]) -> int:
+        """r₀, 0 without an initial adapter."""
+        if self._initial is None:
+            return 0
+        if module not in self._initial or self._initial.info(module).shape != shape:
+            raise FormatError(f"the initial adapter {self._initial.path} has no factors for it of shape {shape}")
+        return self._initial.info(module).nominal_rank or 0
+
+    def _add_experts(self, owner: str, wrappers: list[_Layer], origin: Origin | None) -> None:
+        """One update for each expert of each parameter; what cannot be told apart is listed."""
+        pairs = {layer.module: tuple(self._file.infos[key] for key in layer.pair()) for layer in wrappers}
+        if self._initial is not None:
+            self._skip(owner, "target_parameters: not read together with an initial adapter")
+            return
+        found = experts_of(owner, pairs, self.config, origin)
+        if isinstance(found, str):
+            for module in pairs:
+                self._skip(module, found)
+            return
+        keys = {layer.module: layer.pair() for layer in wrappers}
+        for experts in found:
+            for name, info in experts.infos():
+                read = partial(self._expert, experts, keys[experts.module], name)
+                self._put(name, info, read, partial(experts.weight, name, origin))
+
+    def _expert(self, experts: Experts, keys: tuple[str, str], name: str) -> LowRank:
+        A, B = (floats(self._file.read(key)) for key in keys)
+        return experts.update(A, B, name)
 
     def _note_oddities(self) -> None:
         grouped = [name for name, factors in self._factors.items() if factors.groups > 1]
@@ -170,7 +209,7 @@ class PeftStore(Store):
         if self._claims:
             module, claimed, rank = self._claims[0]
             self.notes.append(
-                f"{CONFIG_NAME} gives another rank than the tensors in {len(self._claims)} of {len(self._infos)} "
+                f"{CONFIG_NAME} gives another rank than the tensors in {len(self._claims)} of {len(self._factors)} "
                 f"layers (first {module}: {claimed}, in fact {rank}); the tensors are trusted, also for the scale"
             )
         dora = sum(factors.key_m is not None for factors in self._factors.values())
@@ -187,38 +226,32 @@ class PeftStore(Store):
                 self._skip(module + WHOLE, "DoRA: the whole update needs --base")
             elif module not in self._weights:
                 self._skip(module + WHOLE, "DoRA: the base has no weight for it")
-            elif module + WHOLE in self._infos:
-                raise FormatError(f"{self._file.path}: a module is called {module + WHOLE}; rename it")
             else:
-                shape = self._infos[module].shape
-                self._infos[module + WHOLE] = UpdateInfo(shape, None, 1.0, torch.float32, "dora")
+                info = UpdateInfo(self._infos[module].shape, None, 1.0, torch.float32, "dora")
+                self._put(module + WHOLE, info, partial(self._whole, module), partial(self._weight, module))
         if dora:
             self.notes.append(
                 f"DoRA in {len(dora)} layers: NAME is the product scale·B·A, NAME{WHOLE} the whole update"
             )
 
-    def _read(self, name: str) -> Update:
-        if name in self._factors:
-            return self._product(name).to(self.device)
-        return self._whole(name.removesuffix(WHOLE))
-
     def _product(self, module: str) -> LowRank:
         factors = self._factors[module]
-        A, B = _floats(self._file.read(factors.key_a)), _floats(self._file.read(factors.key_b))
+        A, B = floats(self._file.read(factors.key_a)), floats(self._file.read(factors.key_b))
         if factors.kind == "embedding":  # the (vocabulary, dim) weight changes by (BA)ᵀ
-            return LowRank(A.T, B.T, factors.scale)
-        if factors.kind == "conv":
-            return LowRank(_block_diagonal(B.flatten(1), factors.groups), A.flatten(1), factors.scale)
-        return LowRank(B, A, factors.scale)
+            A, B = B.T, A.T
+        elif factors.kind == "conv":
+            A, B = A.flatten(1), block_diagonal(B.flatten(1), factors.groups)
+        product = LowRank(B, A, factors.scale)
+        return product if self._initial is None else _minus(product, self._initial._product(module))
 
     def _whole(self, module: str) -> Dense:
         """m·(W0 + sBA)/‖W0 + sBA‖ − W0, the norm per output (per dimension of an embedding): DoRA, eq. 5."""
-        factors, weight = self._factors[module], self._read_weight(module)
+        factors, weight = self._factors[module], self._weight(module)
         if factors.key_m is None or weight is None:
             raise FormatError("has no whole update")
         exact = working_dtype(self.device)
         magnitude = self._file.read(factors.key_m).flatten()
-        check_finite(_floats(magnitude), "the magnitude")
+        check_finite(floats(magnitude), "the magnitude")
         product = self._product(module).to(self.device)
         start = weight.to(self.device).to(exact)
         moved = start + product.left @ product.right
@@ -227,71 +260,31 @@ class PeftStore(Store):
         m = magnitude.to(self.device).to(exact)
         return Dense((m[:, None] if over_columns else m[None, :]) / norms * moved - start)
 
-    def _read_weight(self, name: str) -> Tensor | None:
-        return self._weights.matrix(name.removesuffix(WHOLE)) if self._weights else None
+    def _weight(self, module: str) -> Tensor | None:
+        return self._weights.matrix(module) if self._weights else None
 
 
-def _weights_file(folder: Path) -> Path:
-    for name in (WEIGHTS_NAME, OLD_WEIGHTS_NAME):
-        if (folder / name).exists():
-            return folder / name
-    raise FormatError(f"{folder}: has {CONFIG_NAME} but neither {WEIGHTS_NAME} nor {OLD_WEIGHTS_NAME}")
+def _find_initial(folder: Path, init: str | None) -> Path | None:
+    """The initial adapter of one whose initialisation moved the base, in its folder or beside it."""
+    if init is None:
+        return None
+    places = [home / name for home in (folder, folder.parent) for name in INITIAL]
+    return next((place for place in places if (place / CONFIG_NAME).is_file() and place != folder), None)
 
 
-def _is_factor(part: str, leaf: str) -> bool:
-    if part == "lora_magnitude_vector":
-        return leaf != "bias"
-    return leaf == ("" if part.startswith("lora_embedding") else "weight")
+def _factor(key: str) -> ParsedKey | None:
+    """What a factor's key says; None for all else, the bias of B among it."""
+    parsed = parse_key(key)
+    if parsed is None:
+        return None
+    if parsed.part == "lora_magnitude_vector":
+        return parsed if parsed.leaf != "bias" else None
+    leaf = "" if parsed.part.startswith("lora_embedding") else "weight"
+    return parsed if parsed.leaf == leaf else None
 
 
-def _reason(key: str) -> str:
-    for mark, reason in OTHER_KEYS:
-        if key.endswith(mark) or (mark == "trainable_tokens" and mark in key):
-            return reason
-    return "unknown key"
-
-
-def _geometry(A: TensorInfo, B: TensorInfo, embedding: bool) -> tuple[Kind, tuple[int, int]]:
-    """Kind of layer and (out, in) of its update, from the shapes of its factors.
-
-    Raises:
-        FormatError: they do not multiply, are empty, or are not floating-point.
-    """
-    shapes = f"A {A.shape} and B {B.shape}"
-    for info in (A, B):
-        if not info.dtype.is_floating_point:
-            raise FormatError(f"{shapes} are stored as {A.dtype} and {B.dtype}; factors are floating-point numbers")
-    if 0 in A.shape or 0 in B.shape:
-        raise FormatError(f"{shapes} have an empty side")
-    if len(A.shape) == len(B.shape) == 2 and A.shape[0] == B.shape[1]:
-        return ("embedding", (A.shape[1], B.shape[0])) if embedding else ("linear", (B.shape[0], A.shape[1]))
-    if not embedding and _is_convolution(A.shape, B.shape):
-        columns = torch.Size(A.shape[1:]).numel()
-        return "conv", (B.shape[0], columns)
-    raise FormatError(f"{shapes} do not multiply; expected (r, in) and (out, r)")
-
-
-def _is_convolution(A: tuple[int, ...], B: tuple[int, ...]) -> bool:
-    """A (r, in, kh, kw) and B (out, r/groups, 1, 1), or with one, or three, dimensions of kernel."""
-    if not 3 <= len(A) <= 5 or len(B) != len(A) or any(size != 1 for size in B[2:]) or A[0] % B[1]:
-        return False
-    return B[0] % (A[0] // B[1]) == 0
-
-
-def _block_diagonal(B: Tensor, groups: int) -> Tensor:
-    """B (out, r/groups) spread to (out, r): the outputs of a group see the r/groups rows of A of that group."""
-    blocks = B.reshape(groups, -1, B.shape[1])
-    spread = blocks.new_zeros(groups, blocks.shape[1], groups, blocks.shape[2])
-    spread.diagonal(dim1=0, dim2=2).copy_(blocks.permute(1, 2, 0))
-    return spread.reshape(B.shape[0], -1)
-
-
-def _check_magnitude(info: TensorInfo, shape: tuple[int, int], kind: Kind) -> None:
-    expected = shape[1] if kind == "embedding" else shape[0]
-    if torch.Size(info.shape).numel() != expected or not info.dtype.is_floating_point:
-        raise FormatError(f"its magnitude is {info.shape}, but the update {shape} needs {expected} numbers")
-
-
-def _floats(tensor: Tensor) -> Tensor:
-    """Eight-bit floats, which torch can hardly compute with, to float32; all else as stored."""
-    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
+def _minus(now: LowRank, start: LowRank) -> LowRank:
+    """now − start; in the stored dtype where the scales agree, as those of one adapter do."""
+    if now.scale != start.scale or now.B.dtype != start.B.dtype:
+        return now + start * -1.0
+    return LowRank(torch.cat((now.B, -start.B), dim=1), torch.cat((now.A, start.A)), now.scale)

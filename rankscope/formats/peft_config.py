@@ -1,4 +1,4 @@
-"""adapter_config.json of a LoRA adapter: what decides the scale, and what makes B·A not the update."""
+"""adapter_config.json: what decides the scale, and what makes a product not the update."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import msgspec
 
 from rankscope.errors import FormatError
 from rankscope.formats.files import read_json
+from rankscope.formats.peft_keys import CONFIG_NAME
 
 T = TypeVar("T")
+S = TypeVar("S", bound=msgspec.Struct)
 
 # Initialisations that move the base weight as well (PEFT's LoraLayer.*_init): B·A then contains the start.
 MOVES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
@@ -41,32 +43,35 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
     target_parameters: list[str] | None = None
     layer_replication: list[Any] | None = None
     alora_invocation_tokens: list[Any] | None = None
+    trainable_token_indices: Any = None
+    ensure_weight_tying: bool | None = False
     base_model_name_or_path: str | None = None
 
     def scale(self, module: str, rank: int) -> float:
         """α/r, or α/√r with rsLoRA, α by ``alpha_pattern``; ``rank`` is that of the stored factors."""
-        alpha = _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        alpha = by_pattern(self.alpha_pattern, module, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def rank(self, module: str) -> int | None:
         """The rank that the configuration claims for a module."""
-        return _by_pattern(self.rank_pattern, module, self.r)
+        return by_pattern(self.rank_pattern, module, self.r)
 
-    def targets_parameter_of(self, module: str) -> bool:
-        """Whether ``module``'s factors belong to a bare parameter (``target_parameters``), such as stacked experts."""
-        owner = module.replace(".base_layer", "")
-        parents = (target.rpartition(".")[0] for target in self.target_parameters or ())
-        return any(owner == parent or owner.endswith("." + parent) for parent in parents)
+    def parameters_of(self, owner: str) -> list[str]:
+        """Names of a module's bare parameters, such as stacked experts, that are adapted (``target_parameters``)."""
+        targets = (target.rpartition(".") for target in self.target_parameters or ())
+        return [name for parent, _, name in targets if owner == parent or owner.endswith("." + parent)]
+
+    @property
+    def moves_base(self) -> str | None:
+        """The initialisation, where it is one that moves the base weight as well."""
+        init = self.init_lora_weights
+        return init if isinstance(init, str) and init.lower().startswith(MOVES_BASE) else None
 
     def notes(self) -> list[str]:
         """What a reader of the numbers must know."""
         notes = []
-        init = self.init_lora_weights
-        if isinstance(init, str) and init.lower().startswith(MOVES_BASE):
-            notes.append(
-                f"initialised with {init}, which moves the base weight too: scale·B·A is not the learned update "
-                "(that is scale·(B·A − B₀·A₀))"
-            )
+        if self.ensure_weight_tying:
+            notes.append("ensure_weight_tying: layers with tied weights share one update, which is here once for each")
         if self.layer_replication:
             notes.append("layer_replication: the base model repeats layers, so names are those of the repeated model")
         if self.alora_invocation_tokens:
@@ -81,37 +86,127 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         FormatError: missing, not JSON, no LoRA configuration, a wrong type, or no ``lora_alpha``.
     """
     raw = read_json(path)
-    kind = raw.get("peft_type")
-    if kind is None:
-        raise FormatError(f"{path}: has no peft_type; is it the configuration of a PEFT adapter?")
+    kind = peft_type(path, raw)
     if kind != "LORA":
-        raise FormatError(f"{path}: peft_type is {str(kind)[:40]!r}; only LORA is read")
+        raise FormatError(f"{path}: peft_type is {kind!r}; only LORA is read")
     if raw.get("lora_alpha") is None:
         raise FormatError(f"{path}: has no lora_alpha, so the scale α/r is not known; add it")
     for key, reason in NOT_A_PRODUCT.items():
         if raw.get(key):
             raise FormatError(f"{path}: {key} is set: {reason}; this variant is not read")
-    return _typed(path, raw)
+    config = _typed(path, raw, AdapterConfig)
+    _check_numbers(path, {"lora_alpha": config.lora_alpha, **(config.alpha_pattern or {})})
+    _check_patterns(path, *(config.rank_pattern or ()), *(config.alpha_pattern or ()))
+    return config
 
 
-def _typed(path: Path, raw: dict[str, Any]) -> AdapterConfig:
+class MethodConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The keys that matter of every method but LoRA; each method has some of them."""
+
+    peft_type: str
+    r: int | None = None
+    alpha: float | None = None
+    rank_pattern: dict[str, Any] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    fan_in_fan_out: bool | None = False
+    lora_alpha: float | None = None
+    init_r: int | None = None
+    randlora_alpha: float | None = None
+    scaling: float | None = None
+    random_loc_seed: int | None = None
+    topk: int | None = None
+    init_weights: bool | str | None = True
+    apply_gs: bool | None = msgspec.field(default=False, name="apply_GS")
+    decomposition_method: str | None = None
+    para: bool | None = False
+    block_share: bool | None = False
+    coft: bool | None = False
+    use_cayley_neumann: bool | None = False
+    num_cayley_neumann_terms: int | None = None
+    feedforward_modules: list[str] | str | None = None
+    token_indices: Any = None
+    trainable_token_indices: Any = None
+
+    def alpha_of(self, module: str) -> float:
+        """α, by ``alpha_pattern``.
+
+        Raises:
+            FormatError: there is none.
+        """
+        alpha: float = by_pattern(self.alpha_pattern, module, self.need("alpha"))
+        return alpha
+
+    def rank_of(self, module: str) -> int:
+        """The rank that the configuration claims for a module, by ``rank_pattern``.
+
+        Raises:
+            FormatError: there is none.
+        """
+        rank = by_pattern(self.rank_pattern, module, self.r)
+        if not isinstance(rank, int) or rank < 1:
+            raise FormatError(f"{CONFIG_NAME} gives no rank r, so the scale α/r is not known; add it")
+        return rank
+
+    def need(self, key: str) -> Any:
+        """The value of a key that the update cannot be told without.
+
+        Raises:
+            FormatError: it is missing.
+        """
+        value = getattr(self, key)
+        if value is None:
+            raise FormatError(f"{CONFIG_NAME} has no {key}, without which the update is not known; add it")
+        return value
+
+
+def read_method_config(path: Path) -> MethodConfig:
+    """Read ``adapter_config.json`` of another method than LoRA.
+
+    Raises:
+        FormatError: missing, not JSON, or a wrong type.
+    """
+    raw = read_json(path)
+    config = _typed(path, {**raw, "peft_type": peft_type(path, raw)}, MethodConfig)
+    scales = {key: getattr(config, key) or 0.0 for key in ("alpha", "lora_alpha", "randlora_alpha", "scaling")}
+    _check_numbers(path, {**scales, **(config.alpha_pattern or {})})
+    _check_patterns(path, *(config.rank_pattern or ()), *(config.alpha_pattern or ()))
+    return config
+
+
+def peft_type(path: Path, raw: Mapping[str, Any]) -> str:
+    """The method's name, at most 40 letters of it.
+
+    Raises:
+        FormatError: there is none.
+    """
+    kind = raw.get("peft_type")
+    if kind is None:
+        raise FormatError(f"{path}: has no peft_type; is it the configuration of a PEFT adapter?")
+    return str(kind)[:40]
+
+
+def _typed(path: Path, raw: dict[str, Any], kind: type[S]) -> S:
     try:
-        config = msgspec.convert(raw, AdapterConfig)
+        return msgspec.convert(raw, kind)
     except (msgspec.ValidationError, OverflowError, ValueError) as error:
         raise FormatError(f"{path}: {error}; correct the configuration") from error
-    alphas = {"lora_alpha": config.lora_alpha, **(config.alpha_pattern or {})}
+
+
+def _check_numbers(path: Path, alphas: Mapping[str, float]) -> None:
     for key, alpha in alphas.items():
         if not math.isfinite(alpha):
             raise FormatError(f"{path}: α of {key} is {alpha}; correct the configuration")
-    for pattern in (*(config.rank_pattern or ()), *(config.alpha_pattern or ())):
+
+
+def _check_patterns(path: Path, *patterns: str) -> None:
+    for pattern in patterns:
         try:
             re.compile(rf"(.*\.)?({pattern})$")
         except (re.error, RecursionError, OverflowError) as error:
             raise FormatError(f"{path}: {pattern!r} is not a valid pattern ({error})") from error
-    return config
 
 
-def _by_pattern(patterns: Mapping[str, T] | None, module: str, default: T) -> T:
+def by_pattern(patterns: Mapping[str, T] | None, module: str, default: T) -> T:
     """PEFT's get_pattern_key: the first pattern that matches the end of the path wins; then the path itself."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):

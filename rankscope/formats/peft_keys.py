@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 PREFIX = "base_model.model."
@@ -37,7 +38,7 @@ def magnitude_key(module: str) -> str:
 
 
 class ParsedKey(NamedTuple):
-    """A LoRA tensor's key taken apart: module path, part (``lora_A`` …), adapter name or "", leaf or ""."""
+    """A factor's key taken apart: module path, part (``lora_A`` …), adapter name or "", leaf or ""."""
 
     module: str
     part: str
@@ -45,12 +46,18 @@ class ParsedKey(NamedTuple):
     leaf: str
 
 
-_LORA_KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.(?P<tail>.+))?")
+def key_pattern(parts: Iterable[str]) -> re.Pattern[str]:
+    """What ``parse_key`` looks for where a method's tensors are called ``parts``."""
+    names = "|".join(re.escape(part) for part in parts)
+    return re.compile(rf"(?P<module>.+)\.(?P<part>{names})(?:\.(?P<tail>.+))?")
 
 
-def parse_key(key: str) -> ParsedKey | None:
+_LORA_KEY = key_pattern(("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"))
+
+
+def parse_key(key: str, pattern: re.Pattern[str] = _LORA_KEY) -> ParsedKey | None:
     """What a key says, with or without a live adapter name (``lora_A.default.weight``); None where it is no factor."""
-    match = _LORA_KEY.fullmatch(key)
+    match = pattern.fullmatch(key)
     if match is None:
         return None
     adapter, _, leaf = ("." + (match["tail"] or "")).rpartition(".")

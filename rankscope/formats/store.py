@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
-from rankscope.errors import FormatError
+from rankscope.errors import ConfigError, FormatError
 from rankscope.formats.checkpoint import INDEX_SUFFIX, UPDATES_NAME, has_checkpoint
-from rankscope.formats.files import TensorFile
+from rankscope.formats.files import TensorFile, read_json
 from rankscope.formats.interface import Skipped, Store, UnknownLayerError, UpdateInfo
 from rankscope.formats.peft import PeftStore
+from rankscope.formats.peft_config import peft_type
 from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME, parse_key
+from rankscope.formats.peft_methods import MethodStore
 from rankscope.formats.pickled import SUFFIXES
 from rankscope.formats.tuned import CheckpointStore, UpdateStore, is_updates, write_updates
 
@@ -39,34 +41,43 @@ def open(
     path: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
     device: torch.device | str = "cpu",
+    initial: str | os.PathLike[str] | None = None,
 ) -> Store:
     """Open a source of updates by what is in it; reads headers, no tensors.
 
-    A PEFT adapter (its folder or its weights file), a run of ours, a file of updates, or full weights (file,
-    folder or shards), which become the tuned weights minus ``base``.
+    A PEFT adapter of any method (its folder or its weights file), a run of ours, a file of updates, or full weights
+    (file, folder or shards), which become the tuned weights minus ``base``.
 
     Args:
         path: file or folder.
-        base: checkpoint of the pre-trained model: required for full weights, used for DoRA and for
-            ``Store.weight``.
+        base: checkpoint of the pre-trained model: required for full weights and for methods that act through it, used
+            for DoRA, for modules that an adapter holds whole, and for ``Store.weight``.
         device: where updates are put.
+        initial: a LoRA adapter as it was before training, where its initialisation moved the base (PiSSA and others)
+            and it is not beside the adapter.
 
     Raises:
         FormatError: nothing there, nothing that is known, damaged, or full weights without a base.
-        ConfigError: the device cannot be used.
+        ConfigError: the device cannot be used, or ``initial`` for something else than a LoRA adapter.
     """
     place = Path(path).expanduser()
     origin = Path(base).expanduser() if base is not None else None
+    start = Path(initial).expanduser() if initial is not None else None
     try:
-        return _open_folder(place, origin, device) if place.is_dir() else _open_file(place, origin, device)
+        found = (
+            _open_folder(place, origin, device, start) if place.is_dir() else _open_file(place, origin, device, start)
+        )
     except OSError as error:  # no permission to look; a name too long
         raise FormatError(f"{place}: cannot be read ({error.strerror or error})") from error
+    if start is not None and not isinstance(found, PeftStore):
+        raise ConfigError(f"{place}: is no LoRA adapter, so an initial adapter ({start}) means nothing for it")
+    return found
 
 
-def _open_folder(folder: Path, base: Path | None, device: torch.device | str) -> Store:
+def _open_folder(folder: Path, base: Path | None, device: torch.device | str, initial: Path | None) -> Store:
     for adapter in (folder, folder / ADAPTER_FOLDER):
         if (adapter / CONFIG_NAME).exists():
-            return PeftStore(adapter, base, device)
+            return _open_adapter(adapter, base, device, initial)
     if (folder / UPDATES_NAME).exists():
         return UpdateStore(folder / UPDATES_NAME, base, device)
     if (folder / WEIGHTS_NAME).exists() or (folder / OLD_WEIGHTS_NAME).exists():
@@ -80,11 +91,11 @@ def _open_folder(folder: Path, base: Path | None, device: torch.device | str) ->
     raise FormatError(f"{folder}: holds nothing that is known; {LOOKED_FOR}")
 
 
-def _open_file(file: Path, base: Path | None, device: torch.device | str) -> Store:
+def _open_file(file: Path, base: Path | None, device: torch.device | str, initial: Path | None) -> Store:
     if not file.exists():
         raise FormatError(f"{file}: no such file or folder")
     if file.name in (WEIGHTS_NAME, OLD_WEIGHTS_NAME, CONFIG_NAME):
-        return PeftStore(file.parent, base, device)
+        return _open_adapter(file.parent, base, device, initial)
     if file.suffix == ".safetensors":
         header = TensorFile(file)
         if is_updates(header):
@@ -98,6 +109,13 @@ def _open_file(file: Path, base: Path | None, device: torch.device | str) -> Sto
     if file.name.endswith(INDEX_SUFFIX) or file.suffix in SUFFIXES:
         return _minus_base(file, base, device)
     raise FormatError(f"{file}: not a kind of file that is read; give an adapter's folder or .safetensors weights")
+
+
+def _open_adapter(folder: Path, base: Path | None, device: torch.device | str, initial: Path | None) -> Store:
+    config = folder / CONFIG_NAME
+    if peft_type(config, read_json(config)) == "LORA":
+        return PeftStore(folder, base, device, initial)
+    return MethodStore(folder, base, device)
 
 
 def _minus_base(path: Path, base: Path | None, device: torch.device | str) -> Store:

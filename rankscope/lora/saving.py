@@ -1,17 +1,18 @@
-"""Writing one adapter in PEFT's folder layout: adapter_config.json and adapter_model.safetensors."""
+"""Writing one adapter of a bank in PEFT's folder layout."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from rankscope.formats.files import write_json, write_tensors
-from rankscope.formats.peft_keys import CONFIG_NAME, PREFIX, WEIGHTS_NAME, factor_keys
+from rankscope.formats.peft_keys import PREFIX, factor_keys
+from rankscope.formats.peft_write import exact_targets as exact_targets
+from rankscope.formats.peft_write import whole_number, write_folder
+from rankscope.formats.streaming import Pending
 from rankscope.lora.layer import AdapterLayer, Pair
-from rankscope.lora.spec import AdapterSpec, is_named
+from rankscope.lora.spec import AdapterSpec
 
 
 def peft_tensors(
@@ -32,12 +33,6 @@ def peft_tensors(
     return tensors
 
 
-def exact_targets(targets: Sequence[str], paths: Iterable[str]) -> str | list[str]:
-    """The paths; or a regular expression of them where PEFT, which compares ends, would find more in the model."""
-    more = any(is_named(target, path) for path in {*paths}.difference(targets) for target in targets)
-    return "|".join(re.escape(target) for target in targets) if more else list(targets)
-
-
 def write_adapter(
     folder: Path,
     spec: AdapterSpec,
@@ -54,8 +49,7 @@ def write_adapter(
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": spec.rank,
-        # PEFT and vLLM declare a whole number, and take others.
-        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        "lora_alpha": whole_number(spec.alpha),
         "lora_dropout": spec.dropout,
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "rank_pattern": dict(spec.rank_pattern),
@@ -67,6 +61,4 @@ def write_adapter(
         "init_lora_weights": "gaussian" if spec.init == "gaussian" else True,
         "modules_to_save": list(spec.modules_to_save) or None,
     }
-    # Tied parameters would share memory, which safetensors refuses.
-    write_tensors(folder / WEIGHTS_NAME, {key: tensor.detach().clone() for key, tensor in tensors.items()})
-    write_json(folder / CONFIG_NAME, config)
+    write_folder(folder, config, {key: Pending.of(tensor) for key, tensor in tensors.items()})

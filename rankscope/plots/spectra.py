@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rankscope.analysis.spectra import LayerSpectrum, SpectrumResult
 from rankscope.errors import ConfigError
+from rankscope.formats.names import kind_of
 from rankscope.plots.figure import COLOURS, GREY, SMALL, log2_axis, new_figure, plain_grid
 
 PANELS_A_ROW = 4
@@ -68,12 +69,6 @@ def plot_spectra(results: Sequence[SpectrumResult], figure: Figure | None = None
         place: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False}
         figure.legend(handles=handles, title=CAPTION, fontsize=SMALL, title_fontsize=SMALL, **place)
     return figure
-
-
-def kind_of(name: str) -> str:
-    """What a layer is called within its block: the last part of its name that is not a number."""
-    parts = [part for part in name.split(".") if not part.isdecimal()]
-    return parts[-1] if parts else name
 
 
 def _colours(results: Sequence[SpectrumResult]) -> dict[str, str]:

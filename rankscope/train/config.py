@@ -18,7 +18,10 @@ import torch
 from rankscope.errors import ConfigError
 from rankscope.formats.interface import usable_device
 
-Method = Literal["lora", "rslora", "lora+", "frozen-a", "pissa", "bias", "head", "full"]
+Method = Literal["lora", "rslora", "lora+", "frozen-a", "pissa", "bias", "head", "subspace", "said", "full"]
+SUBSPACE: tuple[Method, ...] = ("subspace", "said")
+"""The methods that train in a random subspace."""
+PlantedSpectrum = Literal["even", "flat", "decaying"]
 
 
 class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -27,7 +30,9 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     Empty or None means the task's own default. ``epochs`` counts only where ``steps`` is None. ``data`` and
     ``eval`` are files; without ``eval`` the held-out text is a tenth of ``data``. Each entry of ``targets`` is one
     set of modules, such as "q_proj,v_proj"; ``budget`` gives each set the rank that makes this many parameters.
-    ``alpha`` is a number, or a multiple of the rank such as "2r"; None is 2r, and 16 for rsLoRA.
+    ``alpha`` is a number, or a multiple of the rank such as "2r"; None is 2r, and 16 for rsLoRA. ``dims`` are the
+    numbers that ``subspace`` and ``said`` train, as far as they fit the base: not more than it has, and for ``said``
+    more than it has layers.
     ``tokens`` is how many tokens may pass at once: it decides how many runs are trained together.
     """
 
@@ -40,11 +45,13 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     max_length: int | None = None
     planted_rank: int = 4
     planted_noise: float = 0.5
+    planted_spectrum: PlantedSpectrum = "even"
 
     methods: tuple[Method, ...] = ("lora",)
     targets: tuple[str, ...] = ()
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 64)
     budget: int | None = None
+    dims: tuple[int, ...] = (16, 64, 256, 1024, 4096, 16384)
     lrs: tuple[float, ...] = ()
     full: bool = True
     full_lrs: tuple[float, ...] = ()
@@ -84,7 +91,9 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 # What may differ when a study is taken up again: the grid may grow, and the place may change.
-GRID = frozenset({"methods", "targets", "ranks", "budget", "lrs", "full", "full_lrs", "seeds", "extend_lrs", "halving"})
+GRID = frozenset(
+    {"methods", "targets", "ranks", "budget", "dims", "lrs", "full", "full_lrs", "seeds", "extend_lrs", "halving"}
+)
 PLACE = frozenset({"device", "tokens", "checkpointing", "data_parallel", "shard", "save_seconds"})
 # Files may be named otherwise: the fingerprint has their hashes.
 RESUMABLE = GRID | PLACE | {"model", "data", "eval"}
@@ -100,13 +109,16 @@ def problems(config: StudyConfig) -> list[tuple[str, str]]:
             found.append((key, f"expected {wanted}"))
 
     require("ranks", all(rank > 0 for rank in config.ranks), "ranks of at least 1")
-    for key in ("methods", "targets", "ranks", "lrs", "full_lrs", "seeds"):
+    require("dims", all(dim > 0 for dim in config.dims), "dimensions of at least 1")
+    for key in ("methods", "targets", "ranks", "dims", "lrs", "full_lrs", "seeds"):
         values = getattr(config, key)
         require(key, len(set(values)) == len(values), "each value once")
     for key in ("lrs", "full_lrs"):
         require(key, all(0 < lr < math.inf for lr in getattr(config, key)), "rates above 0")
     require("seeds", len(config.seeds) > 0, "at least one seed")
-    some = bool(config.methods) and bool(config.ranks or config.budget)
+    subspaces = any(method in SUBSPACE for method in config.methods)
+    require("dims", bool(config.dims) or not subspaces, "at least one dimension of the random subspaces")
+    some = bool(config.methods) and bool(config.ranks or config.budget or subspaces)
     require("ranks", some or config.full, "at least one rank, or full fine-tuning")
     require("methods", "full" not in config.methods, "methods besides full fine-tuning, which full = true asks for")
     for key in ("batch", "accumulate", "budget", "tokens", "steps"):

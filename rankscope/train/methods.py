@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from rankscope.errors import ConfigError
 from rankscope.formats.store import write_updates
 from rankscope.lora import AdapterSpec, Bank
-from rankscope.lora.kinds import Conv1DLayer
-from rankscope.lora.targets import is_within, layer_class
 from rankscope.train.config import StudyConfig, generator
 from rankscope.train.costs import total_bytes
-from rankscope.train.runs import Run
+from rankscope.train.runs import Run, base_names, in_head
+from rankscope.train.subspace import NAME, Subspace
 from rankscope.train.targets import expand_targets
 from rankscope.train.tasks import Task
 from rankscope.train.team import ALONE, Team, whole
+from rankscope.train.weights import to_matrix
 
 
 class Trained(ABC):
@@ -207,23 +207,9 @@ class WeightsTrained(Trained):
 
     def updates(self) -> dict[str, Tensor]:
         """tuned − base of every trained weight in float32 on the CPU, matrices (out, in) by module path."""
-        base = self.task.model(self.run.seed)
-        found: dict[str, Tensor] = {}
-        seen: set[int] = set()
-        for path, module in self.model.named_modules():
-            for name, weight in module.named_parameters(recurse=False):
-                if id(weight) in seen or not weight.requires_grad:  # tied: counted once, under its first name
-                    continue
-                seen.add(id(weight))
-                full_name = f"{path}.{name}" if path else name
-                difference = whole(weight.detach()).cpu().float() - base.get_parameter(full_name).detach().float()
-                if name == "weight" and difference.ndim >= 2:
-                    # transformers' Conv1D stores (in, out); a convolution is flattened as adapters are.
-                    transposed = layer_class(module) is Conv1DLayer
-                    found[path] = difference.T if transposed else difference.flatten(1)
-                else:
-                    found[full_name] = difference
-        return found
+        base = dict(self.task.model(self.run.seed).named_parameters())
+        trained = {name: whole(weight.detach()).cpu() for name, weight in self.parameters(0).items() if name in base}
+        return by_layer(self.model, {name: w.float() - base[name].detach().float() for name, w in trained.items()})
 
     def save(self, i: int, folder: Path) -> int:
         path = folder / "update.safetensors"
@@ -233,18 +219,50 @@ class WeightsTrained(Trained):
         return total_bytes(updates.values())
 
 
+def by_layer(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Changes of parameters as a file of updates names them: matrices (out, in) by module path, the rest as they are.
+
+    A tied weight has one name here, its first.
+    """
+    found: dict[str, Tensor] = {}
+    for name, change in changes.items():
+        path, _, last = name.rpartition(".")
+        matrix = last == "weight" and change.ndim >= 2
+        found[path if matrix else name] = to_matrix(model.get_submodule(path), change) if matrix else change
+    return found
+
+
+class SubspaceTrained(WeightsTrained):
+    """A random subspace of all weights of the base, new heads whole; P·z is saved as the update of each weight."""
+
+    def __init__(self, task: Task, run: Run) -> None:
+        super().__init__(task, run, lambda name: True)
+        if run.dim is None:
+            raise ValueError(f"{run.name} is not a run in a subspace")
+        # As with LoRA's initial factors the rates of a run share one subspace, and nothing else does.
+        source = generator(run.seed, run.method, run.dim)
+        chosen = base_names(self.model, task)
+        self.subspace = Subspace(self.model, chosen, run.dim, source, layered=run.method == "said")
+
+    def rate_factor(self, i: int, name: str) -> float:
+        return self.subspace.rate_factor if name == f"{NAME}.z" else 1.0
+
+    @torch.no_grad()
+    def updates(self) -> dict[str, Tensor]:
+        changes = {name: change.cpu() for name, change in self.subspace.changes().items()}
+        return {**by_layer(self.model, changes), **super().updates()}
+
+
 def make_trained(task: Task, config: StudyConfig, runs: Sequence[Run]) -> Trained:
     """The base made ready for these runs: any number with adapters, or one of another method."""
     method = runs[0].method
     if runs[0].is_lora:
         return LoraTrained(task, config, runs)
+    if runs[0].is_subspace:
+        return SubspaceTrained(task, runs[0])
     chosen: dict[str, Callable[[str], bool]] = {
         "full": lambda name: True,
         "bias": lambda name: name.endswith("bias") or in_head(task, name),
         "head": lambda name: in_head(task, name),
     }
     return WeightsTrained(task, runs[0], chosen[method])
-
-
-def in_head(task: Task, name: str) -> bool:
-    return any(is_within(name, head) for head in task.heads)

@@ -13,8 +13,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rankscope.train.config import generator
+from rankscope.train.config import PlantedSpectrum, generator
 from rankscope.train.tasks import Batch, Split, Task
+
+ROWS = 8192
+"""Examples of each split."""
 
 
 class Planted(nn.Module):
@@ -36,7 +39,8 @@ class Planted(nn.Module):
 class PlantedTask(Task):
     """Learn a teacher = base + planted update from noisy outputs.
 
-    Each map's update has ``rank`` singular values from 2 down to 1, evenly spaced.
+    Each map's update has ``rank`` singular values: evenly spaced from 2 down to 1 ("even"), all 1.5 ("flat"), or
+    falling as 3/l, l = 1, 2, … ("decaying").
     """
 
     metric = "loss"
@@ -44,8 +48,8 @@ class PlantedTask(Task):
     steps = 400
     full_rate = 3e-3
 
-    def __init__(self, rank: int, noise: float, count: int = 8192) -> None:
-        self.rank, self.noise = rank, noise
+    def __init__(self, rank: int, noise: float, spectrum: PlantedSpectrum = "even", count: int = ROWS) -> None:
+        self.rank, self.noise, self.spectrum = rank, noise, spectrum
         self.base = {
             name: self._draw(name, shape) for name, shape in zip(("first", "second"), Planted.SHAPES, strict=True)
         }
@@ -60,6 +64,10 @@ class PlantedTask(Task):
     @property
     def singular_values(self) -> Tensor:
         """σ of each planted update."""
+        if self.spectrum == "flat":
+            return torch.full((self.rank,), 1.5)
+        if self.spectrum == "decaying":
+            return 3.0 / torch.arange(1.0, self.rank + 1)
         return torch.linspace(2.0, 1.0, self.rank)
 
     def floor(self, rank: int) -> float:
@@ -117,4 +125,5 @@ class PlantedTask(Task):
         return {"loss": float(self.loss(self.outputs(model, batch), batch))}
 
     def fingerprint(self) -> dict[str, str]:
-        return {"base": "planted", "data": f"rank {self.rank}, noise {self.noise:g}, {len(self.inputs['train'])} rows"}
+        planted = f"rank {self.rank}{'' if self.spectrum == 'even' else f' {self.spectrum}'}, noise {self.noise:g}"
+        return {"base": "planted", "data": f"{planted}, {len(self.inputs['train'])} rows"}

@@ -45,6 +45,7 @@ class Row:
             "targets": run.targets,
             "rank": run.rank,
             "alpha": run.alpha,
+            "dim": run.dim,
             "lr": run.lr,
             "seed": run.seed,
             "status": self.record.status,
@@ -75,7 +76,7 @@ def _row(study: Study, record: Record, choice: Choice | None, layers: set[str]) 
 
 
 def has_matrices(run: Run) -> bool:
-    """Whether a run changes matrices of the base, which have a spectrum."""
+    """Whether a run learns matrices of the base, which have a spectrum; in a random subspace it is that of noise."""
     return run.is_lora or run.method == "full"
 
 

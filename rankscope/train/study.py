@@ -6,11 +6,11 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import msgspec
 import torch
@@ -27,6 +27,9 @@ from rankscope.train.sweep import Sweep
 from rankscope.train.tasks import Task, make_task
 from rankscope.train.team import team_of
 from rankscope.train.trainee import STATE
+
+if TYPE_CHECKING:
+    from rankscope.evidence.hypothesis import Hypothesis
 
 SCHEMA = "rankscope.study/2"
 
@@ -127,6 +130,26 @@ class Study:
         """The updates that a run learned: its adapter, or the update of full fine-tuning."""
         return open_store(self.path(run))
 
+    def check_fingerprint(self, task: Task) -> None:
+        """See that a task has the base and the data that the study was begun with.
+
+        Raises:
+            ConfigError: another base or other data.
+        """
+        begun, now = self.description.get("fingerprint", {}), task.fingerprint()
+        for key in {**begun, **now}:
+            if now.get(key) != begun.get(key):
+                raise ConfigError(
+                    f"{self.folder} was begun with another {key} ({begun.get(key)}, now {now.get(key)}); "
+                    "runs on the one and the other cannot be compared"
+                )
+
+    def hypothesis(self, **options: Any) -> Hypothesis:
+        """The low-intrinsic-rank hypothesis, tested on this study; options as of ``rankscope.evidence.hypothesis``."""
+        from rankscope.evidence.hypothesis import hypothesis
+
+        return hypothesis(self, **options)
+
     def _repr_html_(self) -> str:
         cells = "".join(
             f"<tr><td>{escape(r.run.name)}</td><td>{r.status}</td>"
@@ -145,7 +168,7 @@ ORDER = ("base", *get_args(Method))
 
 def _order(record: Record) -> tuple[int, str, int, float, int]:
     run = record.run
-    return ORDER.index(run.method), run.targets or "", run.rank or 0, run.lr or 0.0, run.seed
+    return ORDER.index(run.method), run.targets or "", run.rank or run.dim or 0, run.lr or 0.0, run.seed
 
 
 def run_study(
@@ -232,7 +255,6 @@ def _check_free(folder: Path) -> None:
 def _describe(folder: Path, config: StudyConfig, task: Task, device: torch.device) -> None:
     """Write study.json, or check that the one there is of the same study."""
     path = folder / "study.json"
-    fingerprint = task.fingerprint()
     made_by = {
         "versions": versions(),
         "machine": machine(device),
@@ -241,7 +263,8 @@ def _describe(folder: Path, config: StudyConfig, task: Task, device: torch.devic
     earlier: list[Any] = []
     if path.exists():
         study = Study(folder)
-        _check_same(study, config, fingerprint)
+        _check_same(study, config)
+        study.check_fingerprint(task)
         before = {key: study.description.get(key) for key in made_by}
         earlier = list(study.description.get("earlier", [])) + ([before] if before != made_by else [])
     description = {
@@ -249,27 +272,20 @@ def _describe(folder: Path, config: StudyConfig, task: Task, device: torch.devic
         "config": msgspec.to_builtins(config),
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
-        "fingerprint": fingerprint,
+        "fingerprint": task.fingerprint(),
         **made_by,
         "earlier": earlier,
     }
     write_json(path, description)
 
 
-def _check_same(study: Study, config: StudyConfig, fingerprint: Mapping[str, str]) -> None:
+def _check_same(study: Study, config: StudyConfig) -> None:
     for key in msgspec.structs.asdict(config):
         old, new = getattr(study.config, key), getattr(config, key)
         if key not in RESUMABLE and old != new:
             raise ConfigError(
                 f"{study.folder} is a study with {key} = {old!r}, not {new!r}; "
                 "give it the same settings to go on with it, or choose another folder with -o"
-            )
-    begun = study.description.get("fingerprint", {})
-    for key in {**begun, **fingerprint}:
-        if fingerprint.get(key) != begun.get(key):
-            raise ConfigError(
-                f"{study.folder} was begun with another {key} ({begun.get(key)}, now {fingerprint.get(key)}); "
-                "its runs could not be compared: choose another folder with -o"
             )
 
 

@@ -307,7 +307,7 @@ def make_task(config: StudyConfig) -> Task:
     if config.task == "planted":
         from rankscope.train.planted import PlantedTask
 
-        return PlantedTask(config.planted_rank, config.planted_noise)
+        return PlantedTask(config.planted_rank, config.planted_noise, config.planted_spectrum)
     from rankscope.train.hf import make_hf_task
 
     return make_hf_task(config)

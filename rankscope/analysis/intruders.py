@@ -1,0 +1,196 @@
+"""Intruder dimensions: strong directions of a tuned weight that its pre-trained form did not have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankscope.analysis.amplification import check_base
+from rankscope.errors import ShapeError
+from rankscope.linalg import SVD, dense_svd, working_dtype
+from rankscope.noise import Array
+from rankscope.updates import Dense, Update
+
+TOP = 10
+"""How many directions of the tuned weight are looked at (Shuttleworth et al. 2024)."""
+EPSILON = 0.5
+"""A direction whose largest |cos| to every pre-trained one is below this is an intruder (Shuttleworth et al. 2024)."""
+SWEEP = tuple(round(0.1 * step, 1) for step in range(1, 10))
+"""Other thresholds that the count is given for."""
+INSIDE = 1 / 4
+"""The energy of a direction is measured inside the span of this share of the pre-trained directions, the strongest."""
+GRAM_UP_TO = 1024
+"""Smaller side up to which all eigenvalues of the Gram matrix are faster than a Krylov space."""
+TOLERANCE = 1e-9
+"""Largest residual ‖Tᵀu − σv‖/σ₁ of a direction that the Krylov space is trusted with."""
+MOST_COLUMNS = 400
+"""A Krylov space that needs more is given up for a dense SVD."""
+
+
+class Direction(msgspec.Struct, frozen=True, kw_only=True):
+    """A left singular vector u of the tuned weight.
+
+    ``cosine``: max_l |cos(u, u_l)| over all pre-trained left singular vectors, and ``position`` the l of the maximum,
+    from 1. ``share``: of the tuned weight's energy, σ²/‖·‖²_F. ``inside``: energy of u in the span of the strongest
+    ``INSIDE`` of the pre-trained directions: low for a new direction, high for a mixture of strong old ones.
+    """
+
+    cosine: float
+    position: int
+    share: float
+    inside: float
+
+    @property
+    def intrudes(self) -> bool:
+        """Whether it is an intruder at the usual threshold."""
+        return self.cosine < EPSILON
+
+
+class Intruders(msgspec.Struct, frozen=True, kw_only=True):
+    """The top directions of a tuned weight, strongest first, and what a random direction would read.
+
+    ``chance``: the mean of the largest |cos| of a random direction; ``inside_chance``: its energy ``inside``.
+    ``counts``: directions below each threshold of ``SWEEP``.
+    """
+
+    directions: tuple[Direction, ...]
+    chance: float
+    inside_chance: float
+    counts: tuple[int, ...]
+
+    @property
+    def found(self) -> tuple[Direction, ...]:
+        """The intruders at the usual threshold."""
+        return tuple(one for one in self.directions if one.intrudes)
+
+
+def intruders(update: Update, weight: Tensor, base: SVD, k: int = TOP) -> Intruders:
+    """Intruder dimensions among the top k left singular vectors of weight + update (Shuttleworth et al. 2024).
+
+    Only |cos| counts, since singular vectors have no sign. Among near-equal singular values they have no direction of
+    their own either: the update may then turn old ones into each other, which reads as a low cosine with a high
+    ``inside``. Directions that are rounding beside the strongest are left out.
+
+    Args:
+        weight: (out, in).
+        base: its thin SVD, from ``rankscope.linalg.dense_svd``; the same for every update of this weight.
+
+    Raises:
+        ShapeError: shapes that differ, k < 1, or a tuned weight that is zero.
+    """
+    check_base(update, base)
+    if tuple(weight.shape) != update.shape:
+        raise ShapeError(f"the weight {tuple(weight.shape)} and its update {update.shape} differ in shape")
+    if k < 1:
+        raise ShapeError(f"look at one direction at least, not {k}")
+    working = working_dtype(weight.device)
+    weight = weight.to(working)
+    U, s = _top(update, weight, base, min(k, *update.shape))
+    squared = (base.U.T.to(working) @ U).square().cpu().double().numpy()
+    # ‖W + ΔW‖² without forming the sum.
+    energy = float(weight.square().sum()) + 2 * update.inner(Dense(weight)) + update.energy
+    n, out = squared.shape[0], update.shape[0]
+    strong = max(1, round(INSIDE * n))
+    directions = tuple(
+        Direction(
+            cosine=float(np.sqrt(min(column.max(), 1.0))),
+            position=int(column.argmax()) + 1,
+            share=min(sigma**2 / energy, 1.0),
+            inside=min(float(column[:strong].sum()), 1.0),
+        )
+        for column, sigma in zip(squared.T, s.tolist(), strict=True)
+    )
+    counts = tuple(sum(one.cosine < threshold for one in directions) for threshold in SWEEP)
+    return Intruders(directions=directions, chance=random_cosine(out, n), inside_chance=strong / out, counts=counts)
+
+
+def random_cosine(d: int, n: int) -> float:
+    """Mean of the largest |cos| between a uniformly random direction in d dimensions and n orthonormal ones.
+
+    Exact: a Gaussian vector's length is independent of its direction, so it is the mean of the largest of n |normal|
+    numbers, ∫(1 − erf(x/√2)ⁿ)dx, over the mean length √2·Γ((d + 1)/2)/Γ(d/2). It grows as √(2 ln n/d), the rule of
+    thumb, which is some 8 % too large at d = n = 768.
+    """
+    from scipy.integrate import trapezoid
+    from scipy.special import erf, gammaln
+
+    x: Array = np.linspace(0.0, 12.0, 4097)  # no normal number of any weight is as large as 12
+    largest = float(trapezoid(1 - erf(x / math.sqrt(2)) ** n, x))
+    return min(largest / (math.sqrt(2) * math.exp(gammaln((d + 1) / 2) - gammaln(d / 2))), 1.0)
+
+
+def _top(update: Update, weight: Tensor, base: SVD, k: int) -> tuple[Tensor, Tensor]:
+    """The top k left singular vectors (out, k) and values (k,) of weight + update; fewer where the rest is rounding."""
+    if min(update.shape) <= GRAM_UP_TO:
+        U, s = _by_gram(weight + update.dense().to(weight.dtype), k)
+    else:
+        U, s = _by_krylov(update, weight, base, k)
+    if not s[0] > 0:
+        raise ShapeError(f"the tuned weight {update.shape} is zero and has no directions")
+    kept = int((s > s[0] * 1e-6).sum())  # squares lose half of the digits, and a margin
+    return U[:, :kept], s[:kept]
+
+
+def _by_gram(tuned: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """From the eigenvectors of the smaller Gram matrix: in float64 right for all but the weakest directions."""
+    if tuned.shape[0] <= tuned.shape[1]:
+        values, vectors = torch.linalg.eigh(tuned @ tuned.T)
+        return vectors.flip(1)[:, :k], values.flip(0)[:k].clamp(min=0).sqrt()
+    values, vectors = torch.linalg.eigh(tuned.T @ tuned)
+    s = values.flip(0)[:k].clamp(min=0).sqrt()
+    return tuned @ vectors.flip(1)[:, :k] / s.clamp(min=torch.finfo(s.dtype).tiny), s
+
+
+def _by_krylov(update: Update, weight: Tensor, base: SVD, k: int) -> tuple[Tensor, Tensor]:
+    """By block Krylov from where the answer must nearly be: the old top directions and those of the update.
+
+    Never forms weight + update. The residuals of the Ritz vectors certify the result; where they do not fall in time,
+    a dense SVD replaces it.
+    """
+    transposed = update.T
+
+    def apply(x: Tensor) -> Tensor:
+        return weight @ x + update @ x
+
+    def back(y: Tensor) -> Tensor:
+        return weight.T @ y + transposed @ y
+
+    start = (base.Vt[: 2 * k].T.to(weight.dtype), update.svd().Vt[: 2 * k].T.to(weight.dtype))
+    found = block_krylov(apply, back, torch.cat(start, dim=1), k)
+    if found is not None:
+        return found
+    U, s, _ = dense_svd(weight + update.dense().to(weight.dtype))
+    return U[:, :k], s[:k]
+
+
+def block_krylov(
+    apply: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], start: Tensor, k: int
+) -> tuple[Tensor, Tensor] | None:
+    """Top k left singular vectors and values of an operator T by Rayleigh–Ritz in a growing space; None where the
+    residuals are above ``TOLERANCE`` when it has ``MOST_COLUMNS`` columns or fills the space.
+
+    Args:
+        apply: x (in, b) → Tx. back: y (out, b) → Tᵀy.
+        start: (in, at least k), whatever is near to the right singular vectors.
+    """
+    basis = torch.linalg.qr(start)[0]
+    image = apply(basis)
+    while True:
+        values, vectors = torch.linalg.eigh(image.T @ image)
+        rotation = vectors.flip(1)[:, :k]
+        s = values.flip(0)[:k].clamp(min=0).sqrt()
+        U = image @ rotation / s.clamp(min=torch.finfo(s.dtype).tiny)
+        residual = back(U) - basis @ rotation * s
+        if bool(residual.norm(dim=0).max() <= TOLERANCE * s[0]):
+            return U, s
+        if basis.shape[1] + k > min(MOST_COLUMNS, basis.shape[0]):
+            return None
+        for _ in range(2):  # once leaves what rounding puts back
+            residual = torch.linalg.qr(residual - basis @ (basis.T @ residual))[0]
+        basis = torch.cat((basis, residual), dim=1)
+        image = torch.cat((image, apply(residual)), dim=1)

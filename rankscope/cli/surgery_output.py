@@ -1,0 +1,169 @@
+"""What the commands that act on adapters share: how ranks are chosen, where the output goes, how it is reported."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from rankscope.cli.common import count, grouped, number, print_json, print_table, say, skipped_lines
+
+if TYPE_CHECKING:
+    import torch
+
+    from rankscope.surgery.result import LayerChange, Surgery
+    from rankscope.surgery.truncate import Choice
+
+CHOICES = "--rank, --energy, --sigma-ratio, --noise, --budget"
+choice_options = grouped(
+    click.option("--rank", type=click.IntRange(min=1), metavar="R", help="At most rank R in every layer."),
+    click.option("--energy", type=float, metavar="SHARE", help="The fewest σ with this share of each layer's energy."),
+    click.option("--sigma-ratio", type=float, metavar="X", help="In every layer the σ of at least X·σ₁."),
+    click.option("--noise", is_flag=True, help="The σ above what noise, or rounding to half precision, explains."),
+    click.option(
+        "--budget",
+        type=click.IntRange(min=1),
+        metavar="PARAMS",
+        help="So many parameters in all, shared out so that the total error is least.",
+    ),
+)
+place_options = grouped(
+    click.option("-o", "--output", required=True, metavar="OUT", help="Folder to be made; nothing is overwritten."),
+    click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to compute: cpu, cuda …"),
+)
+dtype_option = click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the written factors [as they were]."
+)
+report_options = grouped(
+    click.option("--json", "as_json", is_flag=True, help="Print everything as JSON."),
+    click.option("-v", "--verbose", is_flag=True, help="List what was left out, each with its reason."),
+    click.option("--quiet", is_flag=True, help="No notes and no progress."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)
+
+
+def chosen(
+    rank: int | None, energy: float | None, sigma_ratio: float | None, noise: bool, budget: int | None
+) -> Choice | None:
+    """The choice of ranks that was made, if one was.
+
+    Raises:
+        UsageError: several.
+    """
+    from rankscope.surgery.truncate import AboveNoise, Budget, Energy, Rank, SigmaRatio
+
+    given = [value is not None for value in (rank, energy, sigma_ratio, budget)].count(True) + noise
+    if given > 1:
+        raise click.UsageError(f"choose one of {CHOICES}, not {given}")
+    if rank is not None:
+        return Rank(rank)
+    if energy is not None:
+        return Energy(energy)
+    if sigma_ratio is not None:
+        return SigmaRatio(sigma_ratio)
+    if budget is not None:
+        return Budget(budget)
+    return AboveNoise() if noise else None
+
+
+def required(choice: Choice | None) -> Choice:
+    """A choice that has to be made.
+
+    Raises:
+        UsageError: it was not.
+    """
+    if choice is None:
+        raise click.UsageError(f"say how much is kept: one of {CHOICES}")
+    return choice
+
+
+def parsed_weights(text: str | None) -> list[float] | None:
+    """``1,-0.5`` as numbers.
+
+    Raises:
+        UsageError: something that is no number.
+    """
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise click.UsageError(f"--weights takes numbers with commas between them, not {text!r}") from error
+
+
+def parsed_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of that name."""
+    import torch
+
+    found: torch.dtype | None = getattr(torch, name) if name else None
+    return found
+
+
+def command_line() -> str:
+    """What was typed, for the record."""
+    return shlex.join(["rankscope", *sys.argv[1:]])
+
+
+def show(result: Surgery, as_json: bool, verbose: bool, quiet: bool) -> None:
+    """Notes, then the table or JSON, then where the output is."""
+    say(quiet, result.notes)
+    if result.carried:
+        say(quiet, [f"{count(len(result.carried), 'tensor')} went along whole, beside the low-rank layers"])
+    say(quiet, skipped_lines(result.skipped, verbose))
+    if as_json:
+        print_json(result.to_json())
+    elif any(layer.rank_after is None for layer in result.layers):
+        _print_sums(result)
+    else:
+        _print_factors(result)
+    if not quiet:
+        click.echo(f"wrote {result.output}", err=True)
+
+
+def _print_factors(result: Surgery) -> None:
+    total = result.total
+    header = ["layer", "out × in", "r", "new r", "parameters", "norm", "energy kept", "error", "rel. error"]
+    rows = [
+        [
+            layer.name,
+            _shape(layer),
+            number(layer.rank_before),
+            number(layer.rank_after),
+            number(layer.parameters_after),
+            number(layer.norm),
+            f"{layer.retained:.2%}",
+            number(layer.error, 3),
+            number(layer.relative_error, 3),
+        ]
+        for layer in result.layers
+    ]
+    sizes = f"{total.parameters_before} → {total.parameters_after}"
+    energy = f"{total.retained:.2%}"
+    last = ["all", "", "", "", sizes, number(total.norm), energy, number(total.error, 3)]
+    print_table(header, [*rows, [*last, number(total.relative_error, 3)]], totals=1)
+
+
+def _print_sums(result: Surgery) -> None:
+    total = result.total
+    back = total.from_original is not None
+    header = ["layer", "out × in", "r", "norm", "rounding", "rel. rounding", *(["from original"] if back else [])]
+    rows = [
+        [
+            layer.name,
+            _shape(layer),
+            number(layer.rank_before),
+            number(layer.norm),
+            number(layer.error, 3),
+            number(layer.relative_error, 3),
+            *([number(layer.from_original, 3)] if back else []),
+        ]
+        for layer in result.layers
+    ]
+    last = ["all", "", "", number(total.norm), number(total.error, 3), number(total.relative_error, 3)]
+    print_table(header, [*rows, [*last, *([number(total.from_original, 3)] if back else [])]], totals=1)
+
+
+def _shape(layer: LayerChange) -> str:
+    return f"{layer.shape[0]} × {layer.shape[1]}"

@@ -1,0 +1,163 @@
+"""The low-intrinsic-rank hypothesis, tested on a study along every line of evidence it has data for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any, get_args
+
+import msgspec
+
+from rankscope.analysis.pairs import Of
+from rankscope.analysis.sources import Track
+from rankscope.analysis.text import decoded, html_table, json_values
+from rankscope.errors import ConfigError, RankscopeError
+from rankscope.evidence.agreement import Agreement
+from rankscope.evidence.dimension import Dimension
+from rankscope.evidence.effective import Effective
+from rankscope.evidence.material import Material
+from rankscope.evidence.overlap import Overlap
+from rankscope.evidence.performance import Performance
+from rankscope.evidence.spectra import Spectra
+from rankscope.evidence.truncation import Truncation
+from rankscope.evidence.verdict import Answer, Line, Verdict
+from rankscope.evidence.weight import Weight
+from rankscope.train.study import Study
+
+SCHEMA = "rankscope.report/1"
+LINES: tuple[Line, ...] = get_args(Line)
+DECISIVE: tuple[Line, ...] = ("performance", "truncation")
+"""The lines that ask what the task needs. The others look at weights, where what is there need not matter."""
+
+
+class Hypothesis(msgspec.Struct, frozen=True, eq=False, kw_only=True):
+    """What a study says: each line of evidence, None where the study lacks what it needs (``missing`` says what).
+
+    ``answer`` follows from the first verdict of each of the ``DECISIVE`` lines. ``study`` is the folder's name,
+    ``made_by`` the command, versions, machine, fingerprints and settings. ``to_json`` and ``from_json`` are inverses.
+    """
+
+    schema: str = SCHEMA
+    study: str
+    metric: str
+    higher_is_better: bool
+    runs: dict[str, int]
+    """How many runs ended how."""
+    answer: Answer
+    sentence: str
+    verdicts: tuple[Verdict, ...]
+    missing: dict[Line, str]
+    performance: Performance | None = None
+    truncation: Truncation | None = None
+    spectra: Spectra | None = None
+    overlap: Overlap | None = None
+    agreement: Agreement | None = None
+    weight: Weight | None = None
+    effective: Effective | None = None
+    dimension: Dimension | None = None
+    made_by: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Strict JSON values: no NaN, no infinity."""
+        return json_values(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Hypothesis:
+        """The result that ``to_json`` described.
+
+        Raises:
+            FormatError: another schema, or fields that are missing or of another type.
+        """
+        return decoded(cls, value, SCHEMA)
+
+    def __repr__(self) -> str:
+        return f"Hypothesis({self.study!r}: {self.answer}; {self.sentence})"
+
+    def _repr_html_(self) -> str:
+        rows = [[one.line, one.answer, one.sentence] for one in self.verdicts]
+        return html_table(repr(self), ["line", "answer", "sentence"], rows, self.missing.values())
+
+
+def hypothesis(
+    study: Study,
+    lines: Sequence[Line] | None = None,
+    of: Of = "update",
+    device: str = "cpu",
+    track: Track = iter,
+) -> Hypothesis:
+    """Test the low-intrinsic-rank hypothesis on a study.
+
+    Args:
+        lines: which lines of evidence; None takes all.
+        of: what the overlap across ranks and seeds is of: "update" is ΔW, "A" the paper's literal form.
+        device: where models are evaluated and matrices decomposed.
+        track: wraps lists that take long and may show progress.
+
+    Raises:
+        ConfigError: an unknown line, or the study's base or data are not what they were.
+        RankscopeError: nothing has ended in the study.
+    """
+    wanted = LINES if lines is None else tuple(lines)
+    if unknown := [line for line in wanted if line not in LINES]:
+        raise ConfigError(f"lines: no line of evidence is called {unknown[0]!r}; there are {', '.join(LINES)}")
+    material = Material(study, device, track)
+    if not any(record.run.method != "base" for record in study.done()):
+        raise RankscopeError(f"{study.folder}: no run of this study has ended yet; let it go on with rankscope train")
+    found: dict[Line, Any] = {}
+    missing: dict[Line, str] = {}
+    for line in material.track([line for line in LINES if line in wanted]):
+        try:
+            found[line] = _measure(line, material, of)
+        except RankscopeError as error:  # one line that cannot be drawn does not take the others with it
+            missing[line] = str(error)
+    verdicts = [verdict for line, result in found.items() for verdict in _module(line).verdicts(result)]
+    answer, sentence = conclusion(verdicts)
+    return Hypothesis(
+        study=study.folder.resolve().name,
+        metric=study.metric,
+        higher_is_better=study.higher_is_better,
+        runs=_count(study),
+        answer=answer,
+        sentence=sentence,
+        verdicts=tuple(verdicts),
+        missing=missing,
+        made_by=material.describe(),
+        **found,
+    )
+
+
+def _module(line: Line) -> ModuleType:
+    return import_module(f"rankscope.evidence.{line}")
+
+
+def _measure(line: Line, material: Material, of: Of) -> Any:
+    """The result of one line; each module has a function of its own name."""
+    measure: Callable[..., Any] = getattr(_module(line), line)
+    return measure(material, of) if line == "overlap" else measure(material)
+
+
+def _count(study: Study) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for record in study.records:
+        counts[record.status] = counts.get(record.status, 0) + 1
+    return counts
+
+
+def conclusion(verdicts: Sequence[Verdict]) -> tuple[Answer, str]:
+    """What the decisive lines say together: "yes" or "no" where all that have an answer agree.
+
+    A line that is undecided or missing leaves the answer to the other; two that disagree leave it open.
+    """
+    first = {line: next((v for v in verdicts if v.line == line), None) for line in DECISIVE}
+    answers = {line: v.answer for line, v in first.items() if v is not None and v.answer != "undecided"}
+    said = ", ".join(f"{line} says {answer}" for line, answer in answers.items())
+    silent = [line for line in DECISIVE if line not in answers]
+    rest = f"; {' and '.join(silent)} cannot tell" if silent else ""
+    if not answers:
+        return "undecided", f"This study cannot tell whether a low rank is enough: {' and '.join(silent)} cannot tell."
+    if len(set(answers.values())) > 1:
+        return "undecided", f"The lines disagree on whether a low rank is enough: {said}."
+    answer = next(iter(answers.values()))
+    enough = "A low rank is enough for this task" if answer == "yes" else "A low rank is not enough for this task"
+    return answer, f"{enough}: {said}{rest}."

@@ -1,0 +1,154 @@
+"""A study as the lines of evidence read it: what several of them need is made once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankscope.analysis.sources import Track
+from rankscope.evidence.verdict import MissingEvidenceError
+from rankscope.formats.interface import Store
+from rankscope.formats.names import natural_key
+from rankscope.lora.targets import is_within
+from rankscope.train.config import resolve_device
+from rankscope.train.loop import evaluate
+from rankscope.train.results import Row, adapted_layers, rows
+from rankscope.train.runs import Run
+from rankscope.train.study import Study
+from rankscope.train.tasks import Split, Task, make_task
+from rankscope.train.weights import matrix_of
+
+
+class Material:
+    """A study with its runs measured, its task ready to evaluate models, and the base's weights.
+
+    Args:
+        device: where models are evaluated and matrices decomposed; "auto" is the best there is.
+        track: wraps lists that take long and may show progress.
+    """
+
+    def __init__(self, study: Study, device: str = "cpu", track: Track = iter) -> None:
+        self.study = study
+        self.device = resolve_device(device)
+        self.track = track
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Every run that has ended."""
+        return rows(self.study)
+
+    def best(self, method: str, targets: str | None = None) -> list[Row]:
+        """The runs of a method on these targets that are done, at the best rate of each rank: by rank, then seed."""
+        found = [row for row in self.rows if row.best and row.record.run.method == method]
+        found = [row for row in found if row.record.run.targets == targets]
+        return sorted(found, key=lambda row: (row.record.run.rank or 0, row.record.run.seed))
+
+    def lora(self) -> list[Row]:
+        """The adapters that stand for LoRA, as ``best`` gives them: of the first adapter method of the study that has
+        any, on the targets that it was trained at most ranks on.
+
+        Raises:
+            MissingEvidenceError: no adapter was trained to the end.
+        """
+        best = [row.record.run for row in self.rows if row.best and row.record.run.is_lora]
+        if not best:
+            raise MissingEvidenceError("no LoRA run is done; train some with --ranks")
+        ranks = Counter(targets for targets, _ in {(r.targets, r.rank) for r in best if r.method == best[0].method})
+        return self.best(best[0].method, ranks.most_common(1)[0][0])
+
+    def full(self) -> list[Row]:
+        """The runs of full fine-tuning at its best rate, one a seed.
+
+        Raises:
+            MissingEvidenceError: there is none.
+        """
+        found = self.best("full")
+        if not found:
+            raise MissingEvidenceError("no full fine-tuning is done; train it beside LoRA (without --no-full)")
+        return found
+
+    def base_score(self, seed: int) -> float:
+        """The study's metric of the untouched base of this seed on the test split.
+
+        Raises:
+            MissingEvidenceError: the base was not measured.
+        """
+        for row in self.rows:
+            if row.record.run.method == "base" and row.record.run.seed == seed and row.score is not None:
+                return row.score
+        raise MissingEvidenceError(f"the base of seed {seed} was not measured; let the study go on")
+
+    def gain(self, score: float, seed: int) -> float:
+        """How much better than the base of this seed a score is: above 0 for better, whatever the metric's way."""
+        better = score - self.base_score(seed)
+        return better if self.study.higher_is_better else -better
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """The layers that some adapter of the study has, or, without adapters, that full fine-tuning changes and that
+        are no heads: those on which updates are compared."""
+        adapted = adapted_layers(self.study)
+        names = adapted or {name for row in self.full() for name in self.store(row).names()}
+        return [name for name in names_in_order(names) if not any(is_within(name, head) for head in self.heads)]
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Modules that are new to the base: every method trains them whole."""
+        return self.task.heads
+
+    def store(self, row: Row) -> Store:
+        """The updates that a run learned."""
+        return self.study.store(row.record.run)
+
+    @cached_property
+    def task(self) -> Task:
+        """The study's base and data.
+
+        Raises:
+            ConfigError: they are not where the study found them, or have changed.
+        """
+        task = make_task(self.study.config)
+        self.study.check_fingerprint(task)
+        return task
+
+    @cached_property
+    def base(self) -> nn.Module:
+        """The untouched base on the CPU; not to be changed."""
+        return self.task.model(self.study.config.seeds[0])
+
+    def weight(self, name: str) -> Tensor:
+        """The base weight (out, in) in float32 that the update of this name changes, on the device."""
+        return matrix_of(self.base, name).to(self.device)
+
+    def fresh(self, run: Run) -> nn.Module:
+        """A copy of the base as this run found it, on the device."""
+        return self.task.model(run.seed).to(self.device)
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, split: Split = "test") -> float:
+        """The study's metric of a model on held-out data, in the arithmetic that the study used."""
+        return evaluate(self.task, model, (split,), self.study.config, self.device)[split][self.study.metric]
+
+    def describe(self) -> dict[str, Any]:
+        """What made the study: command, versions, machine, fingerprints, settings."""
+        wanted = ("command", "versions", "machine", "fingerprint", "config")
+        return {key: self.study.description[key] for key in wanted if key in self.study.description}
+
+
+def names_in_order(names: Iterable[str]) -> list[str]:
+    """Layer names in their natural order."""
+    return sorted(names, key=natural_key)
+
+
+def by_rank(found: Sequence[Row]) -> dict[int, list[Row]]:
+    """Adapters by their rank, ascending."""
+    ranks: dict[int, list[Row]] = {}
+    for row in sorted(found, key=lambda row: (row.record.run.rank or 0, row.record.run.seed)):
+        if row.record.run.rank is not None:
+            ranks.setdefault(row.record.run.rank, []).append(row)
+    return ranks

@@ -1,0 +1,198 @@
+"""Do runs of another rank, or of another seed, learn the same directions (Hu et al. 2021, §7.2)? Beside chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import msgspec
+import torch
+
+from rankscope.analysis.comparison import INITIAL
+from rankscope.analysis.pairs import Of
+from rankscope.evidence.material import Material, by_rank
+from rankscope.evidence.shared import ALIKE, Comparison, Learned, SideOverlap, compared
+from rankscope.evidence.verdict import SIGNIFICANT, Answer, MissingEvidenceError, Verdict, between
+from rankscope.formats.interface import Store
+from rankscope.formats.store import open as open_store
+from rankscope.train.config import generator
+from rankscope.train.results import Row
+from rankscope.updates import LowRank, Update
+
+LOWER = 8
+"""The smaller of the two ranks that the paper compares; the nearest one below the highest stands for it."""
+SHARED = 0.5
+"""Overlap above which Hu et al. (2021, §7.2) call a direction shared."""
+MATRICES = {"update": "ΔW", "A": "A", "B": "B"}
+
+
+class Overlap(msgspec.Struct, frozen=True, eq=False, kw_only=True):
+    """``ranks``: a low against the highest rank, the same seed in both, every seed that both have; None with one rank.
+    ``seeds``: at each rank with several seeds, every two of them. ``random``: beside each of these, one pair of
+    Gaussian factors of the same shapes. ``of``: which matrices were compared."""
+
+    of: Of
+    ranks: Comparison | None
+    seeds: tuple[Comparison, ...]
+    random: tuple[Comparison, ...]
+
+
+def overlap(material: Material, of: Of = "update") -> Overlap:
+    """Compare the adapters of a study, at the best rate of each rank, across ranks and across seeds.
+
+    Args:
+        of: "update" compares ΔW on both sides; "A" the right singular vectors of A, the paper's literal form; "B" the
+            left ones of B.
+
+    Raises:
+        MissingEvidenceError: there is nothing to compare: one rank of one seed.
+        RankscopeError: no layer can be compared.
+    """
+    ranks = by_rank(material.lora())
+    across = _same_seed(ranks)
+    repeated = [rank for rank, rows in ranks.items() if len(rows) > 1]
+    if not across and not repeated:
+        raise MissingEvidenceError("one LoRA run has no other to compare with; train more with --ranks or --seeds")
+    seeds, random = [], []
+    for rank in material.track(repeated):
+        runs = [learned(material, row) for row in ranks[rank]]
+        seeds.append(compared(list(combinations(runs, 2)), of))
+        random.append(compared([random_pair(runs[0].updates, rank)], of))
+    pairs = [(learned(material, a), learned(material, b)) for a, b in across]
+    return Overlap(of=of, ranks=compared(pairs, of) if pairs else None, seeds=tuple(seeds), random=tuple(random))
+
+
+def _same_seed(ranks: Mapping[int, Sequence[Row]]) -> list[tuple[Row, Row]]:
+    """The rank nearest ``LOWER`` below the highest against the highest, for every seed that both have."""
+    if len(ranks) < 2:
+        return []
+    high = max(ranks)
+    low = min((rank for rank in ranks if rank != high), key=lambda rank: (abs(rank - LOWER), rank))
+    others = {row.record.run.seed: row for row in ranks[high]}
+    return [(row, others[row.record.run.seed]) for row in ranks[low] if row.record.run.seed in others]
+
+
+def learned(material: Material, row: Row) -> Learned:
+    """What a run learned, on the layers that are compared, with the factors it began with where they were kept."""
+    folder = material.study.path(row.record.run) / INITIAL
+    return Learned(
+        row.record.run.name,
+        row.record.run.rank or 0,
+        _updates(material, material.store(row)),
+        _updates(material, open_store(folder)) if folder.is_dir() else {},
+        row.choice is not None and row.choice.edge is not None,
+    )
+
+
+def _updates(material: Material, store: Store) -> dict[str, Update]:
+    return {name: store[name].to(material.device) for name in material.layers if name in store}
+
+
+def random_pair(like: Mapping[str, Update], rank: int) -> tuple[Learned, Learned]:
+    """Two runs that learned nothing: Gaussian factors of the shapes of ``like``, whose directions are uniform."""
+
+    def draw(part: str) -> Learned:
+        updates = {name: _gaussian(update, rank, part, name) for name, update in like.items()}
+        return Learned(f"random {part}", rank, updates)
+
+    return draw("a"), draw("b")
+
+
+def _gaussian(like: Update, rank: int, *parts: str) -> LowRank:
+    out, into = like.shape
+    source = generator("random pair", rank, *parts)
+    B, A = (torch.randn(*shape, generator=source, dtype=torch.float64) for shape in ((out, rank), (rank, into)))
+    return LowRank(B.to(like.device, torch.float32), A.to(like.device, torch.float32))
+
+
+def verdicts(found: Overlap) -> list[Verdict]:
+    """Whether the top directions are found again at another rank, and with another seed.
+
+    The left side decides, as the right one may say where A began (Zhu et al. 2024); of A alone the right side, where it
+    counts. "yes": most layers overlap beyond chance, and φ(1, 1) does for sure. "no": most layers do not, and φ(1, 1)
+    is below ``SHARED`` for sure.
+    """
+    repeated = found.seeds[-1] if found.seeds else None
+    return [
+        _verdict(found.of, "ranks", found.ranks, "only one rank was trained; train more with --ranks"),
+        _verdict(found.of, "seeds", repeated, "not enough seeds: there is one; train more with --seeds"),
+    ]
+
+
+def _verdict(of: Of, across: str, comparison: Comparison | None, lacking: str) -> Verdict:
+    claim = f"Top directions of {MATRICES[of]} are shared across {across} beyond chance."
+    refuted = (
+        f"At most half of the layers beyond chance (corrected p < {SIGNIFICANT:g}), with a median φ(1, 1) below "
+        f"{SHARED:g} for sure."
+    )
+    if comparison is None:
+        sentence = f"Undecided: {lacking}."
+        return Verdict(line="overlap", claim=claim, answer="undecided", sentence=sentence, refuted_by=refuted)
+    side = comparison.decisive
+    return Verdict(
+        line="overlap",
+        claim=claim,
+        answer=_answer(side, comparison.edge),
+        sentence=_sentence(of, comparison),
+        refuted_by=refuted,
+        value=side.top.value,
+        low=side.top.low,
+        high=side.top.high,
+    )
+
+
+def _answer(side: SideOverlap, edge: bool) -> Answer:
+    most = 2 * side.significant > side.layers
+    low, high = _ends(side)
+    if not side.counts:
+        return "undecided"
+    if most:
+        return "yes" if low > side.top_expected else "undecided"
+    return "no" if high < SHARED and not edge else "undecided"
+
+
+def _ends(side: SideOverlap) -> tuple[float, float]:
+    """Of φ(1, 1); the value itself where too few layers give no interval."""
+    value, low, high = side.top
+    return (value if low is None else low), (value if high is None else high)
+
+
+def _sentence(of: Of, comparison: Comparison) -> str:
+    side, count = comparison.decisive, len(comparison.pairs)
+    runs = f"{count} pair{'s' if count > 1 else ''} of runs"
+    said = [f"r = {comparison.rank_a} against r = {comparison.rank_b}, {MATRICES[of]}, {runs}, {_measured(side)}."]
+    low, high = _ends(side)
+    where = "above" if low > SHARED else "below" if high < SHARED else "about"
+    said.append(f"φ(1, 1) is {where} the {SHARED:g} from which Hu et al. (2021) call a direction shared.")
+    if 2 * side.significant > side.layers and low <= side.top_expected:
+        said.append("It is the subspaces that overlap beyond chance; their first directions do not for sure.")
+    if side.side == "right" or not side.counts:
+        said.append(f"This side {standing(side)}.")
+    right = comparison.right
+    if right is not None and side is not right:
+        said.append(
+            f"Right side: φ(1, 1) = {between(right.top)}, {right.significant} of {right.layers} layers beyond chance; "
+            f"it {standing(right)}."
+        )
+    if comparison.edge:
+        said.append("A best rate lies at the end of those tried: a better one may overlap more.")
+    return " ".join(said)
+
+
+def _measured(side: SideOverlap) -> str:
+    k = side.k
+    square = f"φ({k}, {k}) = {between(side.square)}, by chance {side.square_expected:.2g}; " if k > 1 else ""
+    return (
+        f"{side.side} side: φ(1, 1) = {between(side.top)}, median of {side.layers} layers, by chance "
+        f"{side.top_expected:.2g}; {square}{side.significant} of {side.layers} layers beyond chance "
+        f"(corrected p < {SIGNIFICANT:g})"
+    )
+
+
+def standing(side: SideOverlap) -> str:
+    """Whether a side counts, and why, in words."""
+    if side.initial_z is None:
+        return "counts, as B began as zero" if side.counts else "does not count: it is not known where A began"
+    factor = "A" if side.side == "right" else "B"
+    began = f"{factor} overlapped with z = {side.initial_z:.2g} before training"
+    return f"counts: {began}" if side.counts else f"does not count: {began}, where {ALIKE:g} is too much"

@@ -1,0 +1,358 @@
+"""Spectra of the updates against their nulls: noise, the rounding floor, and for LoRA the rank it was given."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+
+import msgspec
+import numpy as np
+
+from rankscope.analysis.spectra import LayerSpectrum
+from rankscope.evidence.material import Material, by_rank
+from rankscope.evidence.verdict import LOW, Answer, MissingEvidenceError, Verdict, between, low_rank
+from rankscope.formats.names import kind_of, natural_key
+from rankscope.inference import Interval, median_interval
+from rankscope.spectra import MEASURES, noise_spectrum
+from rankscope.train.results import Row
+from rankscope.train.study import Edge
+
+FULL = "full"
+FLOOR = 0.5
+"""Where rounding can make up more than this share of an update's norm, its rank is not told."""
+USED = 0.5
+"""LoRA uses its rank where the entropy rank of its update is at least this share of it."""
+
+
+class LayerRanks(msgspec.Struct, frozen=True, kw_only=True):
+    """The update of one layer by one method: means over seeds.
+
+    ``label`` is "full" or "r = 8"; ``rank`` the nominal rank, None for full fine-tuning. ``measures`` has every name of
+    ``rankscope.spectra.MEASURES``. For full fine-tuning only: ``noise``, the same measures of a noise matrix of this
+    shape, and the counts of σ above its edge (None where the median σ says nothing of noise). ``floor``: the share of
+    the norm that storing in half precision can have added, None where it was stored exactly; ``above_floor`` the number
+    of σ above it.
+    """
+
+    label: str
+    rank: int | None
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    seeds: int
+    norm: float
+    measures: dict[str, float]
+    noise: dict[str, float] | None
+    mp_count: float | None
+    gd_count: float | None
+    floor: float | None
+    above_floor: float | None
+
+    @property
+    def dim(self) -> int:
+        """The smaller side."""
+        return min(self.shape)
+
+
+class KindRanks(msgspec.Struct, frozen=True, kw_only=True):
+    """The layers of one kind by one method: medians over layers, and the kind's share of the squared norm of all."""
+
+    label: str
+    rank: int | None
+    kind: str
+    layers: int
+    dim: float
+    energy: float
+    measures: dict[str, float]
+    noise: dict[str, float] | None
+
+
+class Curve(msgspec.Struct, frozen=True, kw_only=True):
+    """Singular values, largest first: the geometric mean over seeds."""
+
+    label: str
+    rank: int | None
+    values: tuple[float, ...]
+
+
+class JointSpectrum(msgspec.Struct, frozen=True, kw_only=True):
+    """Spectra of one layer by every method: the layer of median energy of its kind, under the first of ``curves``.
+
+    ``noise``: σ of a noise matrix of this shape with the energy of the first curve. ``mp_edge``, ``rounding_edge``: the
+    largest σ of noise and of rounding, None where there is none.
+    """
+
+    kind: str
+    name: str
+    shape: tuple[int, int]
+    curves: tuple[Curve, ...]
+    noise: tuple[float, ...]
+    mp_edge: float | None
+    rounding_edge: float | None
+
+
+class Spectra(msgspec.Struct, frozen=True, kw_only=True):
+    """Spectra of full fine-tuning and of LoRA at each rank, at their best rates, on the layers that LoRA changes.
+
+    ``seeds`` by label; ``edges`` says which labels have their best rate at an end of those tried.
+    """
+
+    layers: tuple[LayerRanks, ...]
+    kinds: tuple[KindRanks, ...]
+    joint: tuple[JointSpectrum, ...]
+    seeds: dict[str, int]
+    edges: dict[str, Edge]
+
+    def of(self, label: str) -> list[LayerRanks]:
+        """The layers of one method, in natural order."""
+        return [layer for layer in self.layers if layer.label == label]
+
+    @property
+    def ranks(self) -> list[int]:
+        """LoRA's ranks, ascending."""
+        return sorted({layer.rank for layer in self.layers if layer.rank is not None})
+
+
+class _Method:
+    """The runs of one method, one a seed, and the spectra of the layers they share."""
+
+    def __init__(self, label: str, rank: int | None, rows: Sequence[Row], names: Sequence[str]) -> None:
+        self.label, self.rank = label, rank
+        self.edge: Edge = rows[0].choice.edge if rows[0].choice else None
+        spectra = [{layer.name: layer for layer in row.spectra.layers} for row in rows if row.spectra is not None]
+        self.seeds = len(spectra)
+        self.layers = {name: [found[name] for found in spectra] for name in names if all(name in s for s in spectra)}
+
+    def energy(self, name: str) -> float:
+        return statistics.fmean(layer.energy for layer in self.layers[name])
+
+
+def spectra(material: Material) -> Spectra:
+    """What the runs' spectra say, gathered: nothing is decomposed again.
+
+    Raises:
+        MissingEvidenceError: neither full fine-tuning nor LoRA is done.
+    """
+    methods = [method for method in _methods(material) if method.layers]
+    if not methods:
+        raise MissingEvidenceError("no run is done that changes a matrix; train LoRA or full fine-tuning")
+    layers = [_layer(method, name) for method in methods for name in method.layers]
+    return Spectra(
+        layers=tuple(layers),
+        kinds=tuple(_kinds(methods, layers)),
+        joint=tuple(_joint(methods)),
+        seeds={method.label: method.seeds for method in methods},
+        edges={method.label: method.edge for method in methods},
+    )
+
+
+def _methods(material: Material) -> Iterable[_Method]:
+    """Full fine-tuning first, then LoRA by rank; whatever the study has."""
+    with suppress(MissingEvidenceError):
+        yield _Method(FULL, None, material.full(), material.layers)
+    with suppress(MissingEvidenceError):
+        for rank, rows in by_rank(material.lora()).items():
+            yield _Method(f"r = {rank}", rank, rows, material.layers)
+
+
+def _layer(method: _Method, name: str) -> LayerRanks:
+    found = method.layers[name]
+    first = found[0]
+    return LayerRanks(
+        label=method.label,
+        rank=method.rank,
+        name=name,
+        kind=kind_of(name),
+        shape=first.shape,
+        seeds=len(found),
+        norm=statistics.fmean(layer.norm for layer in found),
+        measures={measure: statistics.fmean(layer.measures[measure] for layer in found) for measure in MEASURES},
+        noise=_noise(first),
+        mp_count=_mean(layer.noise["mp_count"] for layer in found if layer.noise),
+        gd_count=_mean(layer.noise["gd_count"] for layer in found if layer.noise),
+        floor=_mean(layer.rounding_floor.share for layer in found if layer.rounding_floor),
+        above_floor=_mean(layer.rounding_floor.above for layer in found if layer.rounding_floor),
+    )
+
+
+def _noise(layer: LayerSpectrum) -> dict[str, float] | None:
+    if layer.noise is None:
+        return None
+    return {measure: float(value) for measure in MEASURES if (value := layer.noise[measure]) is not None}
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values, None where there are none or one of them is not known."""
+    known = list(values)
+    return statistics.fmean(v for v in known if v is not None) if known and None not in known else None
+
+
+def _kinds(methods: Sequence[_Method], layers: Sequence[LayerRanks]) -> Iterable[KindRanks]:
+    for method in methods:
+        own = [layer for layer in layers if layer.label == method.label]
+        total = sum(method.energy(name) for name in method.layers)
+        for kind in sorted({layer.kind for layer in own}, key=natural_key):
+            same = [layer for layer in own if layer.kind == kind]
+            energy = sum(method.energy(layer.name) for layer in same)
+            noise = [layer.noise for layer in same if layer.noise is not None]
+            yield KindRanks(
+                label=method.label,
+                rank=method.rank,
+                kind=kind,
+                layers=len(same),
+                dim=statistics.median(layer.dim for layer in same),
+                energy=energy / total if total > 0 else 0.0,
+                measures=_medians([layer.measures for layer in same]),
+                noise=_medians(noise) if noise else None,
+            )
+
+
+def _medians(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {measure: statistics.median(measures[measure] for measures in found) for measure in MEASURES}
+
+
+def _joint(methods: Sequence[_Method]) -> Iterable[JointSpectrum]:
+    """For each kind the layer that has the median energy under the first method, of those that all methods have."""
+    first = methods[0]
+    common = [name for name in first.layers if all(name in method.layers for method in methods)]
+    for kind in sorted({kind_of(name) for name in common}, key=natural_key):
+        same = sorted((name for name in common if kind_of(name) == kind), key=first.energy)
+        yield _joint_of(methods, kind, same[(len(same) - 1) // 2])
+
+
+def _joint_of(methods: Sequence[_Method], kind: str, name: str) -> JointSpectrum:
+    found = methods[0].layers[name]
+    null = noise_spectrum(found[0].shape)
+    scale = (methods[0].energy(name) / null.energy) ** 0.5
+    return JointSpectrum(
+        kind=kind,
+        name=name,
+        shape=found[0].shape,
+        curves=tuple(
+            Curve(label=method.label, rank=method.rank, values=_geometric(method.layers[name])) for method in methods
+        ),
+        noise=tuple((scale * null.values).tolist()),
+        mp_edge=_mean(layer.noise["mp_edge"] for layer in found if layer.noise),
+        rounding_edge=_mean(layer.rounding_floor.edge for layer in found if layer.rounding_floor),
+    )
+
+
+def _geometric(layers: Sequence[LayerSpectrum]) -> tuple[float, ...]:
+    """Geometric mean of each σ over seeds; zero where one is."""
+    values = np.array([layer.singular_values for layer in layers])
+    with np.errstate(divide="ignore"):
+        means: list[float] = np.exp(np.log(values).mean(axis=0)).tolist()
+    return tuple(means)
+
+
+FEW = 6
+"""The fewest layers whose median has an interval."""
+
+
+def spread(layers: Sequence[LayerRanks], of: Callable[[LayerRanks], float]) -> Interval:
+    """The median over layers with its interval; below ``FEW`` layers from the least to the largest."""
+    values = [of(layer) for layer in layers]
+    found = median_interval(values)
+    return found if found.known else Interval(found.value, min(values), max(values))
+
+
+def verdicts(found: Spectra) -> list[Verdict]:
+    """Whether full fine-tuning's update has a low rank, and whether LoRA uses the rank it is given."""
+    return [_of_full(found), *_of_lora(found)]
+
+
+def _of_full(found: Spectra) -> Verdict:
+    layers = found.of(FULL)
+    changed = [layer for layer in layers if layer.norm > 0]
+    answer: Answer = "undecided"
+    share: Interval | None = None
+    if not layers:
+        sentence = "No full fine-tuning is done: LoRA's own update has a low rank by construction."
+    elif not changed:
+        sentence = "Full fine-tuning changed no matrix."
+    else:
+        share = spread(changed, lambda layer: layer.measures["k90"] / layer.dim)
+        sentence = _full_sentence(found, changed, share)
+        floor = _floor(changed)
+        if floor is not None and floor > FLOOR:
+            sentence += f" The update is below the rounding floor: storage can have made {floor:.2g} of its norm."
+        else:
+            answer = low_rank(share.low, share.high, 1)
+    return Verdict(
+        line="spectra",
+        claim="Few directions hold 90 % of the energy of full fine-tuning's update.",
+        answer=answer,
+        sentence=sentence,
+        refuted_by=f"A median k90 (lower end of the interval) above {LOW:g} of the smaller side.",
+        value=share.value if share else None,
+        low=share.low if share else None,
+        high=share.high if share else None,
+    )
+
+
+def _floor(layers: Sequence[LayerRanks]) -> float | None:
+    """The median share of the norm that storage can have added; None where every layer was stored exactly."""
+    shares = [layer.floor or 0.0 for layer in layers]
+    return statistics.median(shares) if any(layer.floor is not None for layer in layers) else None
+
+
+def _full_sentence(found: Spectra, layers: Sequence[LayerRanks], share: Interval) -> str:
+    k90 = statistics.median(layer.measures["k90"] for layer in layers)
+    dim = statistics.median(layer.dim for layer in layers)
+    noise = statistics.median(layer.noise["k90"] / layer.dim for layer in layers if layer.noise)
+    counts = [layer.mp_count for layer in layers if layer.mp_count is not None]
+    above = f" {statistics.median(counts):.3g} singular values stand above the noise edge." if counts else ""
+    return (
+        f"90 % of the energy of full fine-tuning's update lies in {between(share)} of the smaller side (median of "
+        f"{_layers(layers)}, {_seeds(found, FULL)}: {k90:.3g} of {dim:g}); pure noise of these shapes would "
+        f"read {noise:.2g}.{above} Low is up to {LOW:g}.{_edge(found, FULL)}"
+    )
+
+
+def _of_lora(found: Spectra) -> list[Verdict]:
+    """At the highest rank, where most can be left unused."""
+    rank = max(found.ranks, default=1)
+    label = f"r = {rank}"
+    layers = [layer for layer in found.of(label) if layer.norm > 0 and min(rank, layer.dim) > 1]
+    if not layers:
+        return []
+    share = spread(layers, lambda layer: layer.measures["entropy_rank"] / min(rank, layer.dim))
+    low, high = share.low or 0.0, share.high or 0.0
+    ranks = [f"{_entropy(found, r):.3g} at r = {r}" for r in found.ranks]
+    return [
+        Verdict(
+            line="spectra",
+            claim=f"LoRA of rank {rank} leaves most of its rank unused.",
+            answer="yes" if high < USED else "no" if low >= USED else "undecided",
+            sentence=(
+                f"At r = {rank} the entropy rank of LoRA's update is {between(share)} of the rank it was given (median "
+                f"of {_layers(layers)}, {_seeds(found, label)}); below {USED:g} most is unused. It is "
+                f"{', '.join(ranks)}.{_edge(found, label)}"
+            ),
+            refuted_by=f"An entropy rank of at least {USED:g} of r (lower end of the interval).",
+            value=share.value,
+            low=share.low,
+            high=share.high,
+        )
+    ]
+
+
+def _entropy(found: Spectra, rank: int) -> float:
+    return statistics.median(layer.measures["entropy_rank"] for layer in found.of(f"r = {rank}"))
+
+
+def _layers(layers: Sequence[LayerRanks]) -> str:
+    few = f"{len(layers)} layer{'' if len(layers) == 1 else 's'}, from the least to the largest"
+    return f"{len(layers)} layers" if len(layers) >= FEW else few
+
+
+def _seeds(found: Spectra, label: str) -> str:
+    count = found.seeds[label]
+    return f"{count} seed{'' if count == 1 else 's'}"
+
+
+def _edge(found: Spectra, label: str) -> str:
+    edge = found.edges[label]
+    end = "lowest" if edge == "low" else "highest"
+    return f" Its best rate is the {end} that was tried: a better one may lie beyond." if edge else ""

@@ -1,0 +1,63 @@
+"""What a line of evidence says, in one sentence whose wording follows from its numbers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from rankscope.errors import RankscopeError
+from rankscope.inference import Interval
+
+Answer = Literal["yes", "no", "undecided"]
+Line = Literal["performance", "truncation", "spectra", "overlap", "agreement", "weight", "effective", "dimension"]
+
+LOW = 1 / 8
+"""A rank is called low up to this share of the smaller side of a weight: factors of a square matrix then hold a quarter
+of its numbers. No paper sets the line; every sentence that rests on it says where it was drawn."""
+GAIN = 0.9
+"""The share of full fine-tuning's gain over the base that a rank has to reach."""
+MARGIN = 0.05
+"""Equivalent to full fine-tuning: the gain differs by less than this share of full fine-tuning's."""
+SIGNIFICANT = 0.01
+"""Corrected p below which an overlap is told from chance."""
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """An answer to one claim.
+
+    ``claim`` is what the hypothesis predicts, and ``answer`` whether the numbers bear it out: "undecided" where they
+    cannot tell, with the reason in ``sentence``. ``refuted_by`` says which numbers would have made the answer "no".
+    ``value`` with the interval ``low`` to ``high`` is the number that the answer rests on; None where there is none.
+    """
+
+    line: Line
+    claim: str
+    answer: Answer
+    sentence: str
+    refuted_by: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class MissingEvidenceError(RankscopeError):
+    """A study lacks what a line of evidence needs; the message says what, and how to get it."""
+
+
+def low_rank(low: float | None, high: float | None, dim: int) -> Answer:
+    """Whether a rank known to lie from ``low`` to ``high`` is low in ``dim`` dimensions.
+
+    "yes" where even ``high`` is; "no" where even ``low`` is not, or None as no rank that was tried got there;
+    "undecided" between, also where ``high`` is None, as none got there for sure.
+    """
+    if low is None or low > LOW * dim:
+        return "no"
+    return "yes" if high is not None and high <= LOW * dim else "undecided"
+
+
+def between(found: Interval, digits: int = 3) -> str:
+    """``0.91 (0.88 to 0.94)``, or the number alone where there is no interval."""
+    if found.low is None or found.high is None:
+        return f"{found.value:.{digits}g}"
+    return f"{found.value:.{digits}g} ({found.low:.{digits}g} to {found.high:.{digits}g})"

@@ -1,0 +1,97 @@
+"""Writing a LoRA adapter in PEFT's folder layout: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rankscope.errors import ShapeError
+from rankscope.formats.files import write_json
+from rankscope.formats.peft_keys import CONFIG_NAME, WEIGHTS_NAME, Kind, factor_keys
+from rankscope.formats.streaming import Pending, write_streamed
+from rankscope.updates import LowRank
+
+
+class Place(NamedTuple):
+    """How PEFT stores the factors of one layer: its kind and, of a convolution, kernel (kh, kw) and groups."""
+
+    kind: Kind = "linear"
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+    def parameters(self, shape: tuple[int, int], rank: int) -> int:
+        """How many numbers the two factors of an update (out, in) hold."""
+        return rank * (shape[0] // self.groups + shape[1])
+
+
+def stored_factors(module: str, update: LowRank, place: Place = Place()) -> dict[str, Tensor]:  # noqa: B008 (frozen)
+    """A and B under PEFT's keys, in the dtype of the update's factors; its scale must be 1 (α = r).
+
+    Raises:
+        ShapeError: the update has another scale, which no tensor could say.
+    """
+    if update.scale != 1.0:
+        raise ShapeError(f"{module}: a scale of {update.scale:g} belongs into the configuration or into B")
+    keys = factor_keys(module, place.kind)
+    A, B = update.A, update.B
+    if place.kind == "embedding":  # the (vocabulary, dim) weight changes by (BA)ᵀ
+        A, B = B.T, A.T
+    elif place.kind == "conv":
+        points = [1] * len(place.kernel)
+        A = A.reshape(len(A), -1, *place.kernel)
+        B = _diagonal_blocks(B, place.groups).reshape(len(B), -1, *points)
+    return {keys.A: A.contiguous(), keys.B: B.contiguous()}
+
+
+def _diagonal_blocks(B: Tensor, groups: int) -> Tensor:
+    """(out, r) whose only entries are one block for each group, as (out, r/groups)."""
+    out, r = B.shape
+    blocks = B.reshape(groups, out // groups, groups, r // groups)
+    return torch.stack([blocks[g, :, g] for g in range(groups)]).reshape(out, r // groups)
+
+
+def whole_number(value: float) -> float | int:
+    """PEFT and vLLM declare α a whole number, and take others."""
+    return int(value) if float(value).is_integer() else value
+
+
+def rank_settings(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """r, lora_alpha and their patterns for layers of these ranks, each with the scale 1 (α = r).
+
+    The commonest rank is r; each other layer has a pattern of its whole path. A reader that knows no patterns
+    still finds the right scale.
+    """
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    # ^ keeps a path from matching another path's end.
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
+    return {
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": others,
+        "alpha_pattern": dict(others),
+        "use_rslora": False,
+    }
+
+
+def exact_targets(targets: Sequence[str], paths: Iterable[str]) -> str | list[str]:
+    """The paths; or a regular expression of them where PEFT, which compares ends, would find more in the model."""
+    more = any(path.endswith(f".{target}") for path in {*paths}.difference(targets) for target in targets)
+    return "|".join(re.escape(target) for target in targets) if more else list(targets)
+
+
+def write_folder(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Pending], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the folder that ``PeftModel.from_pretrained`` reads; ``tensors`` have PEFT's keys.
+
+    Raises:
+        FormatError: it cannot be written.
+    """
+    write_streamed(folder / WEIGHTS_NAME, tensors, metadata)
+    write_json(folder / CONFIG_NAME, config)

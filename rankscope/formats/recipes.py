@@ -1,0 +1,121 @@
+"""From headers to an update: what the tensors of one module will make, before any of them is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rankscope.errors import FormatError
+from rankscope.formats.files import TensorInfo
+from rankscope.formats.interface import UpdateInfo
+from rankscope.formats.peft_config import MethodConfig
+from rankscope.updates import Update
+
+Headers = Mapping[str, TensorInfo]
+Tensors = Mapping[str, Tensor]
+BASE = "the base weight"
+"""The name that a recipe reads the module's weight (out, in) in the base by."""
+
+NOT_TOLD = "its file does not tell the shape of the weight"
+WRONG_BASE = "is this the base that was tuned?"
+
+
+class ListedError(FormatError):
+    """A part of an adapter that is listed instead of read; the message is the reason."""
+
+
+class Module(NamedTuple):
+    """One adapted module: its path, the headers of its tensors (and of those that all modules share) by part, the
+    adapter's configuration, and the shape (out, in) of its weight in the base, None without one."""
+
+    name: str
+    headers: Headers
+    config: MethodConfig
+    shape: tuple[int, int] | None
+
+    def base_shape(self, why: str) -> tuple[int, int]:
+        """(out, in) of the weight in the base.
+
+        Raises:
+            ListedError: it is not known, and ``why`` it is needed.
+        """
+        if self.shape is None:
+            raise ListedError(f"{why}; give its base model (--base), which must hold this weight")
+        return self.shape
+
+    def stored(self, part: str) -> torch.dtype:
+        """The stored dtype of a part."""
+        return self.headers[part].dtype
+
+
+class Recipe(NamedTuple):
+    """``build`` makes the update that ``info`` tells of, from the tensors by the names that ``reads`` lists."""
+
+    info: UpdateInfo
+    reads: tuple[str, ...]
+    build: Callable[[Tensors], Update]
+
+
+def header(tensor: Tensor) -> TensorInfo:
+    """What a file's header would tell of a tensor."""
+    return TensorInfo(tuple(tensor.shape), tensor.dtype)
+
+
+def floats(tensor: Tensor) -> Tensor:
+    """Eight-bit floats, which torch can hardly compute with, to float32; all else as stored."""
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
+
+
+def check_floating(headers: Headers) -> None:
+    """Raise FormatError where a factor holds no floating-point numbers, or has an empty side."""
+    for name, info in headers.items():
+        if not info.dtype.is_floating_point:
+            stored = str(info.dtype).removeprefix("torch.")
+            raise FormatError(f"{name} is stored as {stored}; factors are floating-point numbers")
+        if 0 in info.shape:
+            raise FormatError(f"{name} {info.shape} has an empty side")
+
+
+def check_complete(headers: Headers, needed: Iterable[str]) -> None:
+    """Raise FormatError where some of the tensors that belong together are missing."""
+    needed = tuple(needed)
+    missing = [name for name in needed if name not in headers]
+    if missing:
+        there = ", ".join(name for name in needed if name in headers) or ", ".join(headers)
+        raise FormatError(f"half of the factors is missing: {', '.join(missing)} (there is {there})")
+
+
+def check_shapes(headers: Headers, **expected: tuple[int | None, ...]) -> None:
+    """Raise FormatError where a tensor has another shape than expected; None stands for any size."""
+    for name, shape in expected.items():
+        found = headers[name].shape
+        if len(found) != len(shape) or any(want not in (None, size) for want, size in zip(shape, found, strict=True)):
+            wanted = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
+            raise FormatError(f"{name} is {found}, which does not fit its neighbours; expected {wanted}")
+
+
+def check_base(module: Module, shape: tuple[int, int]) -> None:
+    """Raise FormatError where the base's weight has another shape than the adapter's tensors make."""
+    if module.shape is not None and module.shape != shape:
+        raise FormatError(f"the adapter is of a weight {shape}, the base has {module.shape}; {WRONG_BASE}")
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """float64, which small factors are multiplied in."""
+    return tensor.double()
+
+
+def matrix_sides(module: Module, part: str) -> tuple[int, int]:
+    """Both sides of a part that must be a matrix."""
+    shape = module.headers[part].shape
+    if len(shape) != 2:
+        raise FormatError(f"{part} is {shape}; expected a matrix")
+    return shape[0], shape[1]
+
+
+def size(shape: Iterable[int]) -> int:
+    """The product of the sides."""
+    return torch.Size(tuple(shape)).numel()

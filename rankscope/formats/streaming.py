@@ -1,0 +1,75 @@
+"""Writing a safetensors file one tensor at a time: what is written need not fit into memory."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from rankscope.errors import FormatError, located
+from rankscope.formats.files import DTYPES, TensorInfo, write_atomic
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ALIGNMENT = 8  # bytes; readers map the tensors in place
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A tensor that is still to be made: its shape and dtype now, its numbers when its turn comes."""
+
+    info: TensorInfo
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Pending:
+        """A tensor that is there already."""
+        return cls(TensorInfo(tuple(tensor.shape), tensor.dtype), lambda: tensor)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return torch.Size(self.info.shape).numel() * self.info.dtype.itemsize
+
+
+def write_streamed(path: Path, tensors: Mapping[str, Pending], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically, holding one tensor at a time.
+
+    The order is that of the safetensors library, wider dtypes first, so that every tensor is aligned.
+
+    Raises:
+        FormatError: the file cannot be written, or a tensor is not what its header says.
+    """
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].info.dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in ordered:
+        start, end = end, end + tensors[name].size
+        info = tensors[name].info
+        header[name] = {"dtype": NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+
+    def write(target: Path) -> None:
+        with target.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name in ordered:
+                with located(f"{path}: {name}"):
+                    _write_one(file, tensors[name])
+
+    write_atomic(path, write)
+
+
+def _write_one(file: BinaryIO, pending: Pending) -> None:
+    tensor = pending.read().detach().to("cpu").contiguous()
+    found = TensorInfo(tuple(tensor.shape), tensor.dtype)
+    if found != pending.info:
+        raise FormatError(f"is {found}, where {pending.info} was announced; has the file changed meanwhile?")
+    if tensor.dtype.is_complex:
+        tensor = torch.view_as_real(tensor)
+    file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

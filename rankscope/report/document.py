@@ -1,0 +1,69 @@
+"""What a page is made of, whatever it reports on: sections with verdicts, pictures and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from rankscope.evidence.verdict import Verdict
+
+Cell = str | float | int | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns and rows; numbers are kept as numbers, and shown to ``digits`` significant digits.
+
+    ``name`` is the stem of its file. A table longer than a screen can be filtered and sorted in the page.
+    """
+
+    name: str
+    caption: str
+    header: tuple[str, ...]
+    rows: Sequence[Sequence[Cell]]
+    digits: int = 4
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, what it shows in words for whoever cannot see it, and the numbers in it.
+
+    ``name`` is the stem of its files (png, svg, csv). ``draw`` is called when the page is written.
+    """
+
+    name: str
+    caption: str
+    alt: str
+    draw: Callable[[], Figure]
+    data: Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """One question and what was found. ``key`` is its anchor; ``lead`` says in a sentence what is looked at and why.
+
+    ``missing`` says what the section would need, where it has nothing to show.
+    """
+
+    key: str
+    title: str
+    lead: str
+    verdicts: Sequence[Verdict] = ()
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """A page. ``facts`` are short pairs below the title; ``provenance`` is what made it, for the end of the page."""
+
+    title: str
+    lead: str
+    sections: Sequence[Section]
+    facts: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,188 @@
+"""A LoRA adapter as surgery sees it: its updates, how PEFT stores them, and all that lies beside the factors."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankscope.errors import FormatError, located
+from rankscope.formats.files import TensorFile, read_json
+from rankscope.formats.interface import Store, UpdateInfo
+from rankscope.formats.peft_config import MOVES_BASE
+from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, PREFIX, WEIGHTS_NAME, bare_module, parse_key
+from rankscope.formats.peft_write import Place, rank_settings
+from rankscope.formats.pickled import PickledFile, open_tensors
+from rankscope.formats.store import open as open_store
+from rankscope.formats.streaming import Pending
+from rankscope.updates import LowRank
+
+BIASES = ("none", "lora_only", "all")  # each trains what the one before does, and more
+# Settings of ways to start, which mean nothing beside finished factors (PEFT warns of some).
+STARTS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
+
+
+@dataclass
+class Adapter:
+    """An opened adapter; tensors are read when asked for.
+
+    ``places``: how PEFT stores each layer's factors; ``ranks``: r of those in the file. ``magnitudes``: keys of DoRA's
+    vectors by module. ``factor_biases``: keys of ``lora_B.bias`` by module. ``whole``: what was trained whole (biases,
+    heads, token rows), key as PEFT saves it → key in the file.
+    """
+
+    label: str
+    store: Store
+    file: TensorFile | PickledFile
+    config: dict[str, Any]
+    places: dict[str, Place] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    magnitudes: dict[str, str] = field(default_factory=dict)
+    factor_biases: dict[str, str] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
+        source: str | os.PathLike[str] | Store,
+        base: str | os.PathLike[str] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Adapter:
+        """Open an adapter in PEFT's layout (``base`` is needed for DoRA's whole updates only).
+
+        Raises:
+            FormatError: not such an adapter, or one that means more than base + scale·B·A where it is attached.
+        """
+        store = source if isinstance(source, Store) else open_store(source, base, device)
+        if store.kind != "peft":
+            raise FormatError(f"{source}: is no adapter in PEFT's layout; convert it, or extract one from full weights")
+        folder = store.path
+        config = read_json(folder / CONFIG_NAME)
+        with located(folder / CONFIG_NAME):
+            _check_config(config)
+        new = folder / WEIGHTS_NAME
+        opened = cls(str(folder), store, open_tensors(new if new.exists() else folder / OLD_WEIGHTS_NAME), config)
+        with located(opened.file.path):
+            opened._sort()
+        return opened
+
+    def _sort(self) -> None:
+        live = {parsed.adapter for key in self.file.infos if (parsed := parse_key(key)) and parsed.adapter}
+        inner = re.compile(rf"\.modules_to_save\.(?:{'|'.join(map(re.escape, sorted({'default', *live})))})\.")
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        for key, info in self.file.infos.items():
+            parsed = parse_key(key)
+            if ".original_module." in key:
+                continue  # the untrained copy of a module that was trained whole
+            if parsed is None:
+                if ".lora_" in key:
+                    raise FormatError(f"holds {key}, which is not known; nothing is changed that is not understood")
+                self.whole[PREFIX + bare_module(inner.sub(".", key))] = key
+            elif parsed.module not in self.store:
+                reasons = {one.name: one.reason for one in self.store.skipped}
+                raise FormatError(f"layer {parsed.module} cannot be handled: {reasons.get(parsed.module, 'not read')}")
+            elif parsed.part == "lora_magnitude_vector":
+                self.magnitudes[parsed.module] = key
+            elif parsed.leaf == "bias":
+                self.factor_biases[parsed.module] = key
+            else:
+                shapes.setdefault(parsed.module, {})[parsed.part] = info.shape
+        self.places = {module: _place(parts) for module, parts in shapes.items()}
+        self.ranks = {module: next(iter(_halves(parts)))[0] for module, parts in shapes.items()}
+        _check_start(self.config, all(self.info(name).nominal_rank != r for name, r in self.ranks.items()))
+
+    def names(self) -> list[str]:
+        """Layers with factors, in natural order."""
+        return [name for name in self.store.names() if name in self.places]
+
+    def info(self, name: str) -> UpdateInfo:
+        return self.store.info(name)
+
+    def parameters(self, name: str) -> int:
+        """How many numbers the factors of a layer hold in the file."""
+        return self.places[name].parameters(self.info(name).shape, self.ranks[name])
+
+    def update(self, name: str) -> LowRank:
+        """scale·B·A of a layer; s(BA − B₀A₀) where the start moved the base and the store knows it.
+
+        Raises:
+            NonFiniteError: a factor holds NaN or infinity.
+            FormatError: the file cannot be read.
+        """
+        found = self.store[name]
+        if not isinstance(found, LowRank):
+            raise FormatError(f"{self.label}: layer {name} is no product of two factors")
+        return found
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What a layer's factors are stored in; float32 for eight-bit ones, which only hold what was rounded."""
+        stored = self.info(name).dtype
+        return torch.float32 if stored.itemsize == 1 else stored
+
+    def factor_bias(self, name: str) -> Tensor:
+        """What a layer's ``lora_B.bias`` adds to its output: scale · bias."""
+        bias = self.file.read(self.factor_biases[name])
+        return (bias.double() * self.info(name).scale).to(torch.promote_types(bias.dtype, self.dtype(name)))
+
+    def pending(self, key: str) -> Pending:
+        """A tensor of the file, to be copied."""
+        return Pending(self.file.infos[key], lambda: self.file.read(key))
+
+    def carried(self) -> dict[str, Pending]:
+        """What goes along unchanged when every layer stays: magnitudes, and what was trained whole."""
+        found = {f"{PREFIX}{name}.lora_magnitude_vector": self.pending(key) for name, key in self.magnitudes.items()}
+        return found | {key: self.pending(stored) for key, stored in self.whole.items()}
+
+    def biases(self) -> dict[str, Pending]:
+        """``lora_B.bias`` of each layer, with the scale in it."""
+        return {f"{PREFIX}{name}.lora_B.bias": Pending.of(self.factor_bias(name)) for name in self.factor_biases}
+
+
+def _halves(shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of A and B as stored."""
+    stem = "lora_embedding_" if "lora_embedding_A" in shapes else "lora_"
+    return shapes[stem + "A"], shapes[stem + "B"]
+
+
+def _place(shapes: Mapping[str, tuple[int, ...]]) -> Place:
+    """How a layer's factors are stored, from their shapes by part."""
+    A, B = _halves(shapes)
+    if "lora_embedding_A" in shapes:
+        return Place("embedding")
+    return Place("conv", A[2:], A[0] // B[1]) if len(A) > 2 else Place()
+
+
+def renewed(config: Mapping[str, Any], ranks: Mapping[str, int], **settings: Any) -> dict[str, Any]:
+    """A configuration with other ranks: α = r everywhere; keys that are not known here go along."""
+    kept = {key: value for key, value in config.items() if key not in STARTS}
+    return {**kept, "init_lora_weights": True, "inference_mode": True, **rank_settings(ranks), **settings}
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise FormatError(
+            f"peft_type is {config.get('peft_type')!r}; only LORA is changed here; merge the adapter with PEFT and "
+            "extract one from the result"
+        )
+    if config.get("bias") not in (None, *BIASES):
+        raise FormatError(f"bias is {config['bias']!r}, not one of {', '.join(BIASES)}; correct the configuration")
+    saved = config.get("modules_to_save")
+    if not (saved is None or (isinstance(saved, list) and all(isinstance(name, str) for name in saved))):
+        raise FormatError("modules_to_save is no list of names; correct the configuration")
+    if config.get("monteclora_config"):
+        raise FormatError("monteclora_config is set: B·A is then the mean of a random update; merge it with PEFT")
+
+
+def _check_start(config: Mapping[str, Any], learned: bool) -> None:
+    """Refuse factors that contain their start, unless the store took it off again."""
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(MOVES_BASE) and not learned:
+        raise FormatError(
+            f"{init} took a start of the adapter's rank off the base weights, so no other adapter fits them; put the "
+            "initial adapter beside it (in a subfolder called initial), or convert it to plain LoRA with PEFT"
+        )

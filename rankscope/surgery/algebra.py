@@ -1,0 +1,300 @@
+"""Sums of adapters: merged into one, subtracted, averaged. Exact in factored form, where the ranks add."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from functools import reduce
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankscope.errors import ConfigError, FormatError, ShapeError, located
+from rankscope.formats.files import TensorInfo
+from rankscope.formats.interface import Skipped, Store, examples
+from rankscope.formats.names import natural_key, pair
+from rankscope.formats.peft_keys import PREFIX, bare_module
+from rankscope.formats.peft_write import exact_targets, stored_factors, write_folder
+from rankscope.formats.streaming import Pending
+from rankscope.surgery.adapter import BIASES, Adapter, renewed
+from rankscope.surgery.result import SCHEMAS, Surgery, Total, counted, zero_note
+from rankscope.surgery.shrink import Layer, Track, shrink
+from rankscope.surgery.truncate import Choice
+from rankscope.surgery.writing import copy_tokenizer, new_folder, record, tags
+from rankscope.updates import LowRank
+
+Readable = str | os.PathLike[str] | Store
+SAME = 1e-12  # sums of weights closer than this are equal
+# What a sum of updates means depends on these, so they must agree.
+MUST_AGREE = ("layer_replication", "alora_invocation_tokens", "trainable_token_indices")
+
+
+def merge_adapters(
+    adapters: Sequence[Readable],
+    out: str | os.PathLike[str],
+    weights: Sequence[float] | None = None,
+    choice: Choice | None = None,
+    **options: Any,
+) -> Surgery:
+    """Write one adapter whose update is Σ wᵢ·sᵢ·BᵢAᵢ, by default with every weight 1.
+
+    Args:
+        adapters: at least two in PEFT's layout, of any ranks.
+        out: folder to be made.
+        weights: one an adapter.
+        choice: which singular values of the sum are kept; None keeps all, as factors laid side by side.
+        options: ``dtype``, ``device``, ``track`` and ``command``, as in ``resize``.
+
+    Raises:
+        RankscopeError: an adapter that cannot be read or added, shapes that differ, or ``out`` is taken.
+    """
+    factors = _checked(weights if weights is not None else [1.0] * len(adapters), len(adapters))
+    return _combine("merge", adapters, factors, out, choice, **options)
+
+
+def subtract(
+    a: Readable, b: Readable, out: str | os.PathLike[str], choice: Choice | None = None, **options: Any
+) -> Surgery:
+    """Write the adapter whose update is that of ``a`` minus that of ``b``; see ``merge_adapters``."""
+    return _combine("subtract", [a, b], [1.0, -1.0], out, choice, **options)
+
+
+def average(
+    adapters: Sequence[Readable],
+    out: str | os.PathLike[str],
+    weights: Sequence[float] | None = None,
+    choice: Choice | None = None,
+    **options: Any,
+) -> Surgery:
+    """Write the adapter whose update is the (weighted) mean of updates: weights are divided by their sum.
+
+    The mean of products sBA, not of the factors, whose mean depends on how each product was factored.
+    See ``merge_adapters``.
+
+    Raises:
+        ConfigError: weights that add up to zero.
+    """
+    given = _checked(weights if weights is not None else [1.0] * len(adapters), len(adapters))
+    total = math.fsum(given)
+    if abs(total) < SAME * max(abs(weight) for weight in given):
+        raise ConfigError(f"the weights {list(given)} add up to zero, so there is no average; use merge")
+    return _combine("average", adapters, [weight / total for weight in given], out, choice, **options)
+
+
+def _checked(weights: Sequence[float], count: int) -> list[float]:
+    if count < 2:
+        raise ConfigError(f"at least two adapters are combined, not {count}")
+    return check_weights(weights, count)
+
+
+def check_weights(weights: Sequence[float], count: int) -> list[float]:
+    """One finite weight an adapter.
+
+    Raises:
+        ConfigError: too few, too many, or one that is NaN or infinite.
+    """
+    if len(weights) != count:
+        raise ConfigError(f"{counted(len(weights), 'weight')} for {counted(count, 'adapter')}; give one for each")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ConfigError(f"the weights {list(weights)} are not all finite")
+    return [float(weight) for weight in weights]
+
+
+def _combine(
+    operation: str,
+    sources: Sequence[Readable],
+    weights: Sequence[float],
+    out: str | os.PathLike[str],
+    choice: Choice | None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    track: Track = iter,
+    command: str | None = None,
+) -> Surgery:
+    with new_folder(out) as folder:
+        adapters = [Adapter.open(source, device=device) for source in sources]
+        notes = _check_alike(adapters)
+        names = sorted({name for adapter in adapters for name in adapter.places}, key=natural_key)
+        layers = [_layer(name, adapters, weights, dtype) for name in names]
+        with located(", ".join(adapter.label for adapter in adapters)):
+            found = shrink(layers, choice, track)
+        whole, dropped = _whole(adapters, weights)
+        tensors = whole | _factor_biases(names, adapters, weights)
+        for layer in layers:
+            factors = stored_factors(layer.name, found.factors[layer.name], layer.place)
+            tensors |= {key: Pending.of(factor) for key, factor in factors.items()}
+        ranks = {change.name: change.rank_after or 1 for change in found.changes}
+        write_folder(folder, _config(adapters, ranks, tensors, dropped), tensors, tags(operation, command))
+        copy_tokenizer(adapters[0].store.path, folder)
+        result = Surgery(
+            schema=SCHEMAS[operation],
+            inputs=tuple(adapter.label for adapter in adapters),
+            weights=tuple(weights),
+            base=None,
+            output=str(out),
+            command=command,
+            choice="exact" if choice is None else str(choice),
+            layers=found.changes,
+            total=Total.of(found.changes),
+            carried=tuple(whole),
+            skipped=tuple(Skipped(key, "the same in all: the base's own comes back") for key in dropped),
+            notes=(*notes, *found.notes, *zero_note(found.changes)),
+        )
+        record(folder, result)
+    return result
+
+
+def _check_alike(adapters: Sequence[Adapter]) -> list[str]:
+    """Refuse what cannot be added; notes on what two adapters do not share."""
+    notes = []
+    first = adapters[0]
+    for adapter in adapters:
+        if adapter.magnitudes or adapter.config.get("use_dora"):
+            raise FormatError(
+                f"{adapter.label}: is a DoRA adapter, whose magnitudes do not add; merge each into the base and "
+                "extract the difference"
+            )
+        for key in MUST_AGREE:
+            if (adapter.config.get(key) or None) != (first.config.get(key) or None):
+                raise FormatError(f"{adapter.label}: has another {key} than {first.label}; they cannot be added")
+        shared = pair(first.places, adapter.places).pairs
+        if shared and not first.places.keys() & adapter.places.keys():
+            ours, theirs = shared[0]
+            raise FormatError(
+                f"{adapter.label}: calls {ours!r} of {first.label} {theirs!r}; save both from the same class of model"
+            )
+        bases = [one.config.get("base_model_name_or_path") for one in (first, adapter)]
+        if None not in bases and bases[0] != bases[1]:
+            notes.append(f"{adapter.label} was trained on {bases[1]}, {first.label} on {bases[0]}")
+        lone = [name for name in adapter.places if any(name not in other.places for other in adapters)]
+        if lone:
+            notes.append(
+                f"{adapter.label}: {counted(len(lone), 'layer')} that another adapter leaves alone: {examples(lone)}"
+            )
+        notes += [f"{adapter.label}: {note}" for note in adapter.store.notes]
+    return notes
+
+
+def _layer(name: str, adapters: Sequence[Adapter], weights: Sequence[float], dtype: torch.dtype | None) -> Layer:
+    """The weighted sum of one layer over the adapters that have it."""
+    holders = [(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True) if name in adapter.places]
+    first = holders[0][0]
+    place, shape = first.places[name], first.info(name).shape
+    for adapter, _ in holders:
+        if adapter.info(name).shape != shape or adapter.places[name] != place:
+            raise ShapeError(
+                f"layer {name} is {shape} {place.kind} in {first.label} and {adapter.info(name).shape} "
+                f"{adapter.places[name].kind} in {adapter.label}; are they of the same model?"
+            )
+    ranks = [adapter.info(name).nominal_rank or 0 for adapter, _ in holders]
+
+    def read() -> LowRank:
+        total = reduce(lambda a, b: a + b, (adapter.update(name) * weight for adapter, weight in holders))
+        return _by_group(total, ranks, place.groups) if place.groups > 1 else total
+
+    return Layer(
+        name=name,
+        shape=shape,
+        place=place,
+        dtype=dtype or reduce(torch.promote_types, (adapter.dtype(name) for adapter, _ in holders)),
+        read=read,
+        parameters=sum(adapter.parameters(name) for adapter, _ in holders),
+        rank=sum(ranks),
+    )
+
+
+def _by_group(update: LowRank, ranks: Sequence[int], groups: int) -> LowRank:
+    """The same sum with the directions of each group of a convolution side by side, as PEFT stores them."""
+    ends = accumulate(ranks)
+    parts = [torch.arange(end - rank, end).reshape(groups, -1) for rank, end in zip(ranks, ends, strict=True)]
+    order = torch.cat(parts, dim=1).flatten().to(update.device)
+    return LowRank(update.B[:, order], update.A[order], update.scale)
+
+
+def _whole(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[dict[str, Pending], list[str]]:
+    """Sums of what was trained whole, where they do not need the base; and what falls out of the sum.
+
+    base + Σ wᵢ(pᵢ − base) is Σ wᵢpᵢ where the weights add up to 1, and the base where they add up to 0 and all pᵢ
+    are equal.
+
+    Raises:
+        FormatError: a sum that the base would be needed for.
+    """
+    found: dict[str, Pending] = {}
+    dropped = []
+    total = math.fsum(weights)
+    for key in sorted({key for adapter in adapters for key in adapter.whole}, key=natural_key):
+        holders = [adapter for adapter in adapters if key in adapter.whole]
+        everywhere = len(holders) == len(adapters)
+        if key.endswith(".base_layer.weight") and _equal(key, holders):
+            found[key] = holders[0].pending(holders[0].whole[key])
+        elif everywhere and abs(total - 1) < SAME:
+            found[key] = _mean(key, adapters, weights)
+        elif everywhere and abs(total) < SAME and _equal(key, holders):
+            dropped.append(key)
+        else:
+            raise FormatError(
+                f"{holders[0].label}: {bare_module(key)} was trained whole, so its sum needs the base; "
+                "merge the adapters into their base instead"
+            )
+    return found, dropped
+
+
+def _equal(key: str, holders: Sequence[Adapter]) -> bool:
+    first, *others = (holder.file.read(holder.whole[key]) for holder in holders)
+    return all(first.shape == other.shape and torch.equal(first, other.to(first.dtype)) for other in others)
+
+
+def _mean(key: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> Pending:
+    infos = [adapter.file.infos[adapter.whole[key]] for adapter in adapters]
+    if len({info.shape for info in infos}) > 1:
+        shapes = ", ".join(str(info.shape) for info in infos)
+        raise ShapeError(f"{bare_module(key)} has the shapes {shapes}; are the adapters of the same model?")
+    dtype = reduce(torch.promote_types, (info.dtype for info in infos))
+
+    def read() -> Tensor:
+        parts = (a.file.read(a.whole[key]).double() * weight for a, weight in zip(adapters, weights, strict=True))
+        return reduce(torch.add, parts).to(dtype)
+
+    return Pending(TensorInfo(infos[0].shape, dtype), read)
+
+
+def _factor_biases(names: Sequence[str], adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Pending]:
+    """Sums of ``lora_B.bias``; zeros where no adapter has one, since PEFT gives all layers one or none."""
+    if not any(adapter.factor_biases for adapter in adapters):
+        return {}
+    found = {}
+    for name in names:
+        holders = [(a, w) for a, w in zip(adapters, weights, strict=True) if name in a.places]
+        first = holders[0][0]
+        parts = [a.factor_bias(name) * w for a, w in holders if name in a.factor_biases]
+        size = first.info(name).shape[0]
+        total = reduce(torch.add, parts) if parts else torch.zeros(size, dtype=first.dtype(name))
+        found[f"{PREFIX}{name}.lora_B.bias"] = Pending.of(total)
+    return found
+
+
+def _config(
+    adapters: Sequence[Adapter], ranks: dict[str, int], tensors: dict[str, Pending], dropped: Sequence[str]
+) -> dict[str, Any]:
+    configs = [adapter.config for adapter in adapters]
+    gone = {bare_module(key).rpartition(".")[0] for key in dropped}
+    saved = dict.fromkeys(name for config in configs for name in config.get("modules_to_save") or ())
+    kept = [name for name in saved if not any(path == name or path.endswith(f".{name}") for path in gone)]
+    paths = {*ranks, *(bare_module(key).rpartition(".")[0] for key in tensors if ".lora_" not in key)}
+    return renewed(
+        configs[0],
+        ranks,
+        target_modules=exact_targets(list(ranks), paths),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        fan_in_fan_out=any(config.get("fan_in_fan_out") for config in configs),
+        bias=max((config.get("bias") or "none" for config in configs), key=BIASES.index),
+        lora_bias=any(config.get("lora_bias") for config in configs),
+        modules_to_save=kept or None,
+    )

@@ -1,0 +1,282 @@
+"""What adapters change in a checkpoint: tensor by tensor, planned from the headers, made when it is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rankscope.errors import FormatError, ShapeError, located
+from rankscope.formats.checkpoint import CONV1D_NAME, Checkpoint, not_a_matrix
+from rankscope.formats.files import TensorInfo
+from rankscope.formats.interface import examples
+from rankscope.formats.names import WEIGHT, Pairing, natural_key, pair
+from rankscope.formats.peft import WHOLE
+from rankscope.formats.peft_keys import bare_module
+from rankscope.formats.streaming import Pending
+from rankscope.surgery.adapter import Adapter
+from rankscope.surgery.addition import Rounding, add
+from rankscope.surgery.result import LayerChange, relative
+from rankscope.surgery.shrink import Track
+from rankscope.surgery.tying import EMBEDDING, HEAD, embedding_of, has_head, is_tied, untied
+from rankscope.updates import Update
+
+BESIDE = ".base_layer.weight"  # the base's own weight, which PEFT saves beside the factors of embeddings and heads
+
+
+class _Part(NamedTuple):
+    """What one adapter contributes: the update of a layer, or a tensor of its file; ``key`` names either."""
+
+    adapter: Adapter
+    key: str
+    weight: float
+
+
+@dataclass
+class _Change:
+    """What becomes of one tensor: that of the checkpoint called ``stored``, or what replaces it, plus updates.
+
+    ``shape`` is (out, in) of the updates, ``turned`` says that the tensor holds them (in, out).
+    """
+
+    stored: str | None
+    layer: str | None = None
+    kind: str = "linear"
+    shape: tuple[int, int] = (0, 0)
+    turned: bool = False
+    updates: list[_Part] = field(default_factory=list)
+    whole: list[_Part] = field(default_factory=list)
+    biases: list[_Part] = field(default_factory=list)
+
+
+class Changes:
+    """The plan for one checkpoint and the adapters that are added to it, each with its weight.
+
+    ``config``: the configuration that fits the result. ``added``: tensors that the checkpoint does not have.
+
+    Raises:
+        FormatError: an adapter of another base, or one that means what no weight of it can hold.
+        ShapeError: two adapters differ in the shape of a layer.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: Mapping[str, Any],
+        adapters: Sequence[Adapter],
+        weights: Sequence[float],
+        track: Track,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = dict(config)
+        self.notes: list[str] = []
+        self.changed: dict[str, _Change] = {}
+        self.added: dict[str, _Change] = {}
+        self._rounding: dict[str, Rounding] = {}
+        wanted = {name + WEIGHT for adapter in adapters for name in adapter.places}
+        wanted |= {tensor_name(key) for adapter in adapters for key in adapter.whole}
+        wanted |= {f"{name}.bias" for adapter in adapters for name in adapter.factor_biases}
+        self._pairing = pair(wanted, checkpoint.infos)
+        self._theirs = dict(self._pairing.pairs)
+        for adapter, weight in zip(adapters, weights, strict=True):
+            with located(adapter.label):
+                self._add(adapter, weight)
+        self._settle_tying(all(adapter.config.get("ensure_weight_tying") for adapter in adapters))
+        self._settle_vocabulary()
+        planned = [change for change in self._all() if change.updates]
+        self._progress = iter(track(planned))
+
+    def _all(self) -> list[_Change]:
+        return [*self.changed.values(), *self.added.values()]
+
+    def _add(self, adapter: Adapter, weight: float) -> None:
+        missing = [name for name in adapter.places if name + WEIGHT not in {*self._theirs, HEAD}]
+        if missing:
+            raise FormatError(
+                f"{self.checkpoint.path} has no weight for {len(missing)} of its {len(adapter.places)} layers "
+                f"({examples(missing)}); is this the base that was tuned?"
+            )
+        for key in adapter.whole:
+            self._replace(adapter, key, weight)
+        for name in adapter.names():
+            self._update(adapter, name, weight)
+        for name in adapter.factor_biases:
+            if f"{name}.bias" not in self._theirs:
+                raise FormatError(f"{self.checkpoint.path} has no bias for {name}, which the adapter changes")
+            self._of(f"{name}.bias").biases.append(_Part(adapter, name, weight))
+
+    def _of(self, tensor: str) -> _Change:
+        """The change of a tensor by its name in the adapters."""
+        if tensor in self._theirs:
+            stored = self._theirs[tensor]
+            return self.changed.setdefault(stored, _Change(stored))
+        return self.added.setdefault(_renamed(tensor, self._pairing), _Change(None))
+
+    def _update(self, adapter: Adapter, name: str, weight: float) -> None:
+        shape, change = adapter.info(name).shape, self._of(name + WEIGHT)
+        if change.layer is not None and change.shape != shape:
+            raise ShapeError(f"layer {name} is {shape} here and {change.shape} in another adapter")
+        change.layer, change.shape, change.kind = name, shape, adapter.places[name].kind
+        change.updates.append(_Part(adapter, name, weight))
+        if change.stored is None and not change.whole:  # an output layer that is its embedding
+            with located(self.checkpoint.path):
+                change.stored = embedding_of(self.checkpoint.infos, shape)
+        if change.stored is not None and not change.whole:
+            change.turned = self._turned(change.stored, name, shape, bool(adapter.config.get("fan_in_fan_out")))
+
+    def _turned(self, stored: str, name: str, shape: tuple[int, int], fan_in_fan_out: bool) -> bool:
+        info = self.checkpoint.infos[stored]
+        reason = not_a_matrix(info, stacks=True)
+        found = (info.shape[0], math.prod(info.shape[1:])) if info.shape else (1, 1)
+        if reason or found not in (shape, shape[::-1]):
+            raise FormatError(
+                f"{self.checkpoint.path}: {stored} is {reason or f'{found[0]} × {found[1]}'}, but the update of "
+                f"{name} is {shape[0]} × {shape[1]}; is this the base that was tuned?"
+            )
+        if found[0] != found[1] or not CONV1D_NAME.search(stored):
+            return found != shape
+        known = self.checkpoint.conv1d
+        return fan_in_fan_out if known is None else known
+
+    def _replace(self, adapter: Adapter, key: str, weight: float) -> None:
+        tensor = tensor_name(key)
+        saved = adapter.config.get("modules_to_save") or []
+        if tensor == HEAD and tensor not in self._theirs and key.endswith(BESIDE):
+            if self._is_embedding(adapter.file.read(key)):
+                return
+        elif tensor not in self._theirs and not any(f".{name}." in f".{tensor}" for name in saved):
+            raise FormatError(f"{self.checkpoint.path} has no {tensor}, which the adapter replaces")
+        change = self._of(tensor)
+        change.whole.append(_Part(adapter, key, weight))
+        shapes = {part.adapter.file.infos[part.key].shape for part in change.whole}
+        if change.stored is not None:
+            shapes.add(self.checkpoint.infos[change.stored].shape)
+        if (len(change.whole) > 1 or weight != 1) and (change.stored is None or len(shapes) > 1):
+            raise FormatError(f"{tensor} is new or of another size than the base's: only one adapter can give it")
+
+    def _is_embedding(self, weight: Tensor) -> bool:
+        """Whether a weight is that of the embedding which the output layer is tied to."""
+        infos, shape = self.checkpoint.infos, (weight.shape[0], weight.shape[1])
+        tied = [name for name, info in infos.items() if EMBEDDING.search(name) and tuple(info.shape) == shape]
+        return len(tied) == 1 and torch.equal(weight, self.checkpoint.read(tied[0]).to(weight.dtype))
+
+    def _settle_tying(self, adapters_tie: bool) -> None:
+        """Give an output layer that was its embedding a weight of its own, where the two now differ."""
+        infos = self.checkpoint.infos
+        moved = [name for name in self.changed if EMBEDDING.search(name)]
+        tied = is_tied(self.config, infos)
+        if moved and HEAD not in infos and HEAD not in self.added and not adapters_tie:
+            if tied and has_head(self.config):
+                self.added[HEAD] = _Change(moved[0])
+            elif tied or not self.config:
+                self.notes.append(f"an output layer that is tied to {moved[0]} changes with it")
+        if self.config and tied and (HEAD in self.added or (HEAD in infos and (moved or HEAD in self.changed))):
+            self.config = untied(self.config)
+            self.notes.append(f"the output layer, which was the embedding, has a weight of its own now ({HEAD})")
+
+    def _settle_vocabulary(self) -> None:
+        """Follow an embedding that has more rows than the base's."""
+        for name, change in self.changed.items():
+            before, after = self.checkpoint.infos[name].shape, self._info(change).shape
+            if before != after and EMBEDDING.search(name) and self.config.get("vocab_size") == before[0]:
+                self.config["vocab_size"] = after[0]
+                self.notes.append(f"{name} has {after[0]} rows, {before[0]} in the base; vocab_size says so now")
+
+    def _info(self, change: _Change) -> TensorInfo:
+        """Shape and dtype of the result: those of the checkpoint, but the shape of what replaces a tensor."""
+        whole = [part.adapter.file.infos[part.key] for part in change.whole]
+        if change.stored is None:
+            return whole[0]
+        stored = self.checkpoint.infos[change.stored]
+        return TensorInfo(whole[0].shape, stored.dtype) if whole else stored
+
+    def pending(self) -> dict[str, Pending]:
+        """What takes the place of tensors of the checkpoint."""
+        return {name: self._pending(name, change) for name, change in self.changed.items()}
+
+    def new(self) -> dict[str, Pending]:
+        """Tensors that the checkpoint does not have."""
+        return {name: self._pending(name, change) for name, change in self.added.items()}
+
+    def _pending(self, name: str, change: _Change) -> Pending:
+        info = self._info(change)
+        return Pending(info, lambda: self._made(name, change, info))
+
+    def _made(self, name: str, change: _Change, info: TensorInfo) -> Tensor:
+        start = self._start(change)
+        if change.biases:
+            parts = [part.adapter.factor_bias(part.key).double() * part.weight for part in change.biases]
+            start = start.double() + reduce(torch.add, parts)
+        if not change.updates:
+            return start.to(info.dtype)
+        next(self._progress, None)
+        flat = start.reshape(start.shape[0], -1).to(change.updates[0].adapter.store.device)
+        result, self._rounding[name] = add(flat, [_oriented(p, change.turned) for p in change.updates], info.dtype)
+        return result.reshape(info.shape)
+
+    def _start(self, change: _Change) -> Tensor:
+        """The stored tensor, or what replaces it: W + Σ w(Wᵢ − W)."""
+        parts = [(part.adapter.file.read(part.key), part.weight) for part in change.whole]
+        if len(parts) == 1 and parts[0][1] == 1:
+            return parts[0][0]
+        if change.stored is None:
+            raise FormatError("is new to the checkpoint and has no start")
+        stored = self.checkpoint.read(change.stored)
+        if not parts:
+            return stored
+        exact = stored.double()
+        return exact + sum((weight * (tensor.double() - exact) for tensor, weight in parts), torch.zeros_like(exact))
+
+    def layers(self, unmerged: bool) -> tuple[LayerChange, ...]:
+        """The record of each layer, after everything was written."""
+        for _ in self._progress:
+            pass
+        changes = {name: change for name, change in (self.changed | self.added).items() if change.layer is not None}
+        found = [_record(change, self._rounding[name], unmerged) for name, change in changes.items()]
+        return tuple(sorted(found, key=lambda layer: natural_key(layer.name)))
+
+
+def tensor_name(key: str) -> str:
+    """The name in the model of a tensor that an adapter holds whole."""
+    return bare_module(key).replace(".base_layer.", ".")
+
+
+def _renamed(tensor: str, pairing: Pairing) -> str:
+    """A new tensor's name in a checkpoint whose names have another wrapper in front than the adapter's."""
+    for ours, theirs in pairing.pairs:
+        if ours != theirs:
+            if ours.endswith(theirs):
+                return tensor.removeprefix(ours.removesuffix(theirs))
+            return theirs.removesuffix(ours) + tensor
+    return tensor
+
+
+def _oriented(part: _Part, turned: bool) -> Update:
+    store, name = part.adapter.store, part.key
+    update = store[name + WHOLE] if name in part.adapter.magnitudes else store[name]
+    update = update * part.weight if part.weight != 1 else update
+    return update.T if turned else update
+
+
+def _record(change: _Change, rounding: Rounding, unmerged: bool) -> LayerChange:
+    holders = [part.adapter for part in change.updates]
+    layer = change.layer or ""
+    return LayerChange(
+        name=layer,
+        kind=change.kind,
+        shape=change.shape,
+        rank_before=sum(adapter.info(layer).nominal_rank or 0 for adapter in holders),
+        rank_after=None,
+        parameters_before=sum(adapter.parameters(layer) for adapter in holders),
+        parameters_after=math.prod(change.shape),
+        norm=rounding.norm,
+        retained=1.0,
+        error=rounding.error,
+        relative_error=relative(rounding.error, rounding.norm),
+        from_original=rounding.left if unmerged else None,
+    )

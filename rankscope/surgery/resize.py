@@ -1,0 +1,98 @@
+"""``resize``: the same adapter at lower ranks."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from rankscope.errors import located
+from rankscope.formats.interface import Store
+from rankscope.formats.peft_write import stored_factors, write_folder
+from rankscope.formats.streaming import Pending
+from rankscope.surgery.adapter import Adapter, renewed
+from rankscope.surgery.result import SCHEMAS, Surgery, Total, counted, zero_note
+from rankscope.surgery.shrink import Layer, Shrunk, Track, shrink
+from rankscope.surgery.truncate import Choice
+from rankscope.surgery.writing import copy_tokenizer, new_folder, record, tags
+
+
+def resize(
+    adapter: str | os.PathLike[str] | Store,
+    choice: Choice,
+    out: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    track: Track = iter,
+    command: str | None = None,
+) -> Surgery:
+    """Write an adapter whose every layer is the best approximation of its rank (Eckart & Young 1936).
+
+    Nothing is multiplied out. Factors are balanced (√σ on each side) with α = r, so the scale is 1 for every reader.
+    What was trained whole goes along. A DoRA layer keeps its magnitude: only the product scale·B·A is truncated.
+
+    Args:
+        adapter: folder of a LoRA adapter in PEFT's layout, a run with one, or a store of it.
+        choice: which singular values are kept.
+        out: folder to be made.
+        dtype: of the written factors; None keeps that of the adapter.
+        device: where the decompositions run.
+        track: wraps the list of layers and may show progress.
+        command: what the record names as the command line.
+
+    Raises:
+        RankscopeError: an adapter that cannot be read or changed, a choice it does not allow, or ``out`` is taken.
+    """
+    with new_folder(out) as folder:
+        source = Adapter.open(adapter, device=device)
+        layers = [_layer(source, name, dtype) for name in source.names()]
+        with located(source.label):
+            found = shrink(layers, choice, track)
+        ranks = {change.name: change.rank_after or 1 for change in found.changes}
+        config = renewed(source.config, ranks)
+        write_folder(folder, config, _tensors(source, found), tags("resize", command))
+        copy_tokenizer(source.store.path, folder)
+        result = Surgery(
+            schema=SCHEMAS["resize"],
+            inputs=(source.label,),
+            weights=None,
+            base=None,
+            output=str(out),
+            command=command,
+            choice=str(choice),
+            layers=found.changes,
+            total=Total.of(found.changes),
+            carried=tuple(source.whole),
+            skipped=(),
+            notes=(*source.store.notes, *_dora_note(source), *found.notes, *zero_note(found.changes)),
+        )
+        record(folder, result)
+    return result
+
+
+def _layer(source: Adapter, name: str, dtype: torch.dtype | None) -> Layer:
+    return Layer(
+        name=name,
+        shape=source.info(name).shape,
+        place=source.places[name],
+        dtype=dtype or source.dtype(name),
+        read=lambda: source.update(name),
+        parameters=source.parameters(name),
+        rank=source.info(name).nominal_rank,
+    )
+
+
+def _tensors(source: Adapter, found: Shrunk) -> dict[str, Pending]:
+    tensors = source.carried() | source.biases()
+    for name, update in found.factors.items():
+        factors = stored_factors(name, update, source.places[name])
+        tensors |= {key: Pending.of(factor) for key, factor in factors.items()}
+    return tensors
+
+
+def _dora_note(source: Adapter) -> list[str]:
+    if not source.magnitudes:
+        return []
+    layers = counted(len(source.magnitudes), "layer")
+    return [f"DoRA in {layers}: the product scale·B·A was resized, the magnitude is as it was"]

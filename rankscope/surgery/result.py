@@ -1,0 +1,145 @@
+"""What an operation did, layer by layer and in all: the same record for every operation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from rankscope.errors import FormatError
+from rankscope.formats.interface import Skipped
+
+SCHEMAS = {name: f"rankscope.{name}/1" for name in ("resize", "extract", "merge", "unmerge", "subtract", "average")}
+
+
+class LayerChange(msgspec.Struct, frozen=True, kw_only=True):
+    """One layer. ``before`` is the update asked for, ``after`` what the output holds of it, rounding included.
+
+    ``shape`` is (out, in). A rank of None: a full matrix. ``parameters``: how many numbers hold the update.
+    ``norm``: ‖before‖_F. ``retained``: share of ‖before‖²_F in the singular values that were kept. ``error``:
+    ‖before − after‖_F; ``relative_error``: that over ``norm``, 0 where both are 0.
+    ``from_original`` (unmerge): the distance from the weight before merging that rounding is expected to leave.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    rank_before: int | None
+    rank_after: int | None
+    parameters_before: int
+    parameters_after: int
+    norm: float
+    retained: float
+    error: float
+    relative_error: float
+    from_original: float | None = None
+
+
+class Total(msgspec.Struct, frozen=True, kw_only=True):
+    """All layers as one long vector: norms and errors add by their squares."""
+
+    layers: int
+    parameters_before: int
+    parameters_after: int
+    norm: float
+    retained: float
+    error: float
+    relative_error: float
+    from_original: float | None = None
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerChange]) -> Total:
+        """Sums over layers."""
+        norm = math.hypot(*(layer.norm for layer in layers))
+        error = math.hypot(*(layer.error for layer in layers))
+        kept = math.fsum(layer.retained * (layer.norm / norm) ** 2 for layer in layers) if norm else 1.0
+        distances = [layer.from_original for layer in layers if layer.from_original is not None]
+        return cls(
+            layers=len(layers),
+            parameters_before=sum(layer.parameters_before for layer in layers),
+            parameters_after=sum(layer.parameters_after for layer in layers),
+            norm=norm,
+            retained=kept,
+            error=error,
+            relative_error=relative(error, norm),
+            from_original=math.hypot(*distances) if distances else None,
+        )
+
+
+class Surgery(msgspec.Struct, frozen=True, kw_only=True):
+    """What was made of what. ``carried``: tensors that went along whole; ``skipped``: what the output lacks.
+
+    ``weights`` are those of ``inputs`` where they were combined; ``command`` is the command line, if it was one.
+    """
+
+    schema: str
+    inputs: tuple[str, ...]
+    weights: tuple[float, ...] | None
+    base: str | None
+    output: str
+    command: str | None
+    choice: str
+    layers: tuple[LayerChange, ...]
+    total: Total
+    carried: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> LayerChange:
+        """The layer of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Strict JSON values: no NaN, no infinity."""
+        found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
+        return found
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Surgery:
+        """The result that ``to_json`` described.
+
+        Raises:
+            FormatError: another schema, or fields that are missing or of another type.
+        """
+        found = value.get("schema") if isinstance(value, Mapping) else None
+        if found not in SCHEMAS.values():
+            raise FormatError(f"expected a result of surgery, such as {SCHEMAS['resize']!r}, not {found!r}")
+        try:
+            return msgspec.convert(value, cls)
+        except msgspec.ValidationError as error:
+            raise FormatError(f"not a whole result of the schema {found!r} ({error})") from error
+
+    def __repr__(self) -> str:
+        total = self.total
+        return (
+            f"Surgery({self.schema}: {total.layers} layers, {total.parameters_before} → {total.parameters_after} "
+            f"parameters, energy kept {total.retained:.4f}, relative error {total.relative_error:.3g}, {self.output!r})"
+        )
+
+
+def counted(n: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def relative(error: float, norm: float) -> float:
+    """error/norm; 0 where the norm is."""
+    return error / norm if norm else 0.0
+
+
+def zero_note(layers: Iterable[LayerChange]) -> list[str]:
+    """Which layers of the output change nothing."""
+    zero = [layer.name for layer in layers if layer.norm == 0]
+    if not zero:
+        return []
+    said = "1 layer changes nothing and was" if len(zero) == 1 else f"{len(zero)} layers change nothing and were"
+    return [f"{said} given rank 1 of zeros: {', '.join(zero[:3])}{', …' if len(zero) > 3 else ''}"]

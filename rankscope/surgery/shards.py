@@ -1,0 +1,71 @@
+"""A checkpoint written anew, shard by shard under the same names, with some of its tensors changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rankscope.formats.checkpoint import INDEX_SUFFIX, checkpoint_file
+from rankscope.formats.files import TensorFile, read_json, write_json
+from rankscope.formats.pickled import PickledFile, open_tensors
+from rankscope.formats.streaming import Pending, write_streamed
+
+
+class Shards:
+    """The files of a checkpoint that ``Checkpoint`` has opened and found sound.
+
+    ``files``: each file of weights by the name that it is written under; pickles become safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        source = checkpoint_file(path)
+        self.index: dict[str, Any] | None = None
+        self.name = _safe(source.name.removesuffix(INDEX_SUFFIX))
+        self.files: dict[str, TensorFile | PickledFile] = {}
+        if source.name.endswith(INDEX_SUFFIX):
+            self.index = read_json(source)
+            shards = sorted(set(self.index["weight_map"].values()))
+            self.files = {_safe(shard): open_tensors(source.parent / shard) for shard in shards}
+        else:
+            self.files = {self.name: open_tensors(source)}
+
+    def write(
+        self, folder: Path, changed: Mapping[str, Pending], added: Mapping[str, Pending], tags: Mapping[str, str]
+    ) -> None:
+        """Write every file, one tensor in memory at a time.
+
+        Args:
+            folder: where to.
+            changed: what takes the place of stored tensors of these names.
+            added: new tensors, which go to the last file.
+            tags: metadata, beside that of the files.
+
+        Raises:
+            FormatError: a file cannot be read or written.
+        """
+        where: dict[str, str] = {}
+        total = 0
+        for number, (name, file) in enumerate(self.files.items(), 1):
+            tensors = {key: changed.get(key) or _stored(file, key) for key in file.infos}
+            if number == len(self.files):
+                tensors |= added
+            write_streamed(folder / name, tensors, {**file.metadata, **tags})
+            where |= dict.fromkeys(tensors, name)
+            total += sum(pending.size for pending in tensors.values())
+        if self.index is not None:
+            metadata = {**(self.index.get("metadata") or {}), "total_size": total}
+            index = {**self.index, "metadata": metadata, "weight_map": dict(sorted(where.items()))}
+            write_json(folder / (self.name + INDEX_SUFFIX), index)
+
+
+def _stored(file: TensorFile | PickledFile, key: str) -> Pending:
+    return Pending(file.infos[key], lambda: file.read(key))
+
+
+def _safe(name: str) -> str:
+    """The name of a file of weights as safetensors, as transformers looks for it."""
+    path = Path(name)
+    if path.suffix == ".safetensors":
+        return name
+    return str(path.with_name(path.stem.replace("pytorch_model", "model") + ".safetensors"))

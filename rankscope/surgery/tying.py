@@ -1,0 +1,61 @@
+"""Output layers that share the embedding's weight: what a merge that changes one of the two has to write."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rankscope.errors import FormatError
+from rankscope.formats.files import TensorInfo
+
+HEAD = "lm_head.weight"
+# Names of weights that output layers are tied to; of positions and token types none is.
+EMBEDDING = re.compile(
+    r"(?:^|\.)(?:embed_tokens|wte|word_embeddings?|embed_in|shared|tok_embeddings|embeddings?)\.weight$"
+)
+HEADED = re.compile(r"(?:CausalLM|LMHeadModel|ConditionalGeneration)$")  # classes whose output layer is lm_head
+TIE = "tie_word_embeddings"
+
+
+def is_tied(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> bool:
+    """Whether the model's output layer is its embedding: as the configuration says, or as its class does by default."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, Mapping) and isinstance(part.get(TIE), bool):
+            return bool(part[TIE])
+    return has_head(config) and HEAD not in infos
+
+
+def has_head(config: Mapping[str, Any]) -> bool:
+    """Whether the model is of a class with an output layer over the vocabulary."""
+    classes = config.get("architectures")
+    return isinstance(classes, list) and any(isinstance(name, str) and HEADED.search(name) for name in classes)
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the same model with an output layer of its own."""
+    found = {**config, TIE: False}
+    if isinstance(text := config.get("text_config"), Mapping) and TIE in text:
+        found["text_config"] = {**text, TIE: False}
+    return found
+
+
+def embedding_of(infos: Mapping[str, TensorInfo], shape: tuple[int, int] | None = None) -> str:
+    """The embedding that an output layer absent from the checkpoint is tied to.
+
+    Raises:
+        FormatError: there is none (of this shape), or more than one that it could be.
+    """
+    found = [
+        name
+        for name, info in infos.items()
+        if EMBEDDING.search(name) and len(info.shape) == 2 and shape in (None, tuple(info.shape))
+    ]
+    if len(found) != 1:
+        size = f" of its shape {shape[0]} × {shape[1]}" if shape else ""
+        several = f" ({', '.join(found)})" if found else ""
+        raise FormatError(
+            f"has no {HEAD}, and {len(found)} embeddings{size} that it could be tied to{several}; "
+            "is this the base that was tuned?"
+        )
+    return found[0]

@@ -1,0 +1,98 @@
+"""The output of an operation: a new folder, made beside its place and renamed when it is whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from rankscope.errors import ConfigError, FormatError
+from rankscope.formats.files import write_json
+from rankscope.surgery.result import Surgery
+
+RECORD = "rankscope.json"
+# What goes with a model or an adapter besides weights and configuration.
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "sentencepiece*", "chat_template*", "*preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.index.json")
+NOT_COPIED = (*WEIGHTS, "README.md", RECORD, ".*")
+
+
+@contextmanager
+def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary neighbour of ``out`` that takes its place at the end; on any error nothing is left.
+
+    Raises:
+        ConfigError: ``out`` exists and is not an empty folder.
+        FormatError: it cannot be written.
+    """
+    place = Path(os.path.realpath(Path(out).expanduser()))
+    _check_free(place, out)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.", suffix=".tmp"))
+    except OSError as error:
+        raise FormatError(f"{out}: cannot be written ({error.strerror or error})") from error
+    try:
+        yield made
+        os.chmod(made, 0o777 & ~_umask())
+        _check_free(place, out)
+        if place.exists():
+            place.rmdir()
+        os.replace(made, place)
+    except OSError as error:
+        raise FormatError(f"{out}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _check_free(place: Path, out: str | os.PathLike[str]) -> None:
+    try:
+        taken = place.exists() and not (place.is_dir() and not any(place.iterdir()))
+    except OSError as error:
+        raise FormatError(f"{out}: cannot be read ({error.strerror or error})") from error
+    if taken:
+        raise ConfigError(f"{out}: exists already; give a new place for the output, nothing is overwritten")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def copy_files(source: Path, folder: Path, patterns: Iterable[str] = ("*",), but: Iterable[str] = NOT_COPIED) -> None:
+    """Copy the files of a folder that fit a pattern and none of ``but``; links are followed, folders left out.
+
+    Raises:
+        FormatError: a file cannot be read or written.
+    """
+    patterns, but = tuple(patterns), tuple(but)
+    try:
+        for path in sorted(source.iterdir()):
+            wanted = any(fnmatch(path.name, pattern) for pattern in patterns)
+            if wanted and not any(fnmatch(path.name, pattern) for pattern in but) and path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    except OSError as error:
+        raise FormatError(f"{error.filename or source}: cannot be copied ({error.strerror or error})") from error
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer that lies beside an adapter, where one does."""
+    copy_files(source, folder, TOKENIZER)
+
+
+def tags(operation: str, command: str | None) -> dict[str, str]:
+    """Metadata of the safetensors files that an operation wrote."""
+    return {"rankscope": operation, **({"rankscope_command": command} if command else {})}
+
+
+def record(folder: Path, result: Surgery) -> None:
+    """Write what was done beside the weights."""
+    write_json(folder / RECORD, result.to_json())

@@ -1,0 +1,61 @@
+"""Rules that turn numbers into words: the same numbers always give the same answer."""
+
+from __future__ import annotations
+
+import pytest
+
+from rankscope.evidence.hypothesis import conclusion
+from rankscope.evidence.verdict import LOW, Answer, Line, Verdict, between, low_rank
+from rankscope.inference import Interval
+
+
+def verdict(line: Line, answer: Answer) -> Verdict:
+    return Verdict(line=line, claim="c", answer=answer, sentence="s", refuted_by="r")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "answer"),
+    [
+        (1, 16, "yes"),
+        (16, 16, "yes"),
+        (1, 17, "undecided"),
+        (16, None, "undecided"),
+        (17, 32, "no"),
+        (17, None, "no"),
+        (None, None, "no"),
+    ],
+)
+def test_a_rank_is_low_up_to_an_eighth_of_the_side(low: float | None, high: float | None, answer: Answer) -> None:
+    assert LOW == 1 / 8
+    assert low_rank(low, high, 128) == answer
+
+
+def test_numbers_with_and_without_an_interval() -> None:
+    assert between(Interval(0.91, 0.88, 0.944)) == "0.91 (0.88 to 0.944)"
+    assert between(Interval(0.91), 1) == "0.9"
+
+
+@pytest.mark.parametrize(
+    ("performance", "truncation", "answer", "words"),
+    [
+        ("yes", "yes", "yes", "is enough"),
+        ("no", "no", "no", "is not enough"),
+        ("yes", "undecided", "yes", "truncation cannot tell"),
+        ("undecided", "no", "no", "performance cannot tell"),
+        ("yes", "no", "undecided", "disagree"),
+        ("undecided", "undecided", "undecided", "cannot tell"),
+        (None, "yes", "yes", "performance cannot tell"),
+        (None, None, "undecided", "cannot tell"),
+    ],
+)
+def test_the_answer_rests_on_what_the_task_needs(
+    performance: Answer | None, truncation: Answer | None, answer: Answer, words: str
+) -> None:
+    lines: tuple[Line, ...] = ("performance", "truncation")
+    given = [verdict(line, a) for line, a in zip(lines, (performance, truncation), strict=True) if a]
+    # What is in the weights has no say, and of each line only the first verdict.
+    given += [verdict("spectra", "no"), verdict("overlap", "yes")]
+    given += [verdict("performance", "no")] if performance else []
+    found, sentence = conclusion(given)
+    assert found == answer
+    assert words in sentence

@@ -1,0 +1,125 @@
+"""Adapters of PEFT's methods that are damaged or lie: one clear error of ours each, never another exception."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from adapters import PREFIX, normal, write_checkpoint
+from peft_models import LINEAR, Saved, import_peft, two
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rankscope.errors import RankscopeError
+from rankscope.formats import store as formats
+from rankscope.formats.peft_config import MethodConfig
+
+VARIANTS = ("GLORA, ", "OFT, ", "DEFT, ", "HRA, ", "MISS, mini", "GRALORA, ", "LOKR, both whole")
+HOSTILE = {name: values for name, values in LINEAR.items() if not name.startswith(VARIANTS)}
+ODD = (None, "x", -1, 0, 10**30, 1.5, {"(": 1}, float("nan"))
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Saved]]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        peft, found = import_peft(), {}
+        for name in HOSTILE:
+            place, method = tmp_path_factory.mktemp("adapter"), name.split(",")[0]
+            found[name] = Saved(peft, place, method, two(), target_modules=["q", "k"], **HOSTILE[name][0])
+        yield found
+
+
+def outcome(folder: Path, base: Path) -> str:
+    """ "read", or the one sentence of ours that refuses it; nothing else may be raised."""
+    try:
+        store = formats.open(folder, base=base)
+        store._repr_html_()
+        for name in store:
+            update, info = store[name], store.info(name)
+            if (update.shape, update.nominal_rank) != (info.shape, info.nominal_rank):
+                return "read, but not as told"
+    except RankscopeError as error:
+        return str(error)
+    return "read"
+
+
+def is_fine(found: str, folder: Path, base: Path) -> bool:
+    """Read, or a sentence that says where."""
+    return found == "read" or ("\n" not in found and (str(folder) in found or str(base) in found))
+
+
+def damaged(tensor: Tensor) -> dict[str, Tensor | None]:
+    """Ways to spoil one tensor."""
+    return {
+        "missing": None,
+        "longer": torch.cat((tensor, tensor[-1:])) if tensor.ndim else tensor[None],
+        "another dimension": tensor[None],
+        "a number": torch.tensor(1.0),
+        "empty": tensor[:0],
+        "integers": torch.ones(tensor.shape, dtype=torch.int64),
+        "NaN": torch.full(tensor.shape, float("nan")),
+    }
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_spoiled_tensors_are_refused_in_one_sentence(adapters, tmp_path, name):
+    """All that is no longer a tensor of the right kind; a missing one where the layer has others."""
+    saved = adapters[name]
+    tensors = load_file(saved.folder / "adapter_model.safetensors")
+    mine = [key for key in tensors if ".q." in key or not key.startswith(PREFIX)]
+    unused = ("randlora_A", "randlora_B", "glora_C", "glora_D", "glora_E")  # copies, and what changes the bias
+    folder = tmp_path / "case"
+    for key in mine:
+        for way, spoiled in damaged(tensors[key]).items():
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(saved.folder, folder)
+            changed = {other: value for other, value in tensors.items() if other != key}
+            if spoiled is not None:
+                changed[key] = spoiled.contiguous()
+            save_file(changed, folder / "adapter_model.safetensors")
+            found = outcome(folder, saved.base_file)
+            assert is_fine(found, folder, saved.base_file), (key, way, found)
+            harmless = (way == "missing" and len(mine) == 1) or any(part in key for part in unused)
+            harmless |= way == "another dimension" and name.startswith(("LOKR", "HIRA", "IA3"))  # a convolution's
+            if not harmless and not (way == "integers" and "indices" in key) and way != "longer":
+                assert found != "read", (key, way)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_configurations_with_odd_values(adapters, tmp_path, name):
+    saved = adapters[name]
+    folder = tmp_path / "case"
+    shutil.copytree(saved.folder, folder)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    known = {field.encode_name for field in msgspec.structs.fields(MethodConfig)}
+    for key in sorted(known & set(config)):
+        for value in ODD:
+            path.write_text(json.dumps({**config, key: value}))
+            found = outcome(folder, saved.base_file)
+            assert is_fine(found, folder, saved.base_file), (key, value, found)
+    path.write_text(json.dumps({**config, "not_invented_yet": {"deep": [1]}}))
+    assert outcome(folder, saved.base_file) == "read"
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_base_that_does_not_fit(adapters, tmp_path, name):
+    saved = adapters[name]
+    bases = {
+        "elsewhere": {"elsewhere.weight": normal(8, 12)},
+        "narrow": {f"block.{module}.weight": normal(5, 3) for module in "qk"},
+        "flat": {f"block.{module}.weight": normal(5) for module in "qk"},
+        "integers": {f"block.{module}.weight": torch.ones(8, 8, dtype=torch.int8) for module in "qk"},
+    }
+    shapeless = name.split(",")[0] in ("FOURIERFT", "MISS", "VERA", "PVERA")  # nothing in the file contradicts them
+    for kind, tensors in bases.items():
+        base = write_checkpoint(tmp_path / f"{kind}.safetensors", tensors)
+        found = outcome(saved.folder, base)
+        assert is_fine(found, saved.folder, base), (kind, found)
+        assert found != "read" or shapeless, kind

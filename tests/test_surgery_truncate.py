@@ -1,0 +1,182 @@
+"""Truncation: Eckart–Young against numpy, the exact error, and each way to choose a rank."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from makers import MAKERS, float64, normal, planted, planted_dense
+
+from rankscope.errors import ConfigError
+from rankscope.noise import noise_edge
+from rankscope.spectra import Spectrum
+from rankscope.surgery.truncate import (
+    AboveNoise,
+    Budget,
+    Energy,
+    Rank,
+    SigmaRatio,
+    carried,
+    distance,
+    is_zero,
+    kept_share,
+    rounding_edge,
+    truncated,
+)
+from rankscope.updates import Dense, LowRank
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_no_matrix_of_that_rank_is_closer(name: str, k: int) -> None:
+    maker = MAKERS[name]
+    update = maker.make(30, 20, 5)
+    after = truncated(update.svd(), k, torch.float64)
+    u, s, vt = np.linalg.svd(float64(update), full_matrices=False)
+    np.testing.assert_allclose(float64(after), u[:, :k] * s[:k] @ vt[:k], rtol=0, atol=20 * maker.exact * s[0])
+    assert distance(update, after) == pytest.approx(np.sqrt((s[k:] ** 2).sum()), abs=20 * maker.exact * s[0])
+    assert (after.scale, after.nominal_rank) == (1.0, k)
+    spectrum = Spectrum.of(update)
+    assert kept_share(spectrum, k) == pytest.approx((s[:k] ** 2).sum() / (s**2).sum(), rel=1e-5)
+
+
+def test_factors_are_balanced() -> None:
+    after = truncated(planted((12, 9), [9.0, 4.0]).svd(), 2, torch.float64)
+    np.testing.assert_allclose((after.B.T @ after.B).numpy(), np.diag([9.0, 4.0]), atol=1e-12)
+    np.testing.assert_allclose((after.A @ after.A.T).numpy(), np.diag([9.0, 4.0]), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_error_counts_the_rounding_of_the_factors(dtype: torch.dtype, dense: bool) -> None:
+    update = (planted_dense if dense else planted)((40, 30), [5.0, 3.0, 1.0, 0.5])
+    after = truncated(update.svd(), 2, dtype)
+    assert after.B.dtype == after.A.dtype == dtype
+    truth = float(np.linalg.norm(float64(update) - float64(after)))
+    assert distance(update, after) == pytest.approx(truth, rel=1e-9)
+    rounded = np.linalg.norm(float64(after) - float64(truncated(update.svd(), 2, torch.float64)))
+    assert rounded > 0.01 * torch.finfo(dtype).eps * update.norm
+    assert truth == pytest.approx(np.hypot(np.hypot(1.0, 0.5), rounded), rel=1e-3)
+
+
+def test_the_error_of_a_matrix_is_found_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    update = Dense(normal(23, 7))
+    after = truncated(update.svd(), 3, torch.float32)
+    whole = distance(update, after)
+    monkeypatch.setattr("rankscope.surgery.truncate.CHUNK", 15)
+    assert distance(update, after) == pytest.approx(whole, rel=1e-12)
+
+
+def test_carried_factors_have_the_scale_in_them() -> None:
+    update = LowRank(normal(5, 2, dtype=torch.float32), normal(2, 4, dtype=torch.float32), 1.7)
+    after = carried(update, torch.float32)
+    assert after.scale == 1.0
+    assert torch.equal(after.A, update.A)
+    np.testing.assert_allclose(float64(after), float64(update), rtol=1e-6)
+
+
+SIGMA = [8.0, 4.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("choice", "rank"),
+    [
+        (Rank(3), 3),
+        (Rank(99), 4),
+        (Energy(64 / 85 - 1e-6), 1),
+        (Energy(64 / 85 + 1e-6), 2),
+        (Energy(0.98), 3),
+        (Energy(1), 4),
+        (SigmaRatio(0.26), 2),
+        (SigmaRatio(0.24), 3),
+        (SigmaRatio(1), 1),
+        (SigmaRatio(1e-9), 4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dense", [False, True])
+def test_ranks_by_each_choice(choice: Rank | Energy | SigmaRatio, rank: int, dense: bool) -> None:
+    update = (planted_dense if dense else planted)((20, 16), SIGMA)
+    assert choice.rank(update, Spectrum.of(update)) == rank
+
+
+@pytest.mark.parametrize("choice", [Rank(3), Energy(0.9), SigmaRatio(0.5)], ids=str)
+def test_a_rank_is_never_0_and_never_more_than_there_is(choice: Rank | Energy | SigmaRatio) -> None:
+    zero = LowRank(torch.zeros(6, 3), normal(3, 5))
+    assert choice.rank(zero, Spectrum.of(zero)) == 1
+    one = planted((6, 5), [2.0, 0.0, 0.0])
+    assert choice.rank(one, Spectrum.of(one)) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Rank(0),
+        lambda: Energy(0),
+        lambda: Energy(1.01),
+        lambda: Energy(float("nan")),
+        lambda: SigmaRatio(0),
+        lambda: SigmaRatio(-1),
+        lambda: Budget(0),
+    ],
+)
+def test_choices_that_make_no_sense(make: object) -> None:
+    with pytest.raises(ConfigError):
+        make()  # type: ignore[operator]
+
+
+def test_a_full_update_is_cut_at_the_edge_of_its_noise() -> None:
+    """Four planted directions above the edge of Gaussian noise are kept, and nothing else."""
+    noise = 0.01 * normal(200, 150, seed=3)
+    signal = planted((200, 150), [3.0, 2.0, 1.5, 1.0])
+    update = Dense(torch.from_numpy(float64(signal)) + noise)
+    spectrum = Spectrum.of(update)
+    assert AboveNoise().rank(update, spectrum) == 4
+    assert Energy(0.9).rank(update, spectrum) > 4 or spectrum.energy_rank(0.99) > 4
+    only = Dense(noise)
+    assert AboveNoise().rank(only, Spectrum.of(only)) <= 2
+
+
+def test_a_half_precision_file_is_cut_at_its_rounding_floor() -> None:
+    base = normal(200, 150, seed=4).bfloat16()
+    tuned = (base.double() + torch.from_numpy(float64(planted((200, 150), [3.0, 2.0])))).bfloat16()
+    update = Dense.difference(tuned, base)
+    spectrum = Spectrum.of(update)
+    edge = noise_edge(update.rounding, update.shape)
+    assert spectrum.values[1] > edge > spectrum.values[2]
+    assert AboveNoise().rank(update, spectrum) == 2
+    assert spectrum.energy_rank(0.999) > 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_of_half_precision_factors_is_cut_at_what_rounding_them_made(dtype: torch.dtype) -> None:
+    """The factors of a rank-4 product, mixed so that none of 16 columns is small, then rounded."""
+    exact = planted((120, 90), [4.0, 3.0, 2.0, 1.0])
+    mix = normal(16, 16, seed=7)
+    wide = torch.cat([exact.B, torch.zeros(120, 12)], dim=1) @ mix
+    tall = torch.linalg.solve(mix, torch.cat([exact.A, torch.zeros(12, 90)]))
+    update = LowRank(wide.to(dtype), tall.to(dtype))
+    spectrum = Spectrum.of(update)
+    edge = rounding_edge(update)
+    assert edge is not None
+    assert spectrum.values[3] > edge > spectrum.values[4] > 0
+    assert AboveNoise().rank(update, spectrum) == 4
+    assert spectrum.nonzero == 16
+    assert Energy(1).rank(update, spectrum) == 16
+
+
+def test_noise_of_exact_factors_cannot_be_told() -> None:
+    update = planted((9, 8), [2.0, 1.0])
+    with pytest.raises(ConfigError, match="product of float64 factors; choose"):
+        AboveNoise().rank(update, Spectrum.of(update))
+
+
+def test_what_cancels_is_zero_and_what_is_small_is_not() -> None:
+    update = LowRank(normal(30, 4), normal(4, 20))
+    nothing = update + (-update)
+    assert is_zero(nothing, Spectrum.of(nothing))
+    little = update + planted((30, 20), [1e-9]) + (-update)
+    assert not is_zero(little, Spectrum.of(little))
+    assert not is_zero(update * 1e-30, Spectrum.of(update * 1e-30))
+    none = LowRank(torch.zeros(3, 1), torch.ones(1, 3))
+    assert is_zero(none, Spectrum.of(none))
