@@ -52,7 +52,7 @@ def test_an_update_with_itself() -> None:
     for side in layer.sides.values():
         np.testing.assert_allclose(np.diag(side.overlap), 1, atol=1e-14)
         assert side.whole.p < 1e-12
-    assert layer.cosine == result.summary.cosine == 1.0
+    assert layer.cosine == result.summary.cosine == pytest.approx(1, abs=1e-14)
     assert layer.relative_difference == pytest.approx(0, abs=1e-15)
     assert layer.inner == pytest.approx(update.energy)
     assert result.summary.relative_difference == pytest.approx(0, abs=1e-15)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 
 from rankscope import plots
 from rankscope.analysis.comparison import CompareResult, compare
-from rankscope.analysis.spectra import spectrum
+from rankscope.analysis.spectra import SpectrumResult, spectrum
 from rankscope.errors import ConfigError, FormatError
 from rankscope.plots import PerformancePoint
 from rankscope.plots.overlap import _ticks
@@ -361,3 +362,15 @@ def test_no_global_state() -> None:
     figure = plots.plot_overlap(pair())
     figure.canvas.draw()
     assert dict(matplotlib.rcParams) == before
+
+
+def test_dollar_signs_in_names_are_no_mathematics() -> None:
+    """What stands between them need not be mathematics, and matplotlib would stop at that."""
+    odd = replace_path(spectrum({"l.$q_{$": planted((20, 16), [2.0, 1.0], seed=1)}), "runs/a$x_{$")
+    assert r"a\$x_{\$" in texts(plots.plot_spectra([odd]))
+    a = {"l.$q_{$": planted((20, 16), [2.0, 1.0], seed=1)}
+    plots.plot_overlap(compare(a, a), "l.$q_{$").canvas.draw()
+
+
+def replace_path(result: SpectrumResult, path: str) -> SpectrumResult:
+    return msgspec.structs.replace(result, path=path)

@@ -94,16 +94,17 @@ return [...document.querySelectorAll("table")].map((table) => ({
 }));
 """
 COLUMN = """
-const rows = [...document.querySelectorAll("table")[arguments[0]].tBodies[0].rows];
-return rows.map((row) => {
+const table = document.querySelectorAll("table")[arguments[0]];
+const header = table.tHead.rows[0].cells[arguments[1]];
+if (arguments[2] === "press") header.firstElementChild.click();
+const cells = [...table.tBodies[0].rows].map((row) => {
   const cell = row.cells[arguments[1]];
   const number = cell.dataset.v;
   return [cell.textContent, number === undefined ? null : Number(number), "none" in cell.dataset];
 });
+if (arguments[2] === "focus") header.firstElementChild.focus();
+return [header.ariaSort, cells];
 """
-WAY = "return document.querySelectorAll('table')[arguments[0]].tHead.rows[0].cells[arguments[1]].ariaSort"
-PRESS = "document.querySelectorAll('table')[arguments[0]].tHead.rows[0].cells[arguments[1]].firstElementChild.click()"
-FOCUS = "document.querySelectorAll('table')[arguments[0]].tHead.rows[0].cells[arguments[1]].firstElementChild.focus()"
 TYPE = """
 const input = document.querySelectorAll("table")[arguments[0]].querySelector("input[type=search]");
 input.value = arguments[1];
@@ -178,20 +179,19 @@ def check_tables(page: Browser) -> Found:
 
 def _sorting(page: Browser, table: int, column: int) -> Found:
     """Press a header three times: up, down, as it was; the last time by the keyboard."""
-    before = page.run(COLUMN, table, column)
+    _, before = page.run(COLUMN, table, column, "look")
     found = []
     for way, turned in (("ascending", False), ("descending", True)):
-        page.run(PRESS, table, column)
-        after = page.run(COLUMN, table, column)
-        if page.run(WAY, table, column) != way:
+        said, after = page.run(COLUMN, table, column, "press")
+        if said != way:
             found.append(f"does not say that it is {way}")
         if sorted(map(str, after)) != sorted(map(str, before)):
             found.append("loses rows when it is sorted")
         if not _in_order(after, turned):
             found.append(f"is not {way}")
-    page.run(FOCUS, table, column)
+    page.run(COLUMN, table, column, "focus")
     page.press("\ue007")
-    if page.run(COLUMN, table, column) != before:
+    if page.run(COLUMN, table, column, "look")[1] != before:
         found.append("is not put back by the third press, of the Enter key")
     return found
 

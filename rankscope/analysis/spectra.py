@@ -187,7 +187,7 @@ def _layer(source: Source, name: str, top: int | None) -> LayerSpectrum:
 
 
 def _noise(update: Update, found: Spectrum) -> dict[str, float | int | None] | None:
-    if isinstance(update, LowRank):
+    if update.nominal_rank is not None:  # its rank is of its making: noise of this shape is no null
         return None
     counts = {"mp_edge": mp_edge(found), "mp_count": mp_count(found), "gd_count": gd_count(found)}
     return {**noise_measures(found.shape), **counts}

@@ -40,7 +40,8 @@ class UpdateInfo:
 
     ``shape`` is (out, in); ``nominal_rank`` is LoRA's r and None for an update that is no product; ``scale``
     multiplies B·A; ``dtype`` is the stored one, of A or of the tuned weight; ``method`` is "lora",
-    "dora-product" (scale·B·A of a DoRA layer), "dora" (the whole of it), "full" or "update".
+    "dora-product" (scale·B·A of a DoRA layer), "dora" (the whole of it), "full", "update", or the name of another
+    method of PEFT or LyCORIS in small letters ("loha", "vera", …).
     """
 
     shape: tuple[int, int]

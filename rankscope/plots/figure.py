@@ -63,6 +63,11 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def literal(name: str) -> str:
+    """A name from a file as text: between dollar signs matplotlib would read mathematics, and stop at what is none."""
+    return name.replace("$", r"\$")
+
+
 def log2_axis(axes: Axes) -> None:
     """A logarithmic x axis with ticks at 1, 2, 4, …, written as numbers."""
     axes.set_xscale("log", base=2)

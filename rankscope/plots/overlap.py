@@ -17,7 +17,7 @@ from rankscope.analysis.comparison import CompareResult
 from rankscope.analysis.pairs import SideComparison
 from rankscope.errors import ConfigError
 from rankscope.noise import Array
-from rankscope.plots.figure import SMALL, new_figure
+from rankscope.plots.figure import SMALL, literal, new_figure
 
 HATCH: dict[str, Any] = {"facecolor": "none", "edgecolor": "white", "hatch": "////", "linewidth": 0.0, "alpha": 0.8}
 SPACES = {"left": "output space (left)", "right": "input space (right)"}
@@ -37,7 +37,7 @@ def plot_overlap(result: CompareResult, layer: str | None = None, figure: Figure
     Raises:
         ConfigError: no such layer.
     """
-    chosen, said = _chosen(result, layer)
+    chosen, said = chosen_layers(result, layer)
     sides = list(chosen[0])
     figure = figure or new_figure(8.2, 0.9 + 3.1 * len(sides))
     grid = figure.subplots(len(sides), 2, squeeze=False)
@@ -53,7 +53,7 @@ def plot_overlap(result: CompareResult, layer: str | None = None, figure: Figure
         bar.set_label("overlap φ", fontsize=SMALL + 1)
         bar.ax.tick_params(labelsize=SMALL)
     a, b = result.titles
-    figure.suptitle(f"a = {a},  b = {b}\n{result.matrices}, {said}", fontsize=SMALL + 2)
+    figure.suptitle(literal(f"a = {a},  b = {b}\n{result.matrices}, {said}"), fontsize=SMALL + 2)
     if hatched:
         label = "cut among near-equal σ: directions are arbitrary"
         note = Patch(**{**HATCH, "edgecolor": "#555555"}, label=label)
@@ -61,7 +61,7 @@ def plot_overlap(result: CompareResult, layer: str | None = None, figure: Figure
     return figure
 
 
-def _chosen(result: CompareResult, layer: str | None) -> tuple[list[dict[str, SideComparison]], str]:
+def chosen_layers(result: CompareResult, layer: str | None) -> tuple[list[dict[str, SideComparison]], str]:
     """Sides of the layers to draw, and what they are called."""
     if layer is not None:
         found = [one for one in result.layers if layer in (one.name, one.name_b)]

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from rankscope.analysis.spectra import LayerSpectrum, SpectrumResult
 from rankscope.errors import ConfigError
 from rankscope.formats.names import kind_of
-from rankscope.plots.figure import COLOURS, GREY, SMALL, log2_axis, new_figure, plain_grid
+from rankscope.plots.figure import COLOURS, GREY, SMALL, literal, log2_axis, new_figure, plain_grid
 
 PANELS_A_ROW = 4
 LINEAR_UP_TO = 32
@@ -64,7 +64,7 @@ def plot_spectra(results: Sequence[SpectrumResult], figure: Figure | None = None
     for unused in panels[len(results) :]:
         unused.remove()
     _axes(panels[: len(results)], results, columns)
-    handles = [Line2D([], [], color=colour, label=kind) for kind, colour in colours.items()]
+    handles = [Line2D([], [], color=colour, label=literal(kind)) for kind, colour in colours.items()]
     if handles:
         place: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False}
         figure.legend(handles=handles, title=CAPTION, fontsize=SMALL, title_fontsize=SMALL, **place)
@@ -87,7 +87,7 @@ def _layers(result: SpectrumResult) -> str:
 def _panel(axes: Axes, result: SpectrumResult, colours: dict[str, str]) -> None:
     changed = [layer for layer in result.layers if layer.energy > 0]
     plain_grid(axes)
-    title = f"{result.title} ({_layers(result)})"
+    title = literal(f"{result.title} ({_layers(result)})")
     if not changed:
         axes.set_title(title, fontsize=SMALL + 1)
         axes.text(0.5, 0.5, "no layer has changed", transform=axes.transAxes, fontsize=SMALL, ha="center")

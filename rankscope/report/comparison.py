@@ -13,7 +13,7 @@ from rankscope.analysis.pairs import LayerComparison, SideComparison
 from rankscope.evidence.verdict import SIGNIFICANT
 from rankscope.inference import holm
 from rankscope.plots import plot_overlap
-from rankscope.plots.overlap import _chosen
+from rankscope.plots.overlap import chosen_layers
 from rankscope.report.cells import significant
 from rankscope.report.document import Cell, Document, Picture, Section, Table
 from rankscope.train.study import versions
@@ -133,7 +133,7 @@ def _beyond_chance(result: CompareResult) -> str:
 
 
 def _picture(result: CompareResult, layer: str | None) -> Picture:
-    chosen, shown = _chosen(result, layer)
+    chosen, shown = chosen_layers(result, layer)
     cuts = _cuts(chosen)
     square = min(cuts[-1][0], cuts[-1][1])
     said = []

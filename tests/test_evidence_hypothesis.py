@@ -1,0 +1,143 @@
+"""A whole study as evidence: every line, what is missing, and the command that writes it as a page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from rankscope.cli.report import command
+from rankscope.errors import ConfigError, FormatError, RankscopeError
+from rankscope.evidence.hypothesis import LINES, Hypothesis, hypothesis
+from rankscope.train.config import StudyConfig
+from rankscope.train.study import Study, run_study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    config = StudyConfig(task="planted", ranks=(2, 8), seeds=(0, 1), steps=120, batch=64, evaluations=0)
+    return run_study(config, tmp_path_factory.mktemp("evidence") / "a <study>")
+
+
+@pytest.fixture(scope="module")
+def found(study: Study) -> Hypothesis:
+    return study.hypothesis()
+
+
+def without(study: Study, folder: Path, *patterns: str) -> Study:
+    """A copy of a study without the runs that fit."""
+    copy = folder / "copy"
+    shutil.copytree(study.folder, copy)
+    for pattern in patterns:
+        for run in copy.glob(f"runs/{pattern}"):
+            shutil.rmtree(run)
+    return Study(copy)
+
+
+def test_every_line_answers_but_those_without_runs(found: Hypothesis) -> None:
+    assert set(found.missing) == {"dimension"}
+    assert "--method" in found.missing["dimension"]
+    assert {verdict.line for verdict in found.verdicts} == set(LINES) - {"dimension"}
+    # Four planted directions of 64, two seeds: nothing here says that more are needed.
+    assert found.answer != "no"
+    assert found.runs == {"done": 8}
+
+
+def test_each_verdict_says_what_would_refute_it(found: Hypothesis) -> None:
+    for verdict in found.verdicts:
+        assert verdict.claim
+        assert verdict.refuted_by
+        assert verdict.sentence.rstrip(".")
+        if verdict.low is not None and verdict.value is not None:
+            assert verdict.low <= verdict.value
+
+
+def test_json_there_and_back(found: Hypothesis) -> None:
+    text = json.dumps(found.to_json(), allow_nan=False)
+    again = Hypothesis.from_json(json.loads(text))
+    assert again.to_json() == found.to_json()
+    with pytest.raises(FormatError, match="schema"):
+        Hypothesis.from_json({"schema": "rankscope.spectrum/1"})
+
+
+def test_a_notebook_escapes_names(found: Hypothesis) -> None:
+    assert "a &lt;study&gt;" in found._repr_html_()
+
+
+def test_lines_can_be_chosen(study: Study) -> None:
+    chosen = hypothesis(study, ["spectra"])
+    assert chosen.performance is None
+    assert chosen.spectra is not None
+    assert chosen.answer == "undecided"
+    with pytest.raises(ConfigError, match="no line of evidence is called 'rank'"):
+        hypothesis(study, ["rank"])  # type: ignore[list-item]
+
+
+def test_without_full_fine_tuning(study: Study, tmp_path: Path) -> None:
+    some = without(study, tmp_path, "full-*").hypothesis()
+    assert {"truncation", "agreement"} <= set(some.missing)
+    assert "full fine-tuning" in some.missing["truncation"]
+    assert some.performance is not None
+    assert some.answer == "undecided"
+
+
+def test_without_adapters(study: Study, tmp_path: Path) -> None:
+    some = without(study, tmp_path, "lora-*").hypothesis()
+    assert "no LoRA run is done" in some.missing["overlap"]
+    assert some.truncation is not None
+
+
+def test_with_one_run(study: Study, tmp_path: Path) -> None:
+    some = without(study, tmp_path, "full-*", "lora-r8-*", "*-s1").hypothesis()
+    assert some.verdicts
+    assert some.answer == "undecided"
+
+
+def test_with_a_run_that_diverged(study: Study, tmp_path: Path) -> None:
+    copy = without(study, tmp_path)
+    path = next(copy.folder.glob("runs/lora-r8-*-s1/run.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "status": "diverged", "metrics": {}}))
+    some = Study(copy.folder).hypothesis()
+    assert some.runs == {"done": 7, "diverged": 1}
+    assert some.performance is not None
+
+
+def test_nothing_has_ended(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(RankscopeError, match="no run of this study has ended"):
+        without(study, tmp_path, "full-*", "lora-*").hypothesis()
+
+
+def test_other_data_leaves_the_lines_that_need_no_model(study: Study, tmp_path: Path) -> None:
+    copy = without(study, tmp_path)
+    path = copy.folder / "study.json"
+    path.write_text(path.read_text().replace("rank 4, noise", "rank 5, noise"))
+    some = Study(copy.folder).hypothesis(lines=["truncation", "spectra"])
+    assert "was begun with another data" in some.missing["truncation"]
+
+
+def test_the_command_writes_page_results_and_figures(study: Study, tmp_path: Path) -> None:
+    place = tmp_path / "out"
+    asked = [str(study.folder), "-o", str(place), "--lines", "performance,spectra", "--quiet"]
+    ended = CliRunner().invoke(command, asked, catch_exceptions=False)
+    assert ended.exit_code == 0
+    page = (place / "report.html").read_text(encoding="utf-8")
+    results = json.loads((place / "results.json").read_text(encoding="utf-8"))
+    assert results["schema"] == "rankscope.report/1"
+    assert "a &lt;study&gt;" in page
+    assert "a <study>" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    stems = {path.stem for path in (place / "figures").glob("*.png")}
+    assert stems
+    for suffix in ("svg", "csv"):
+        assert stems <= {path.stem for path in (place / "figures").glob(f"*.{suffix}")}
+    assert "performance" in ended.output
+    assert results["sentence"] in ended.output
+
+
+def test_the_command_prints_json(study: Study, tmp_path: Path) -> None:
+    asked = [str(study.folder), "-o", str(tmp_path), "--lines", "spectra", "--json", "--quiet"]
+    ended = CliRunner().invoke(command, asked, catch_exceptions=False)
+    assert json.loads(ended.stdout) == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
