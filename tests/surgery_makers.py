@@ -30,9 +30,6 @@ def import_peft() -> ModuleType:
     with quietly():
         import peft
         import transformers.pytorch_utils  # noqa: F401 (layers look for its Conv1D)
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
     return peft
 
 

@@ -5,16 +5,29 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from makers import normal, planted
 from safetensors.numpy import load_file
 from scipy import stats
 
+from rankscope.analysis.spectra import spectrum
 from rankscope.analysis.text import json_values
-from rankscope.evidence.effective import Effective, Growth, Needed, Point, effective, random_measures, verdicts
+from rankscope.evidence.effective import (
+    SHOWN,
+    Effective,
+    Growth,
+    Needed,
+    Point,
+    _noise,
+    effective,
+    random_measures,
+    verdicts,
+)
 from rankscope.evidence.material import Material
 from rankscope.evidence.performance import performance
 from rankscope.evidence.verdict import Answer, MissingEvidenceError
@@ -24,8 +37,10 @@ from rankscope.report.effective import section
 from rankscope.spectra import noise_measures
 from rankscope.train.config import StudyConfig
 from rankscope.train.planted import Planted
-from rankscope.train.runs import Record
+from rankscope.train.results import Row
+from rankscope.train.runs import Record, Run
 from rankscope.train.study import Study, run_study
+from rankscope.updates import Dense
 
 RANKS, SEEDS, RATES = (1, 2, 4, 8), (0, 1), (1e-3, 1e-2, 1e-1)
 
@@ -181,6 +196,20 @@ def test_noise_is_that_of_the_shapes_of_full_fine_tuning(found: Effective) -> No
     assert found.noise == {name: np.median([one[name] for one in expected]) for name in found.noise}
     full = [point.ranks["entropy_rank"] for point in found.points if point.method == "full"]
     assert max(full) < found.noise["entropy_rank"]
+
+
+def test_noise_is_of_the_layers_that_the_adapter_has() -> None:
+    """Full fine-tuning changes a head and an embedding, too, of other shapes."""
+    shapes = {"a": (40, 40), "b": (40, 40), "head": (200, 10), "embedding": (90, 12), "more": (80, 12)}
+    whole = spectrum({name: Dense(normal(*shape)) for name, shape in shapes.items()})
+    thin = spectrum({name: planted(shapes[name], [2.0, 1.0]) for name in ("a", "b")})
+    full, adapter = (
+        Row(Record(run=Run(method=method, seed=0), status="done", steps=1), 0.0, 0.0, {}, spectra, None)
+        for method, spectra in (("full", whole), ("lora", thin))
+    )
+    material = SimpleNamespace(best=lambda method: [full])
+    expected = noise_measures((40, 40))
+    assert _noise(material, adapter) == {name: expected[name] for name in SHOWN}  # type: ignore[arg-type]
 
 
 def test_results_are_strict_json(found: Effective) -> None:

@@ -106,11 +106,23 @@ def test_a_large_model_is_shared_out_at_once_and_proven() -> None:
 
 
 def test_where_the_search_is_cut_short_the_gap_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_STATES", 1)
+    rng = np.random.default_rng(4)
+    open_gaps = 0
+    for _ in range(300):
+        energies, costs, budget = case(rng, equal=False)
+        found = allot(energies, costs, budget)
+        best, total = least(energies, costs, budget), left_out(energies, [0] * len(costs))
+        assert cost(found.ranks, costs) <= budget
+        assert left_out(energies, found.ranks) <= best + found.above + 1e-12 * total
+        open_gaps += found.above > 0
+    assert open_gaps > 0
+
+
+def test_a_search_that_could_be_endless_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every parameter is worth the same, so that every combination could be best."""
-    energies = [np.full(60, float(price)) for price in (7, 11, 13, 17)]
-    costs = [7, 11, 13, 17]
-    monkeypatch.setattr(module, "MOST_STATES", 8)
-    found = allot(energies, costs, 48 + 501)
-    assert cost(found.ranks, costs) <= 48 + 501
-    worth = sum(price * (rank - 1) for price, rank in zip(costs, found.ranks, strict=True))
-    assert found.above == pytest.approx(501 - worth)
+    monkeypatch.setattr(module, "MOST_STATES", 1 << 12)
+    energies = [np.full(500, float(price)) for price in (7, 11, 13, 17)]
+    found = allot(energies, [7, 11, 13, 17], 9001)
+    worth = sum(price * (rank - 1) for price, rank in zip((7, 11, 13, 17), found.ranks, strict=True))
+    assert found.above == pytest.approx(9001 - 48 - worth)

@@ -157,8 +157,11 @@ def test_names_behind_a_wrapper_are_found(tmp_path: Path) -> None:
     """The adapter says model.h.q, the checkpoint h.q, and the other way round."""
     for ours, theirs in (("model.h.q", "h.q"), ("h.q", "model.h.q")):
         base = write_checkpoint(tmp_path / ours / "base.safetensors", {f"{theirs}.weight": normal(5, 7)})
-        adapter = write_adapter(tmp_path / ours / "a", linear(ours))
+        wrapper = ours.removesuffix("h.q")
+        new = {f"{PREFIX}{wrapper}pooler.weight": normal(3, 3)}
+        adapter = write_adapter(tmp_path / ours / "a", {**linear(ours), **new}, modules_to_save=["pooler"])
         merge(base, [adapter], tmp_path / ours / "out")
+        assert f"{theirs.removesuffix('h.q')}pooler.weight" in read(tmp_path / ours / "out")
         exact = normal(5, 7).double() + product(load_file(adapter / "adapter_model.safetensors"), ours)
         assert torch.equal(read(tmp_path / ours / "out")[f"{theirs}.weight"], exact.float())
 

@@ -141,6 +141,24 @@ def test_gpt2_is_resized_merged_and_unmerged(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(load_model(tmp_path / "back")), logits(model), **CLOSE)
 
 
+@pytest.mark.parametrize("target", ["c_attn", "wte", "lm_head"])
+def test_gpt2_as_it_was_published(tmp_path: Path, target: str) -> None:
+    """Its checkpoint lacks the name of the inner model, and its configuration does not say that it ties."""
+    model = gpt2()
+    base = save_model(model, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    bare = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = save_peft(model, tmp_path / "a", target_modules=["c_fc", target], fan_in_fan_out=True)
+    expected = with_peft(model, adapter)
+    merge(base, [adapter], tmp_path / "merged")
+    torch.testing.assert_close(logits(load_model(tmp_path / "merged")), expected, **CLOSE)
+    if target != "lm_head":
+        result = extract(tmp_path / "merged", Energy(1), tmp_path / "again", base)
+        assert bool(result.carried) == (target == "wte")
+        torch.testing.assert_close(with_peft(load_model(base), tmp_path / "again"), expected, **CLOSE)
+
+
 @pytest.mark.parametrize("name", [*SETTINGS, "tied embedding", "tied head", "tied, both whole"])
 def test_merged_equals_unmerged(tmp_path: Path, name: str) -> None:
     """What PEFT computes with the adapter attached is what transformers computes with the merged weights."""

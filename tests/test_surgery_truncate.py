@@ -165,6 +165,17 @@ def test_a_product_of_half_precision_factors_is_cut_at_what_rounding_them_made(d
     assert Energy(1).rank(update, spectrum) == 16
 
 
+@pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
+def test_the_edge_is_what_rounding_does_to_the_product(size: float) -> None:
+    """However the size is shared out over the factors: the largest σ of rounded − exact, which is bounded by it."""
+    B, A = normal(150, 8, seed=1) * size, normal(8, 110, seed=2) / size
+    update = LowRank(B.bfloat16(), A.bfloat16(), -3.0)
+    edge = rounding_edge(update)
+    assert edge is not None
+    truth = np.linalg.norm(float64(update) + 3 * (B @ A).numpy(), ord=2)
+    assert 0.3 * edge < truth < edge
+
+
 def test_noise_of_exact_factors_cannot_be_told() -> None:
     update = planted((9, 8), [2.0, 1.0])
     with pytest.raises(ConfigError, match="product of float64 factors; choose"):

@@ -69,6 +69,8 @@ def test_a_place_that_is_taken_is_refused_and_stays_as_it_is(tmp_path: Path, sou
     for out in (taken, file, *inputs):
         with pytest.raises(ConfigError, match="exists already; give a new place for the output"):
             ACTS[name](sources, out)
+    with pytest.raises(ConfigError, match="exists already"):
+        ACTS[name](tmp_path / "nowhere", taken)  # said before any work is done
     assert everything(tmp_path) == before
 
 

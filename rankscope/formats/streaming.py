@@ -70,6 +70,4 @@ def _write_one(file: BinaryIO, pending: Pending) -> None:
     found = TensorInfo(tuple(tensor.shape), tensor.dtype)
     if found != pending.info:
         raise FormatError(f"is {found}, where {pending.info} was announced; has the file changed meanwhile?")
-    if tensor.dtype.is_complex:
-        tensor = torch.view_as_real(tensor)
     file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -72,8 +72,9 @@ def extract(
         factors, changes, places = _with_head(source, found.factors, found.changes, layers)
         tensors = dict(parts.tensors)
         for name, update in factors.items():
-            tensors |= {key: Pending.of(factor) for key, factor in stored_factors(name, update, places[name]).items()}
-        ranks = {name: update.nominal_rank for name, update in factors.items()}
+            stored = stored_factors(source.in_model(name), update, places[name])
+            tensors |= {key: Pending.of(factor) for key, factor in stored.items()}
+        ranks = {source.in_model(name): update.nominal_rank for name, update in factors.items()}
         write_folder(folder, _config(source, ranks, parts, base), tensors, tags("extract", command))
         copy_tokenizer(source.store.path if source.store.path.is_dir() else source.store.path.parent, folder)
         result = Surgery(
@@ -160,7 +161,7 @@ def _notes(source: Tuned, parts: Whole) -> list[str]:
 def _config(source: Tuned, ranks: dict[str, int], parts: Whole, base: object) -> dict[str, Any]:
     classes = source.config.get("architectures") or [""]
     causal = isinstance(classes, list) and str(classes[0]).endswith(("CausalLM", "LMHeadModel"))
-    paths = {name.rpartition(".")[0] for name in source.infos} | ranks.keys()
+    paths = {source.in_model(name.rpartition(".")[0]) for name in source.infos} | ranks.keys()
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if causal else None,
@@ -173,5 +174,5 @@ def _config(source: Tuned, ranks: dict[str, int], parts: Whole, base: object) ->
         "bias": "all" if parts.biases else "none",
         "fan_in_fan_out": any(source.is_conv1d(name) for name in ranks),
         "init_lora_weights": True,
-        "modules_to_save": parts.modules or None,
+        "modules_to_save": [source.in_model(module) for module in parts.modules] or None,
     }

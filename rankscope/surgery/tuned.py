@@ -19,8 +19,10 @@ from rankscope.formats.names import WEIGHT, pair
 from rankscope.formats.peft_write import Place
 from rankscope.formats.store import open as open_store
 from rankscope.formats.streaming import Pending
+from rankscope.surgery.tying import HEAD, has_head
 
 CONFIG = "config.json"
+WRAPPERS = {"gpt2": "transformer", "openai-gpt": "transformer", "bloom": "transformer"}
 # Last parts of the paths of embeddings, and of linear layers that are named after one.
 EMBEDDED = re.compile(r"emb|wte|wpe|^shared$|^tokens$|relative_attention_bias", re.IGNORECASE)
 LINEAR = re.compile(r"head|score|decoder|proj|mapping|classifier|out$", re.IGNORECASE)
@@ -107,6 +109,15 @@ class Tuned:
         if rows:
             return f"{rows[0]} rows, {rows[1]} in the base"
         return "a convolution with one input a group" if len(shape) > 2 and shape[1] == 1 and shape[0] > 1 else None
+
+    def in_model(self, module: str) -> str:
+        """A module's path in the model that the configuration names, which PEFT will look for.
+
+        Published GPT-2 and BLOOM are stored without the name of their inner model, which transformers adds on loading.
+        """
+        wrapper = WRAPPERS.get(str(self.config.get("model_type")))
+        bare = wrapper and has_head(self.config) and not any(name.startswith(f"{wrapper}.") for name in self.infos)
+        return f"{wrapper}.{module}" if bare and f"{module}.weight" != HEAD else module
 
     def changed(self, name: str) -> bool:
         """Whether a tensor differs from the base's, or is not in the base."""

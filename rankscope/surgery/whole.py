@@ -46,11 +46,16 @@ def whole_parts(tuned: Tuned, low_rank: Collection[str], unchanged: Collection[s
             skipped += [Skipped(name, reason) for name in moved] if reason else []
     modules = list(dict.fromkeys(modules))
     biases = [module for module in biases if module not in modules]
-    tensors = {PREFIX + name: tuned.pending(name) for module in modules for name in own[module]}
+    tensors = {_key(tuned, name): tuned.pending(name) for module in modules for name in own[module]}
     for module in biases:
-        key = f"{PREFIX}{module}{'.base_layer' if module in low_rank else ''}.bias"
+        key = _key(tuned, f"{module}{'.base_layer' if module in low_rank else ''}.bias")
         tensors[key] = tuned.pending(f"{module}.bias")
     return Whole(tensors, modules, biases, skipped)
+
+
+def _key(tuned: Tuned, name: str) -> str:
+    module, _, leaf = name.rpartition(".")
+    return f"{PREFIX}{tuned.in_model(module)}.{leaf}"
 
 
 def _unknown(tuned: Tuned) -> list[Skipped]:
