@@ -58,7 +58,8 @@ class Material:
         best = [row.record.run for row in self.rows if row.best and row.record.run.is_lora]
         if not best:
             raise MissingEvidenceError("no LoRA run is done; train some with --ranks")
-        ranks = Counter(targets for targets, _ in {(r.targets, r.rank) for r in best if r.method == best[0].method})
+        cells = dict.fromkeys((r.targets, r.rank) for r in best if r.method == best[0].method)
+        ranks = Counter(targets for targets, _ in cells)  # in the study's order, which decides between equals
         return self.best(best[0].method, ranks.most_common(1)[0][0])
 
     def full(self) -> list[Row]:

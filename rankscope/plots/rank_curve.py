@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from rankscope.evidence.entries import Entry
 from rankscope.evidence.performance import Performance
@@ -31,7 +33,8 @@ def plot_rank_curve(found: Performance) -> Figure:
     """Score against rank, and against trained parameters.
 
     A line joins the means over seeds, with their intervals; small markers are seeds; a hollow marker is a best rate on
-    the edge of those tried. Full fine-tuning is a line with its interval as a band, the untouched base a dotted line.
+    the edge of those tried. Full fine-tuning is a line with its interval as a band, the untouched base a dotted
+    line, with a band from its least to its largest score.
     """
     figure = new_figure(9, 4.2)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.25, 1))
@@ -48,17 +51,26 @@ def plot_rank_curve(found: Performance) -> Figure:
     log2_axis(left)
     left.set_xticks(sorted({entry.rank for *_, entries in lines for entry in entries if entry.rank}))
     right.set_xscale("log")
+    right.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if _decades(found) < 2 else (1.0,)))
+    right.xaxis.set_major_formatter(EngFormatter(sep=""))
+    right.xaxis.set_minor_formatter(NullFormatter())
     left.set_xlabel("nominal rank r, each at its best rate")
     right.set_xlabel("trained parameters")
     left.set_ylabel(f"{found.metric} ({'higher' if found.higher_is_better else 'lower'} is better)")
     left.set_ylim(*_limits(found))
-    if any(len(entry.scores) > 1 for entry in found.entries):
+    if any(len(entry.scores) > 1 for entry in found.entries if entry.method != "base"):
         left.plot([], [], "|", color=GREY, markersize=9, label=f"{LEVEL:.0%} interval of the mean")
         left.plot([], [], "_", color=GREY, markersize=7, label="a seed")
     if any(entry.edge for entry in found.entries):
         left.plot([], [], "o", color=GREY, markerfacecolor="white", markersize=MARKER, label="best rate on the edge")
     _legend(figure, left, right)
     return figure
+
+
+def _decades(found: Performance) -> float:
+    """How far the sizes of what is trained reach."""
+    sizes = [entry.trainable for entry in found.entries if entry.trainable]
+    return math.log10(max(sizes) / min(sizes)) if sizes else 0.0
 
 
 def _rank(entry: Entry) -> float:
@@ -114,7 +126,8 @@ def _references(axes: Axes, found: Performance) -> None:
         asked = base.score.value + GAIN * (full.score.value - base.score.value)
         axes.axhline(asked, color=FULL, linewidth=1, linestyle="--", label=f"{GAIN:.0%} of its gain")
     if base:
-        _level(axes, base.score, DARK, ":", "untouched base")
+        # Gains are paired by seed: how far the bases of the seeds lie apart matters, not how well their mean is known.
+        _level(axes, Interval(base.score.value, min(base.scores), max(base.scores)), DARK, ":", "untouched base")
 
 
 def _level(axes: Axes, score: Interval, colour: str, style: str, name: str) -> None:
@@ -162,7 +175,8 @@ def _limits(found: Performance) -> tuple[float, float]:
     scores = [score for entry in found.entries for score in entry.scores]
     low, high = min(scores), max(scores)
     spread = high - low or abs(high) or 1.0
-    ends = [end for entry in found.entries for end in (entry.score.low, entry.score.high) if end is not None]
+    trained = [entry.score for entry in found.entries if entry.method != "base"]
+    ends = [end for score in trained for end in (score.low, score.high) if end is not None]
     low = max(min([low, *ends]), low - BEYOND * spread)
     high = min(max([high, *ends]), high + BEYOND * spread)
     return low - 0.06 * spread, high + 0.06 * spread

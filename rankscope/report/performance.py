@@ -39,9 +39,10 @@ def _curve(found: Performance) -> Picture:
     return Picture(
         name="performance",
         caption=(
-            f"Score on the test split: means over seeds with their {LEVEL:.0%} intervals. Band: the interval of full "
-            f"fine-tuning. r{100 * GAIN:.0f} is the smallest rank with {GAIN:.0%} of its gain over the base, r≈ the "
-            f"smallest equivalent to it within {found.margin:.0%} of that gain."
+            f"Score on the test split: means over seeds with their {LEVEL:.0%} intervals. Bands: the interval of full "
+            f"fine-tuning, and the range of the base over seeds. r{100 * GAIN:.0f} is the smallest rank with "
+            f"{GAIN:.0%} of full fine-tuning's gain over the base, r≈ the smallest equivalent to it within "
+            f"{found.margin:.0%} of that gain."
         ),
         alt=_curve_alt(found),
         draw=partial(plot_rank_curve, found),
