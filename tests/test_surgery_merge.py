@@ -234,6 +234,26 @@ def test_what_was_trained_whole_takes_the_place_of_the_base(tmp_path: Path) -> N
     assert set(result.carried) == set(whole)
 
 
+def test_a_head_under_a_live_name_is_found(tmp_path: Path) -> None:
+    base = write_checkpoint(
+        tmp_path / "base" / "model.safetensors", {"h.q.weight": normal(6, 5), "score.weight": normal(3, 6)}
+    )
+    head = normal(3, 6) + 1
+    live = {f"{PREFIX}score.modules_to_save.default.weight": head}
+    adapter = write_adapter(tmp_path / "a", {**linear("h.q", 6, 5), **live}, modules_to_save=["score"])
+    merge(base.parent, [adapter], tmp_path / "out")
+    assert torch.equal(read(tmp_path / "out")["score.weight"], head)
+
+
+@pytest.mark.parametrize("metadata", [None, [], "x", 3])
+def test_an_index_with_odd_metadata(tmp_path: Path, metadata: Any) -> None:
+    base = write_shards(tmp_path / "base", {"part-1.safetensors": {"h.q.weight": normal(6, 5)}})
+    path = base / "model.safetensors.index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "metadata": metadata}))
+    merge(base, [write_adapter(tmp_path / "a", linear("h.q", 6, 5))], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / path.name).read_text())["metadata"] == {"total_size": 120}
+
+
 def test_weights_of_what_was_trained_whole(tmp_path: Path) -> None:
     tensors = {"q.weight": normal(5, 7), "norm.weight": torch.full((3,), 2.0)}
     base = write_checkpoint(tmp_path / "base.safetensors", tensors)

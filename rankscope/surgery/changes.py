@@ -144,15 +144,15 @@ class Changes:
         return fan_in_fan_out if known is None else known
 
     def _replace(self, adapter: Adapter, key: str, weight: float) -> None:
-        tensor = tensor_name(key)
+        tensor, place = tensor_name(key), adapter.whole[key]  # the file may have it under a live name
         saved = adapter.config.get("modules_to_save") or []
         if tensor == HEAD and tensor not in self._theirs and key.endswith(BESIDE):
-            if self._is_embedding(adapter.file.read(key)):
+            if self._is_embedding(adapter.file.read(place)):
                 return
         elif tensor not in self._theirs and not any(f".{name}." in f".{tensor}" for name in saved):
             raise FormatError(f"{self.checkpoint.path} has no {tensor}, which the adapter replaces")
         change = self._of(tensor)
-        change.whole.append(_Part(adapter, key, weight))
+        change.whole.append(_Part(adapter, place, weight))
         shapes = {part.adapter.file.infos[part.key].shape for part in change.whole}
         if change.stored is not None:
             shapes.add(self.checkpoint.infos[change.stored].shape)

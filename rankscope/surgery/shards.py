@@ -54,7 +54,8 @@ class Shards:
             where |= dict.fromkeys(tensors, name)
             total += sum(pending.size for pending in tensors.values())
         if self.index is not None:
-            metadata = {**(self.index.get("metadata") or {}), "total_size": total}
+            known = self.index.get("metadata")
+            metadata = {**(known if isinstance(known, dict) else {}), "total_size": total}
             index = {**self.index, "metadata": metadata, "weight_map": dict(sorted(where.items()))}
             write_json(folder / (self.name + INDEX_SUFFIX), index)
 
