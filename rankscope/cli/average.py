@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from rankscope.cli.common import tracker
-from rankscope.cli.surgery_output import (
-    choice_options,
-    chosen,
-    command_line,
-    dtype_option,
-    parsed_dtype,
-    parsed_weights,
-    place_options,
-    report_options,
-    show,
-)
+from rankscope.cli.surgery_output import acts, parsed_weights
+
+if TYPE_CHECKING:
+    from rankscope.surgery.result import Surgery
+    from rankscope.surgery.truncate import Choice
 
 
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--weights", metavar="W,…", help="One for each adapter, divided by their sum [equal].")
-@choice_options
-@place_options
-@dtype_option
-@report_options
+@acts(chooses="maybe")
 def command(
-    adapters: tuple[str, ...],
-    weights: str | None,
-    rank: int | None,
-    energy: float | None,
-    sigma_ratio: float | None,
-    noise: bool,
-    budget: int | None,
-    output: str,
-    device: str,
-    dtype: str | None,
-    as_json: bool,
-    verbose: bool,
-    quiet: bool,
-    debug: bool,
-) -> None:
+    adapters: tuple[str, ...], weights: str | None, choice: Choice | None, output: str, options: dict[str, Any]
+) -> Surgery:
     """The adapter whose update is the mean of several.
 
     The mean of the updates sBA, not of the factors. Exact, with the ranks added, or lower by --rank and its like;
@@ -53,14 +32,4 @@ def command(
     """
     from rankscope.surgery.algebra import average
 
-    result = average(
-        adapters,
-        output,
-        parsed_weights(weights),
-        chosen(rank, energy, sigma_ratio, noise, budget),
-        dtype=parsed_dtype(dtype),
-        device=device,
-        track=tracker(quiet, "layers"),
-        command=command_line(),
-    )
-    show(result, as_json, verbose, quiet)
+    return average(adapters, output, parsed_weights(weights), choice, **options)

@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from rankscope.cli.common import tracker
-from rankscope.cli.surgery_output import (
-    choice_options,
-    chosen,
-    command_line,
-    dtype_option,
-    parsed_dtype,
-    place_options,
-    report_options,
-    required,
-    show,
-)
+from rankscope.cli.surgery_output import acts
+
+if TYPE_CHECKING:
+    from rankscope.surgery.result import Surgery
+    from rankscope.surgery.truncate import Choice
 
 
 @click.command()
 @click.argument("adapter", metavar="ADAPTER")
-@choice_options
-@place_options
-@dtype_option
-@report_options
-def command(
-    adapter: str,
-    rank: int | None,
-    energy: float | None,
-    sigma_ratio: float | None,
-    noise: bool,
-    budget: int | None,
-    output: str,
-    device: str,
-    dtype: str | None,
-    as_json: bool,
-    verbose: bool,
-    quiet: bool,
-    debug: bool,
-) -> None:
+@acts(chooses="always")
+def command(adapter: str, choice: Choice, output: str, options: dict[str, Any]) -> Surgery:
     """Shrink an adapter: the same update at lower rank, as close as that rank allows.
 
     ADAPTER is a LoRA adapter in PEFT's layout, or a run of a study. Each layer keeps its largest singular values;
@@ -52,14 +30,4 @@ def command(
     """
     from rankscope.surgery.resize import resize
 
-    choice = required(chosen(rank, energy, sigma_ratio, noise, budget))
-    result = resize(
-        adapter,
-        choice,
-        output,
-        dtype=parsed_dtype(dtype),
-        device=device,
-        track=tracker(quiet, "layers"),
-        command=command_line(),
-    )
-    show(result, as_json, verbose, quiet)
+    return resize(adapter, choice, output, **options)

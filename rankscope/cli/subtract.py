@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from rankscope.cli.common import tracker
-from rankscope.cli.surgery_output import (
-    choice_options,
-    chosen,
-    command_line,
-    dtype_option,
-    parsed_dtype,
-    place_options,
-    report_options,
-    show,
-)
+from rankscope.cli.surgery_output import acts
+
+if TYPE_CHECKING:
+    from rankscope.surgery.result import Surgery
+    from rankscope.surgery.truncate import Choice
 
 
 @click.command()
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@choice_options
-@place_options
-@dtype_option
-@report_options
-def command(
-    a: str,
-    b: str,
-    rank: int | None,
-    energy: float | None,
-    sigma_ratio: float | None,
-    noise: bool,
-    budget: int | None,
-    output: str,
-    device: str,
-    dtype: str | None,
-    as_json: bool,
-    verbose: bool,
-    quiet: bool,
-    debug: bool,
-) -> None:
+@acts(chooses="maybe")
+def command(a: str, b: str, choice: Choice | None, output: str, options: dict[str, Any]) -> Surgery:
     """The adapter whose update is that of A minus that of B.
 
     Exact, with the ranks added, or lower by --rank and its like; --energy 1 drops only what is rounding. Layers that
@@ -52,14 +30,4 @@ def command(
     """
     from rankscope.surgery.algebra import subtract
 
-    result = subtract(
-        a,
-        b,
-        output,
-        chosen(rank, energy, sigma_ratio, noise, budget),
-        dtype=parsed_dtype(dtype),
-        device=device,
-        track=tracker(quiet, "layers"),
-        command=command_line(),
-    )
-    show(result, as_json, verbose, quiet)
+    return subtract(a, b, output, choice, **options)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from rankscope.cli.common import count, grouped, number, print_json, print_table, say, skipped_lines
+from rankscope.cli.common import count, grouped, number, print_json, print_table, say, skipped_lines, tracker
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
     from rankscope.surgery.result import LayerChange, Surgery
     from rankscope.surgery.truncate import Choice
 
-CHOICES = "--rank, --energy, --sigma-ratio, --noise, --budget"
+Acting = Callable[..., "Surgery"]
+CHOICES = ("rank", "energy", "sigma_ratio", "noise", "budget")
 choice_options = grouped(
     click.option("--rank", type=click.IntRange(min=1), metavar="R", help="At most rank R in every layer."),
     click.option("--energy", type=float, metavar="SHARE", help="The fewest σ with this share of each layer's energy."),
@@ -29,12 +32,12 @@ choice_options = grouped(
         help="So many parameters in all, shared out so that the total error is least.",
     ),
 )
+dtype_option = click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the written factors [as they were]."
+)
 place_options = grouped(
     click.option("-o", "--output", required=True, metavar="OUT", help="Folder to be made; nothing is overwritten."),
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to compute: cpu, cuda …"),
-)
-dtype_option = click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the written factors [as they were]."
 )
 report_options = grouped(
     click.option("--json", "as_json", is_flag=True, help="Print everything as JSON."),
@@ -44,39 +47,53 @@ report_options = grouped(
 )
 
 
+def acts(chooses: Literal["never", "maybe", "always"] = "never") -> Callable[[Acting], Callable[..., None]]:
+    """A command that writes an adapter or a model: with the options that all of these share, and what it returns shown.
+
+    The function is called with its own arguments, ``output``, and ``options`` for the library's function (device,
+    progress, command line). Where ranks can be chosen, it gets ``choice`` too, and ``options`` has the dtype.
+    """
+    several = [] if chooses == "never" else [choice_options, dtype_option]
+
+    def decorate(function: Acting) -> Callable[..., None]:
+        @wraps(function)
+        def command(device: str, as_json: bool, verbose: bool, quiet: bool, debug: bool, **own: Any) -> None:
+            options: dict[str, Any] = {"device": device, "track": tracker(quiet, "layers"), "command": command_line()}
+            if chooses != "never":
+                own["choice"] = chosen(chooses == "always", **{name: own.pop(name) for name in CHOICES})
+                if dtype := own.pop("dtype"):
+                    options["dtype"] = parsed_dtype(dtype)
+            show(function(options=options, **own), as_json, verbose, quiet)
+
+        return grouped(*several, place_options, report_options)(command)
+
+    return decorate
+
+
 def chosen(
-    rank: int | None, energy: float | None, sigma_ratio: float | None, noise: bool, budget: int | None
+    required: bool, rank: int | None, energy: float | None, sigma_ratio: float | None, noise: bool, budget: int | None
 ) -> Choice | None:
     """The choice of ranks that was made, if one was.
 
     Raises:
-        UsageError: several.
+        UsageError: several; or none where one is required.
     """
     from rankscope.surgery.truncate import AboveNoise, Budget, Energy, Rank, SigmaRatio
 
-    given = [value is not None for value in (rank, energy, sigma_ratio, budget)].count(True) + noise
-    if given > 1:
-        raise click.UsageError(f"choose one of {CHOICES}, not {given}")
-    if rank is not None:
-        return Rank(rank)
-    if energy is not None:
-        return Energy(energy)
-    if sigma_ratio is not None:
-        return SigmaRatio(sigma_ratio)
-    if budget is not None:
-        return Budget(budget)
-    return AboveNoise() if noise else None
-
-
-def required(choice: Choice | None) -> Choice:
-    """A choice that has to be made.
-
-    Raises:
-        UsageError: it was not.
-    """
-    if choice is None:
-        raise click.UsageError(f"say how much is kept: one of {CHOICES}")
-    return choice
+    makers: list[tuple[Callable[[Any], Choice], Any]] = [
+        (Rank, rank),
+        (Energy, energy),
+        (SigmaRatio, sigma_ratio),
+        (lambda _: AboveNoise(), noise or None),
+        (Budget, budget),
+    ]
+    given = [(make, value) for make, value in makers if value is not None]
+    names = ", ".join(f"--{name.replace('_', '-')}" for name in CHOICES)
+    if len(given) > 1:
+        raise click.UsageError(f"choose one of {names}, not {len(given)}")
+    if required and not given:
+        raise click.UsageError(f"say how much is kept: one of {names}")
+    return given[0][0](given[0][1]) if given else None
 
 
 def parsed_weights(text: str | None) -> list[float] | None:
@@ -93,11 +110,11 @@ def parsed_weights(text: str | None) -> list[float] | None:
         raise click.UsageError(f"--weights takes numbers with commas between them, not {text!r}") from error
 
 
-def parsed_dtype(name: str | None) -> torch.dtype | None:
+def parsed_dtype(name: str) -> torch.dtype:
     """The dtype of that name."""
     import torch
 
-    found: torch.dtype | None = getattr(torch, name) if name else None
+    found: torch.dtype = getattr(torch, name)
     return found
 
 

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from rankscope.cli.common import tracker
-from rankscope.cli.surgery_output import command_line, parsed_weights, place_options, report_options, show
+from rankscope.cli.surgery_output import acts, parsed_weights
+
+if TYPE_CHECKING:
+    from rankscope.surgery.result import Surgery
 
 
 @click.command()
 @click.argument("merged", metavar="MERGED")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--weights", metavar="W,…", help="Those that the adapters were merged with [1 each].")
-@place_options
-@report_options
+@acts()
 def command(
-    merged: str,
-    adapters: tuple[str, ...],
-    weights: str | None,
-    output: str,
-    device: str,
-    as_json: bool,
-    verbose: bool,
-    quiet: bool,
-    debug: bool,
-) -> None:
+    merged: str, adapters: tuple[str, ...], weights: str | None, output: str, options: dict[str, Any]
+) -> Surgery:
     """Take adapters off the weights that they were merged into.
 
     Rounding lost a part of the original weight wherever the sum was the larger number. The column "from original"
@@ -37,13 +32,4 @@ def command(
     """
     from rankscope.surgery.merge import unmerge
 
-    result = unmerge(
-        merged,
-        adapters,
-        output,
-        parsed_weights(weights),
-        device=device,
-        track=tracker(quiet, "layers"),
-        command=command_line(),
-    )
-    show(result, as_json, verbose, quiet)
+    return unmerge(merged, adapters, output, parsed_weights(weights), **options)

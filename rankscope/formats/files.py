@@ -135,7 +135,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         raise FormatError(f"{path}: cannot be written ({error.strerror or error})") from error
     try:
         write(Path(name))
-        os.chmod(name, 0o666 & ~_umask())
+        os.chmod(name, 0o666 & ~umask())
         os.replace(name, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise FormatError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
@@ -143,7 +143,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         Path(name).unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask

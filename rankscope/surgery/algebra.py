@@ -20,7 +20,7 @@ from rankscope.formats.peft_keys import PREFIX, bare_module
 from rankscope.formats.peft_write import exact_targets, stored_factors, write_folder
 from rankscope.formats.streaming import Pending
 from rankscope.surgery.adapter import BIASES, Adapter, renewed
-from rankscope.surgery.result import SCHEMAS, Surgery, Total, counted, zero_note
+from rankscope.surgery.result import Surgery, counted, zero_note
 from rankscope.surgery.shrink import Layer, Track, shrink
 from rankscope.surgery.truncate import Choice
 from rankscope.surgery.writing import copy_tokenizer, new_folder, record, tags
@@ -130,22 +130,19 @@ def _combine(
         ranks = {change.name: change.rank_after or 1 for change in found.changes}
         write_folder(folder, _config(adapters, ranks, tensors, dropped), tensors, tags(operation, command))
         copy_tokenizer(adapters[0].store.path, folder)
-        result = Surgery(
-            schema=SCHEMAS[operation],
+        return record(
+            folder,
+            operation,
+            out,
+            found.changes,
             inputs=tuple(adapter.label for adapter in adapters),
             weights=tuple(weights),
-            base=None,
-            output=str(out),
             command=command,
             choice="exact" if choice is None else str(choice),
-            layers=found.changes,
-            total=Total.of(found.changes),
             carried=tuple(whole),
             skipped=tuple(Skipped(key, "the same in all: the base's own comes back") for key in dropped),
             notes=(*notes, *found.notes, *zero_note(found.changes)),
         )
-        record(folder, result)
-    return result
 
 
 def _check_alike(adapters: Sequence[Adapter]) -> list[str]:

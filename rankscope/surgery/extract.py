@@ -14,7 +14,7 @@ from rankscope.formats.interface import Skipped
 from rankscope.formats.peft_keys import PREFIX, bare_module
 from rankscope.formats.peft_write import Place, exact_targets, rank_settings, stored_factors, write_folder
 from rankscope.formats.streaming import Pending
-from rankscope.surgery.result import SCHEMAS, LayerChange, Surgery, Total
+from rankscope.surgery.result import LayerChange, Surgery
 from rankscope.surgery.shrink import Layer, Track, shrink
 from rankscope.surgery.truncate import Choice
 from rankscope.surgery.tuned import Tuned
@@ -77,22 +77,19 @@ def extract(
         ranks = {source.in_model(name): update.nominal_rank for name, update in factors.items()}
         write_folder(folder, _config(source, ranks, parts, base), tensors, tags("extract", command))
         copy_tokenizer(source.store.path if source.store.path.is_dir() else source.store.path.parent, folder)
-        result = Surgery(
-            schema=SCHEMAS["extract"],
+        return record(
+            folder,
+            "extract",
+            out,
+            changes,
             inputs=(str(tuned),),
-            weights=None,
             base=None if base is None else str(base),
-            output=str(out),
             command=command,
             choice=str(choice),
-            layers=changes,
-            total=Total.of(changes),
             carried=tuple(parts.tensors),
             skipped=tuple(_skipped(source, parts, kept)),
             notes=(*_notes(source, parts), *found.notes),
         )
-        record(folder, result)
-    return result
 
 
 def _named(base: object) -> str:

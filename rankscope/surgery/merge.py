@@ -17,7 +17,7 @@ from rankscope.formats.peft_keys import CONFIG_NAME, bare_module
 from rankscope.surgery.adapter import Adapter
 from rankscope.surgery.algebra import check_weights
 from rankscope.surgery.changes import Changes
-from rankscope.surgery.result import SCHEMAS, Surgery, Total
+from rankscope.surgery.result import Surgery
 from rankscope.surgery.shards import Shards
 from rankscope.surgery.shrink import Track
 from rankscope.surgery.writing import copy_files, copy_tokenizer, new_folder, record, tags
@@ -116,22 +116,19 @@ def _write(
                 copy_tokenizer(adapters[0].store.path, folder)
             if config != changes.config:
                 write_json(folder / CONFIG, changes.config)
-        result = Surgery(
-            schema=SCHEMAS[operation],
+        return record(
+            folder,
+            operation,
+            out,
+            layers,
             inputs=tuple(adapter.label for adapter in adapters),
             weights=tuple(factors),
             base=str(base),
-            output=str(out),
             command=command,
             choice="exact",
-            layers=layers,
-            total=Total.of(layers),
             carried=tuple(dict.fromkeys(key for adapter in adapters for key in adapter.whole)),
-            skipped=(),
             notes=(*(f"{a.label}: {note}" for a in adapters for note in a.store.notes), *changes.notes),
         )
-        record(folder, result)
-    return result
 
 
 def _open(source: Readable, base: Path, device: torch.device | str, operation: str) -> Adapter:

@@ -11,7 +11,7 @@ from rankscope.formats.interface import Store
 from rankscope.formats.peft_write import stored_factors, write_folder
 from rankscope.formats.streaming import Pending
 from rankscope.surgery.adapter import Adapter, renewed
-from rankscope.surgery.result import SCHEMAS, Surgery, Total, counted, zero_note
+from rankscope.surgery.result import Surgery, counted, zero_note
 from rankscope.surgery.shrink import Layer, Shrunk, Track, shrink
 from rankscope.surgery.truncate import Choice
 from rankscope.surgery.writing import copy_tokenizer, new_folder, record, tags
@@ -53,22 +53,17 @@ def resize(
         config = renewed(source.config, ranks)
         write_folder(folder, config, _tensors(source, found), tags("resize", command))
         copy_tokenizer(source.store.path, folder)
-        result = Surgery(
-            schema=SCHEMAS["resize"],
+        return record(
+            folder,
+            "resize",
+            out,
+            found.changes,
             inputs=(source.label,),
-            weights=None,
-            base=None,
-            output=str(out),
             command=command,
             choice=str(choice),
-            layers=found.changes,
-            total=Total.of(found.changes),
             carried=tuple(source.whole),
-            skipped=(),
             notes=(*source.store.notes, *_dora_note(source), *found.notes, *zero_note(found.changes)),
         )
-        record(folder, result)
-    return result
 
 
 def _layer(source: Adapter, name: str, dtype: torch.dtype | None) -> Layer:

@@ -76,15 +76,15 @@ class Surgery(msgspec.Struct, frozen=True, kw_only=True):
 
     schema: str
     inputs: tuple[str, ...]
-    weights: tuple[float, ...] | None
-    base: str | None
+    weights: tuple[float, ...] | None = None
+    base: str | None = None
     output: str
     command: str | None
     choice: str
     layers: tuple[LayerChange, ...]
     total: Total
     carried: tuple[str, ...]
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...]
 
     def __getitem__(self, name: str) -> LayerChange:

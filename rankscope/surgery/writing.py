@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from rankscope.errors import ConfigError, FormatError
-from rankscope.formats.files import write_json
-from rankscope.surgery.result import Surgery
+from rankscope.formats.files import umask, write_json
+from rankscope.surgery.result import SCHEMAS, LayerChange, Surgery, Total
 
 RECORD = "rankscope.json"
 # What goes with a model or an adapter besides weights and configuration.
@@ -41,7 +42,7 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         raise FormatError(f"{out}: cannot be written ({error.strerror or error})") from error
     try:
         yield made
-        os.chmod(made, 0o777 & ~_umask())
+        os.chmod(made, 0o777 & ~umask())
         _check_free(place, out)
         if place.exists():
             place.rmdir()
@@ -59,12 +60,6 @@ def _check_free(place: Path, out: str | os.PathLike[str]) -> None:
         raise FormatError(f"{out}: cannot be read ({error.strerror or error})") from error
     if taken:
         raise ConfigError(f"{out}: exists already; give a new place for the output, nothing is overwritten")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def copy_files(source: Path, folder: Path, patterns: Iterable[str] = ("*",), but: Iterable[str] = NOT_COPIED) -> None:
@@ -93,6 +88,15 @@ def tags(operation: str, command: str | None) -> dict[str, str]:
     return {"rankscope": operation, **({"rankscope_command": command} if command else {})}
 
 
-def record(folder: Path, result: Surgery) -> None:
-    """Write what was done beside the weights."""
+def record(
+    folder: Path, operation: str, out: str | os.PathLike[str], layers: tuple[LayerChange, ...], **fields: Any
+) -> Surgery:
+    """What was done, also written beside the weights.
+
+    Args:
+        fields: the others of ``Surgery``.
+    """
+    total = Total.of(layers)
+    result = Surgery(schema=SCHEMAS[operation], output=str(out), layers=layers, total=total, **fields)
     write_json(folder / RECORD, result.to_json())
+    return result
