@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # What a layer imports comes from its own or a lower one. A package stands for all of its modules.
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"linalg", "noise", "inference"},
+    {"linalg", "noise", "inference", "result"},
     {"updates"},
     {"structured"},
     {"spectra"},
@@ -37,6 +37,7 @@ NEVER_HUB = {
     "linalg",
     "noise",
     "inference",
+    "result",
     "updates",
     "structured",
     "spectra",

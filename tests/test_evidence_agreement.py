@@ -10,13 +10,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from rankscope.analysis.text import _array, json_values
 from rankscope.evidence.agreement import Agreement, RankAgreement, agreement, verdicts
 from rankscope.evidence.material import Material
 from rankscope.evidence.verdict import MissingEvidenceError
 from rankscope.inference import Interval
 from rankscope.plots.agreement import plot_agreement
 from rankscope.report.agreement import section
+from rankscope.result import _array, json_values
 from rankscope.train.config import StudyConfig
 from rankscope.train.study import Study, run_study
 

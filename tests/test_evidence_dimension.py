@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from rankscope.analysis.text import json_values
 from rankscope.evidence.dimension import Curve, Dimension, Size, dimension, verdicts
 from rankscope.evidence.material import Material
 from rankscope.evidence.verdict import MissingEvidenceError
@@ -17,6 +16,7 @@ from rankscope.inference import Interval, first_reaching
 from rankscope.plots import save
 from rankscope.plots.dimension import plot_dimension
 from rankscope.report.dimension import section
+from rankscope.result import json_values
 from rankscope.train.config import StudyConfig
 from rankscope.train.planted import PlantedTask
 from rankscope.train.study import Study, run_study

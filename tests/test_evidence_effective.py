@@ -16,7 +16,6 @@ from safetensors.numpy import load_file
 from scipy import stats
 
 from rankscope.analysis.spectra import spectrum
-from rankscope.analysis.text import json_values
 from rankscope.evidence.effective import (
     SHOWN,
     Effective,
@@ -34,6 +33,7 @@ from rankscope.evidence.verdict import Answer, MissingEvidenceError
 from rankscope.inference import Interval
 from rankscope.plots.effective import plot_effective
 from rankscope.report.effective import section
+from rankscope.result import json_values
 from rankscope.spectra import noise_measures
 from rankscope.train.config import StudyConfig
 from rankscope.train.planted import Planted

@@ -16,7 +16,6 @@ from makers import frame, generator, normal
 from torch import Tensor
 
 from rankscope.analysis.pairs import Of
-from rankscope.analysis.text import _array, json_values
 from rankscope.errors import ConfigError, RankscopeError
 from rankscope.evidence.material import Material
 from rankscope.evidence.overlap import Overlap, overlap, random_pair, verdicts
@@ -25,6 +24,7 @@ from rankscope.evidence.verdict import MissingEvidenceError
 from rankscope.inference import Interval
 from rankscope.plots.overlaps import plot_directions, plot_overlaps
 from rankscope.report.overlap import section
+from rankscope.result import _array, json_values
 from rankscope.train.config import StudyConfig
 from rankscope.train.study import Study, run_study
 from rankscope.updates import LowRank, Update

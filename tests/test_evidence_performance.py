@@ -14,7 +14,6 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
-from rankscope.analysis.text import json_values
 from rankscope.evidence.entries import Entry
 from rankscope.evidence.material import Material
 from rankscope.evidence.performance import Performance, performance, verdicts
@@ -22,6 +21,7 @@ from rankscope.evidence.verdict import GAIN, LOW, MARGIN, Answer, MissingEvidenc
 from rankscope.inference import Interval, Reach, first_reaching
 from rankscope.plots.rank_curve import plot_costs, plot_rank_curve
 from rankscope.report.performance import one_budget, section
+from rankscope.result import json_values
 from rankscope.train.config import StudyConfig
 from rankscope.train.runs import Record, Run
 from rankscope.train.study import Study, run_study

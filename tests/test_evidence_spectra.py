@@ -14,12 +14,12 @@ from makers import normal, planted, planted_dense
 from safetensors.torch import load_file
 
 from rankscope.analysis.spectra import spectrum
-from rankscope.analysis.text import json_values
 from rankscope.evidence.material import Material
 from rankscope.evidence.spectra import FULL, LayerRanks, Spectra, spectra, spread, verdicts
 from rankscope.evidence.verdict import MissingEvidenceError
 from rankscope.plots.joint_spectra import plot_joint_spectra, plot_ranks_by_kind, rank_colours
 from rankscope.report.spectra import section
+from rankscope.result import json_values
 from rankscope.spectra import MEASURES, gd_count, mp_count, noise_measures
 from rankscope.spectra import Spectrum as OneSpectrum
 from rankscope.train.config import make_config

@@ -16,7 +16,6 @@ from test_train_hf import wide, word_tokenizer
 from torch import Tensor, nn
 
 from rankscope import lora
-from rankscope.analysis.text import json_values
 from rankscope.evidence.material import Material
 from rankscope.evidence.truncation import (
     Cut,
@@ -32,6 +31,7 @@ from rankscope.evidence.verdict import MissingEvidenceError
 from rankscope.inference import Interval, Reach, first_reaching
 from rankscope.plots.truncation import plot_truncation
 from rankscope.report.truncation import section
+from rankscope.result import json_values
 from rankscope.train.config import StudyConfig, make_config
 from rankscope.train.planted import PlantedTask
 from rankscope.train.study import Study, run_study

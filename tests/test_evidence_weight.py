@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from rankscope.analysis.amplification import Amplification
-from rankscope.analysis.text import json_values
 from rankscope.evidence.material import Material
 from rankscope.evidence.verdict import MissingEvidenceError, Verdict
 from rankscope.evidence.weighing import FULL_R
@@ -26,6 +25,7 @@ from rankscope.inference import Interval
 from rankscope.linalg import dense_svd
 from rankscope.plots.weight import plot_intruders, plot_positions, plot_weight
 from rankscope.report.weight import section
+from rankscope.result import json_values
 from rankscope.train.config import StudyConfig
 from rankscope.train.study import Study, run_study
 from rankscope.updates import Dense, LowRank, Update

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import msgspec
 import torch
 
 from rankscope.analysis.pairs import MOST_DIRECTIONS, LayerComparison, Of, compare_layers, cosine
 from rankscope.analysis.sources import Readable, Source, Track, fits
-from rankscope.analysis.text import decoded, html_table, json_values, short_name
+from rankscope.analysis.text import html_table, short_name
 from rankscope.errors import ConfigError, RankscopeError, ShapeError, located
 from rankscope.formats.interface import Skipped, examples
 from rankscope.formats.names import Pairing, pair
+from rankscope.result import Result
 
 SCHEMA = "rankscope.compare/1"
 INITIAL = "initial"
@@ -62,9 +63,10 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     relative_difference: float | None
 
 
-class CompareResult(msgspec.Struct, frozen=True, eq=False, kw_only=True):
+class CompareResult(Result, frozen=True, eq=False, kw_only=True):
     """Two sources, layer by layer. ``of``: which matrices; ``to_json`` and ``from_json`` are inverses."""
 
+    schemas: ClassVar = (SCHEMA,)
     schema: str = SCHEMA
     a: Compared
     b: Compared
@@ -95,19 +97,6 @@ class CompareResult(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     def matrices(self) -> str:
         """What ``of`` means, in words."""
         return {"update": "updates ΔW", "A": "factors A", "B": "factors B"}[self.of]
-
-    def to_json(self) -> dict[str, Any]:
-        """Strict JSON values: no NaN, no infinity."""
-        return json_values(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> CompareResult:
-        """The result that ``to_json`` described.
-
-        Raises:
-            FormatError: another schema, or fields that are missing or of another type.
-        """
-        return decoded(cls, value, SCHEMA)
 
     def __repr__(self) -> str:
         a, b = self.titles

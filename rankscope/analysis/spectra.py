@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import msgspec
 import torch
 
 from rankscope.analysis.sources import Readable, Source, Track, select
-from rankscope.analysis.text import decoded, html_table, json_values, short_name
+from rankscope.analysis.text import html_table, short_name
 from rankscope.errors import ConfigError, located
 from rankscope.formats.interface import Skipped
+from rankscope.result import Result
 from rankscope.spectra import (
     MEASURES,
     RoundingFloor,
@@ -79,9 +80,10 @@ class Total(msgspec.Struct, frozen=True, kw_only=True):
     weighted_mean: dict[str, float]
 
 
-class SpectrumResult(msgspec.Struct, frozen=True, kw_only=True):
+class SpectrumResult(Result, frozen=True, kw_only=True):
     """Spectra of all layers of one source; ``to_json`` and ``from_json`` are inverses."""
 
+    schemas: ClassVar = (SCHEMA,)
     schema: str = SCHEMA
     path: str
     kind: str
@@ -105,19 +107,6 @@ class SpectrumResult(msgspec.Struct, frozen=True, kw_only=True):
     def title(self) -> str:
         """The end of the path that tells runs apart."""
         return short_name(self.path)
-
-    def to_json(self) -> dict[str, Any]:
-        """Strict JSON values: no NaN, no infinity."""
-        return json_values(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> SpectrumResult:
-        """The result that ``to_json`` described.
-
-        Raises:
-            FormatError: another schema, or fields that are missing or of another type.
-        """
-        return decoded(cls, value, SCHEMA)
 
     def __repr__(self) -> str:
         ranks = ", ".join(f"{name} {self.total.median[name]:.4g}" for name in ("stable_rank", "entropy_rank", "k90"))

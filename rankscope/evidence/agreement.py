@@ -277,10 +277,7 @@ def verdicts(found: Agreement) -> list[Verdict]:
                 f"Less than {HALF:g} explained for sure of what the rank could, and less than the full update of "
                 "another seed explains, cut to that rank."
             ),
-            value=one.efficiency.value,
-            low=one.efficiency.low,
-            high=one.efficiency.high,
-        )
+        ).on(one.efficiency)
     ]
 
 

@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
 
 from rankscope.analysis.sources import Track
-from rankscope.analysis.text import decoded, html_table, json_values
+from rankscope.analysis.text import html_table
 from rankscope.evidence.hypothesis import LINES, Hypothesis, hypothesis
 from rankscope.evidence.verdict import GAIN, LOW, Answer, Line
 from rankscope.inference import mean_interval
 from rankscope.noise import noise_edge
+from rankscope.result import Result
 from rankscope.train.config import PlantedSpectrum, StudyConfig, make_config
 from rankscope.train.planted import ROWS, Planted, PlantedTask
 from rankscope.train.runs import Record
@@ -109,9 +110,10 @@ class Coverage(msgspec.Struct, frozen=True, kw_only=True):
     held: int
 
 
-class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+class Calibration(Result, frozen=True, kw_only=True):
     """The instrument on planted truth; ``to_json`` and ``from_json`` are inverses."""
 
+    schemas: ClassVar = (SCHEMA,)
     schema: str = SCHEMA
     cases: tuple[Case, ...]
     coverage: Coverage
@@ -132,19 +134,6 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     def wrong(self) -> tuple[Plant, ...]:
         """The cases, visible or not, that were answered "yes" for "no" or "no" for "yes"."""
         return tuple(case.plant for case in self.cases if case.answer not in ("undecided", case.expected))
-
-    def to_json(self) -> dict[str, Any]:
-        """Strict JSON values."""
-        return json_values(self)
-
-    @classmethod
-    def from_json(cls, value: Any) -> Calibration:
-        """The result that ``to_json`` described.
-
-        Raises:
-            FormatError: another schema, or fields that are missing or of another type.
-        """
-        return decoded(cls, value, SCHEMA)
 
     def __repr__(self) -> str:
         (found, of), (right, judged) = self.recovered, self.right

@@ -272,10 +272,7 @@ def _low(found: Effective) -> Verdict:
         answer=answer,
         sentence=sentence,
         refuted_by=f"Entropy ranks surely above {LOW * found.dim:g} of all adapters tried that may reach {GAIN:.0%}.",
-        value=value.value if value else None,
-        low=value.low if value else None,
-        high=value.high if value else None,
-    )
+    ).on(value)
 
 
 def _whether_low(found: Effective) -> tuple[Answer, str, Interval | None]:
@@ -332,10 +329,7 @@ def _sublinear(found: Effective) -> Verdict:
         answer=answer,
         sentence=sentence,
         refuted_by="An interval of β that begins at or above the β of products of random factors.",
-        value=beta.value if beta else None,
-        low=beta.low if beta else None,
-        high=beta.high if beta else None,
-    )
+    ).on(beta)
 
 
 def _whether_sublinear(found: Effective) -> tuple[Answer, str]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any, get_args
-
-import msgspec
+from typing import Any, ClassVar, get_args
 
 from rankscope.analysis.pairs import Of
 from rankscope.analysis.sources import Track
-from rankscope.analysis.text import decoded, html_table, json_values
+from rankscope.analysis.text import html_table
 from rankscope.errors import ConfigError, RankscopeError
 from rankscope.evidence.agreement import Agreement
 from rankscope.evidence.dimension import Dimension
@@ -23,6 +21,7 @@ from rankscope.evidence.spectra import Spectra
 from rankscope.evidence.truncation import Truncation
 from rankscope.evidence.verdict import Answer, Line, Verdict
 from rankscope.evidence.weight import Weight
+from rankscope.result import Result
 from rankscope.train.study import Study
 
 SCHEMA = "rankscope.report/1"
@@ -31,13 +30,14 @@ DECISIVE: tuple[Line, ...] = ("performance", "truncation")
 """The lines that ask what the task needs. The others look at weights, where what is there need not matter."""
 
 
-class Hypothesis(msgspec.Struct, frozen=True, eq=False, kw_only=True):
+class Hypothesis(Result, frozen=True, eq=False, kw_only=True):
     """What a study says: each line of evidence, None where the study lacks what it needs (``missing`` says what).
 
     ``answer`` follows from the first verdict of each of the ``DECISIVE`` lines. ``study`` is the folder's name,
     ``made_by`` the command, versions, machine, fingerprints and settings. ``to_json`` and ``from_json`` are inverses.
     """
 
+    schemas: ClassVar = (SCHEMA,)
     schema: str = SCHEMA
     study: str
     metric: str
@@ -57,19 +57,6 @@ class Hypothesis(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     effective: Effective | None = None
     dimension: Dimension | None = None
     made_by: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """Strict JSON values: no NaN, no infinity."""
-        return json_values(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Hypothesis:
-        """The result that ``to_json`` described.
-
-        Raises:
-            FormatError: another schema, or fields that are missing or of another type.
-        """
-        return decoded(cls, value, SCHEMA)
 
     def __repr__(self) -> str:
         return f"Hypothesis({self.study!r}: {self.answer}; {self.sentence})"

@@ -135,10 +135,7 @@ def _verdict(of: Of, across: str, comparison: Comparison | None, lacking: str) -
         answer=_answer(side, comparison.edge),
         sentence=_sentence(of, comparison),
         refuted_by=refuted,
-        value=side.top.value,
-        low=side.top.low,
-        high=side.top.high,
-    )
+    ).on(side.top)
 
 
 def _answer(side: SideOverlap, edge: bool) -> Answer:

@@ -210,10 +210,7 @@ def _equivalent(found: Performance) -> Verdict:
         answer=answer,
         sentence=sentence,
         refuted_by=f"Every rank surely worse by more than the margin: the {LEVEL:.0%} interval of each below it.",
-        value=difference.value if difference else None,
-        low=difference.low if difference else None,
-        high=difference.high if difference else None,
-    )
+    ).on(difference)
 
 
 def _whether_equivalent(found: Performance) -> tuple[Answer, str, Entry | None]:

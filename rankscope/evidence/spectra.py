@@ -285,10 +285,7 @@ def _of_full(found: Spectra) -> Verdict:
         answer=answer,
         sentence=sentence,
         refuted_by=f"A median k90 (lower end of the interval) above {LOW:g} of the smaller side.",
-        value=share.value if share else None,
-        low=share.low if share else None,
-        high=share.high if share else None,
-    )
+    ).on(share)
 
 
 def _floor(layers: Sequence[LayerRanks]) -> float | None:
@@ -331,10 +328,7 @@ def _of_lora(found: Spectra) -> list[Verdict]:
                 f"{', '.join(ranks)}.{_edge(found, label)}"
             ),
             refuted_by=f"An entropy rank of at least {USED:g} of r (lower end of the interval).",
-            value=share.value,
-            low=share.low,
-            high=share.high,
-        )
+        ).on(share)
     ]
 
 

@@ -373,10 +373,7 @@ def _needed(found: Truncation) -> Verdict:
         answer=answer,
         sentence=sentence,
         refuted_by=f"At least {GAIN:g} of the gain (lower end of the interval) kept without the top directions.",
-        value=share.value if share is not None else None,
-        low=share.low if share is not None else None,
-        high=share.high if share is not None else None,
-    )
+    ).on(share)
 
 
 def _share(points: Sequence[CutPoint], k: int | None) -> str:

@@ -40,6 +40,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     low: float | None = None
     high: float | None = None
 
+    def on(self, number: Interval | None) -> Verdict:
+        """The verdict with the number that it rests on."""
+        value, low, high = number or (None, None, None)
+        return msgspec.structs.replace(self, value=value, low=low, high=high)
+
 
 class MissingEvidenceError(RankscopeError):
     """A study lacks what a line of evidence needs; the message says what, and how to get it."""

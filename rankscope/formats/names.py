@@ -17,6 +17,11 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, len(bare), bare) if number else (1, 0, part) for number, bare, part in parts)
 
 
+def is_named(name: str, path: str) -> bool:
+    """Whether ``name`` is the path or its last components."""
+    return path == name or path.endswith(f".{name}")
+
+
 def kind_of(name: str) -> str:
     """What a layer is called within its block: the last part of its name that is not a number."""
     parts = [part for part in name.split(".") if not part.isdecimal()]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rankscope.errors import ShapeError
 from rankscope.formats.files import write_json
+from rankscope.formats.names import is_named
 from rankscope.formats.peft_keys import CONFIG_NAME, WEIGHTS_NAME, Kind, factor_keys
 from rankscope.formats.streaming import Pending, write_streamed
 from rankscope.updates import LowRank
@@ -81,7 +82,7 @@ def rank_settings(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 def exact_targets(targets: Sequence[str], paths: Iterable[str]) -> str | list[str]:
     """The paths; or a regular expression of them where PEFT, which compares ends, would find more in the model."""
-    more = any(path.endswith(f".{target}") for path in {*paths}.difference(targets) for target in targets)
+    more = any(is_named(target, path) for path in {*paths}.difference(targets) for target in targets)
     return "|".join(re.escape(target) for target in targets) if more else list(targets)
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rankscope.errors import FormatError, RankscopeError, ShapeError, located
+from rankscope.formats.names import is_named
 from rankscope.lora.bank import Bank
 from rankscope.lora.files import StoredAdapter, read_adapter
-from rankscope.lora.spec import Slot, is_named
+from rankscope.lora.spec import Slot
 from rankscope.lora.targets import check_bank, check_target, layer_class
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeVar, get_args
 
 from rankscope.errors import ConfigError
+from rankscope.formats.names import is_named
 
 Init = Literal["kaiming", "gaussian", "pissa"]
 Bias = Literal["none", "lora_only", "all"]
@@ -129,11 +130,6 @@ def first_match(patterns: Mapping[str, T], module: str, default: T) -> T:
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
-
-
-def is_named(name: str, path: str) -> bool:
-    """Whether ``name`` is the path or its last components."""
-    return path == name or path.endswith(f".{name}")
 
 
 def select_names(names: str | Sequence[str], paths: Sequence[str], what: str, shown: Sequence[str]) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import msgspec
 
-from rankscope.errors import FormatError
 from rankscope.formats.interface import Skipped
+from rankscope.result import Result
 
 SCHEMAS = {name: f"rankscope.{name}/1" for name in ("resize", "extract", "merge", "unmerge", "subtract", "average")}
 
@@ -68,12 +68,13 @@ class Total(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Surgery(msgspec.Struct, frozen=True, kw_only=True):
+class Surgery(Result, frozen=True, kw_only=True):
     """What was made of what. ``carried``: tensors that went along whole; ``skipped``: what the output lacks.
 
     ``weights`` are those of ``inputs`` where they were combined; ``command`` is the command line, if it was one.
     """
 
+    schemas: ClassVar = tuple(SCHEMAS.values())
     schema: str
     inputs: tuple[str, ...]
     weights: tuple[float, ...] | None = None
@@ -97,26 +98,6 @@ class Surgery(msgspec.Struct, frozen=True, kw_only=True):
             if layer.name == name:
                 return layer
         raise KeyError(name)
-
-    def to_json(self) -> dict[str, Any]:
-        """Strict JSON values: no NaN, no infinity."""
-        found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return found
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Surgery:
-        """The result that ``to_json`` described.
-
-        Raises:
-            FormatError: another schema, or fields that are missing or of another type.
-        """
-        found = value.get("schema") if isinstance(value, Mapping) else None
-        if found not in SCHEMAS.values():
-            raise FormatError(f"expected a result of surgery, such as {SCHEMAS['resize']!r}, not {found!r}")
-        try:
-            return msgspec.convert(value, cls)
-        except msgspec.ValidationError as error:
-            raise FormatError(f"not a whole result of the schema {found!r} ({error})") from error
 
     def __repr__(self) -> str:
         total = self.total

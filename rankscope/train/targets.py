@@ -9,9 +9,10 @@ from collections.abc import Collection, Sequence
 from torch import nn
 
 from rankscope.errors import ConfigError
+from rankscope.formats.names import is_named
 from rankscope.lora.kinds import LinearLayer
 from rankscope.lora.layer import AdapterLayer
-from rankscope.lora.spec import ALL_LINEAR, AdapterSpec, is_named
+from rankscope.lora.spec import ALL_LINEAR, AdapterSpec
 from rankscope.lora.targets import find_targets, layer_class
 
 # What the models of transformers call the four matrices of attention.
