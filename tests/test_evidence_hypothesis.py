@@ -141,3 +141,25 @@ def test_the_command_prints_json(study: Study, tmp_path: Path) -> None:
     asked = [str(study.folder), "-o", str(tmp_path), "--lines", "spectra", "--json", "--quiet"]
     ended = CliRunner().invoke(command, asked, catch_exceptions=False)
     assert json.loads(ended.stdout) == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"train_losses": ["a", null]}', '{"train_losses": 3}', "{", ""])
+def test_a_damaged_history_costs_one_number(study: Study, tmp_path: Path, content: str) -> None:
+    copy = without(study, tmp_path)
+    for path in copy.folder.glob("runs/*/metrics.jsonl"):
+        path.write_text(content)
+    found = hypothesis(copy, ["performance"])
+    assert found.performance is not None
+    assert {entry.gap for entry in found.performance.entries} == {None}
+
+
+@pytest.mark.parametrize("name", ["full-*-s0/update.safetensors", "lora-r8-*-s1/adapter/adapter_config.json"])
+def test_a_damaged_study_is_an_error_and_no_lack_of_evidence(study: Study, tmp_path: Path, name: str) -> None:
+    copy = without(study, tmp_path)
+    path = next(copy.folder.glob(f"runs/{name}"))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(FormatError, match=path.name):
+        copy.hypothesis(lines=["spectra"])
+    ended = CliRunner().invoke(command, [str(copy.folder), "-o", str(tmp_path / "out"), "--quiet"])
+    assert isinstance(ended.exception, FormatError)
+    assert not (tmp_path / "out").exists()

@@ -91,7 +91,10 @@ def make_entry(
 def _gap(material: Material, row: Row) -> float | None:
     """Training loss over the last stretch less the loss on the test split, where both are told."""
     lines = history(material.study.path(row.record.run))
-    losses = [float(loss) for line in lines for loss in line.get("train_losses", ())]
+    try:
+        losses = [float(loss) for line in lines for loss in line.get("train_losses", ())]
+    except (AttributeError, TypeError, ValueError):  # damaged, as a file that is missing: it serves this one number
+        return None
     held_out = row.record.metrics["test"].get("loss")
     if not losses or held_out is None:
         return None

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, get_args
 from rankscope.analysis.pairs import Of
 from rankscope.analysis.sources import Track
 from rankscope.analysis.text import html_table
-from rankscope.errors import ConfigError, RankscopeError
+from rankscope.errors import ConfigError, FormatError, RankscopeError
 from rankscope.evidence.agreement import Agreement
 from rankscope.evidence.dimension import Dimension
 from rankscope.evidence.effective import Effective
@@ -82,7 +82,8 @@ def hypothesis(
         track: wraps lists that take long and may show progress.
 
     Raises:
-        ConfigError: an unknown line, or the study's base or data are not what they were.
+        ConfigError: an unknown line.
+        FormatError: a file of the study is damaged.
         RankscopeError: nothing has ended in the study.
     """
     wanted = LINES if lines is None else tuple(lines)
@@ -96,6 +97,8 @@ def hypothesis(
     for line in material.track([line for line in LINES if line in wanted]):
         try:
             found[line] = _measure(line, material, of)
+        except FormatError:  # a damaged study is no lack of evidence
+            raise
         except RankscopeError as error:  # one line that cannot be drawn does not take the others with it
             missing[line] = str(error)
     verdicts = [verdict for line, result in found.items() for verdict in _module(line).verdicts(result)]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.analysis.sources import Track
+from rankscope.errors import RankscopeError
 from rankscope.evidence.verdict import MissingEvidenceError
 from rankscope.formats.interface import Store
 from rankscope.formats.names import natural_key
@@ -111,10 +112,13 @@ class Material:
         """The study's base and data.
 
         Raises:
-            ConfigError: they are not where the study found them, or have changed.
+            MissingEvidenceError: they are not where the study found them, or have changed.
         """
-        task = make_task(self.study.config)
-        self.study.check_fingerprint(task)
+        try:
+            task = make_task(self.study.config)
+            self.study.check_fingerprint(task)
+        except RankscopeError as error:
+            raise MissingEvidenceError(f"needs the study's base and data: {error}") from error
         return task
 
     @cached_property
