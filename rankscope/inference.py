@@ -210,6 +210,21 @@ def first_reaching(shares: Sequence[tuple[int, Interval]], share: float) -> Reac
     )
 
 
+def short_up_to(shares: Sequence[tuple[int, Interval | None]], share: float) -> int:
+    """The largest rank such that it and all that were tried below surely stay under ``share``; 0 where the smallest may
+    reach it.
+
+    Args:
+        shares: rank and what it reaches, in any order; None where that is not known.
+    """
+    short = 0
+    for rank, found in sorted(shares, key=lambda pair: pair[0]):
+        if found is None or found.high is None or found.high >= share:
+            break
+        short = rank
+    return short
+
+
 def _t(level: float, freedom: int) -> float:
     from scipy.stats import t
 

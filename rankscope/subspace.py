@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankscope.errors import ShapeError
-from rankscope.linalg import working_dtype
+from rankscope.linalg import SVD, working_dtype
 from rankscope.noise import Array
 from rankscope.spectra import CLUSTER_GAP, Spectrum
 from rankscope.updates import Update
@@ -60,14 +60,18 @@ class Subspace:
     @classmethod
     def pair(cls, update: Update, k: int | None = None) -> tuple[Subspace, Subspace]:
         """Left and right directions from one SVD; as ``of``."""
+        svd = update.svd()
+        return cls.of_svd(svd, Spectrum.from_values(update, svd.s), k)
+
+    @classmethod
+    def of_svd(cls, svd: SVD, spectrum: Spectrum, k: int | None = None) -> tuple[Subspace, Subspace]:
+        """Left and right directions of what is decomposed already; as ``of``."""
         if k is not None and k < 1:
             raise ShapeError(f"a subspace has at least one direction, not {k}")
-        svd = update.svd()
-        spectrum = Spectrum.from_values(update, svd.s)
         rank = int(np.count_nonzero(spectrum.values > spectrum.cutoff))
         if rank == 0:
             cause = "is zero" if not spectrum.values[0] else "does not rise above rounding"
-            raise ShapeError(f"an update {update.shape} that {cause} has no directions to compare")
+            raise ShapeError(f"an update {spectrum.shape} that {cause} has no directions to compare")
         kept = min(k or rank, rank)
         return cls._side(svd.U, "left", kept, spectrum), cls._side(svd.Vt.T, "right", kept, spectrum)
 

@@ -29,7 +29,9 @@ from rankscope.train.planted import ROWS, PlantedTask
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     low, high = Plant(rank=2, spectrum="flat", noise=0.5), Plant(rank=64, spectrum="flat", noise=0.5)
-    return calibrate(tmp_path_factory.mktemp("calibration"), [low, high], seeds=6, lines=("performance", "truncation"))
+    return calibrate(
+        tmp_path_factory.mktemp("calibration"), [low, high], seeds=6, lines=("performance", "truncation", "spectra")
+    )
 
 
 def test_a_low_rank_is_found_and_a_high_one_refused(small: Calibration) -> None:

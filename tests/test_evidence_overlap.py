@@ -357,7 +357,8 @@ RULES = {
     ),
     "a better rate may be beyond": (Interval(0.01, 0.004, 0.03), 1, True, "undecided", "end of those tried"),
     "a better rate changes no yes": (Interval(0.7, 0.6, 0.8), 20, True, "yes", "end of those tried"),
-    "too few layers for an interval": (Interval(0.7), 20, False, "yes", "0.7, median"),
+    "no interval": (Interval(0.7), 20, False, "undecided", "0.7, median"),
+    "no interval, low": (Interval(0.01), 1, False, "undecided", "0.01, median"),
 }
 
 

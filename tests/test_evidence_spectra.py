@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from rankscope.analysis.spectra import spectrum
 from rankscope.evidence.material import Material
-from rankscope.evidence.spectra import FULL, LayerRanks, Spectra, spectra, spread, verdicts
+from rankscope.evidence.spectra import FULL, Spectra, spectra, verdicts
 from rankscope.evidence.verdict import MissingEvidenceError
 from rankscope.plots.joint_spectra import plot_joint_spectra, plot_ranks_by_kind, rank_colours
 from rankscope.report.spectra import section
@@ -176,22 +176,16 @@ def test_with_nothing_to_look_at_the_line_is_missing() -> None:
 # Verdicts.
 
 
-def layers(*k90: float) -> list[LayerRanks]:
-    return [
-        LayerRanks(
-            label=FULL, rank=None, name=f"layers.{i}.q", kind="q", shape=(100, 200), seeds=2, norm=1.0,
-            measures={**dict.fromkeys(MEASURES, 1.0), "k90": one}, noise=None, mp_count=None, gd_count=None,
-            floor=None, above_floor=None,
-        )
-        for i, one in enumerate(k90)
-    ]  # fmt: skip
+def test_one_layer_gives_no_answer() -> None:
+    one = {NAMES[0]: signal()[NAMES[0]]}
+    for verdict in verdicts(spectra(Stand([one], {8: [{NAMES[0]: adapters([1.0] * 8)[NAMES[0]]}]}))):
+        assert (verdict.answer, verdict.low, verdict.high) == ("undecided", None, None)
 
 
-def test_few_layers_are_taken_from_the_least_to_the_largest() -> None:
-    assert tuple(spread(layers(10, 30, 20), lambda one: one.measures["k90"])) == (20, 10, 30)
-    # Of six, the order statistics that leave 2.5 % on each side are the ends; of nine, the second and the eighth.
-    assert tuple(spread(layers(*range(1, 7)), lambda one: one.measures["k90"])) == (3.5, 1, 6)
-    assert tuple(spread(layers(*range(1, 10)), lambda one: one.measures["k90"])) == (5, 2, 8)
+def test_what_a_saved_update_can_have_is_not_what_was_asked_for() -> None:
+    """PiSSA asked for r = 4 saves plain LoRA of rank 8: its eight equal σ are all of what it can have, not twice it."""
+    found = verdicts(spectra(Stand([], {4: [adapters([1.0] * 8)]})))[1]
+    assert found.value == pytest.approx(1.0)
 
 
 def test_a_planted_low_rank_is_answered_yes() -> None:
@@ -285,6 +279,7 @@ def test_a_rank_above_the_side_is_measured_by_the_side() -> None:
 def test_a_rate_at_the_edge_is_said(edge: Any, word: str) -> None:
     for verdict in verdicts(spectra(Stand([signal()], {2: [adapters([2.0, 1.0])]}, edge))):
         assert f"is the {word} that was tried" in verdict.sentence
+        assert verdict.answer == "undecided"
     for verdict in verdicts(spectra(Stand([signal()], {2: [adapters([2.0, 1.0])]}))):
         assert "tried" not in verdict.sentence
 

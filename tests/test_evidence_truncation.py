@@ -467,7 +467,26 @@ def test_what_stops_an_answer_is_said() -> None:
 def test_a_rate_at_the_edge_is_said(edge: Any, word: str) -> None:
     shares = {0: NOTHING, 4: (0.95, 0.92, 0.98), 64: WHOLE}
     assert word not in verdicts(result(cut(shares)))[0].sentence
-    assert f"is the {word} that was tried" in verdicts(result(cut(shares, edge=edge)))[0].sentence
+    for verdict in verdicts(result(cut(shares, edge=edge), cut(shares, edge=edge))):
+        assert f"is the {word} that was tried" in verdict.sentence
+        assert verdict.answer == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("shares", "answer"),
+    [
+        ({0: NOTHING, 4: (0.95, 0.91, 0.99), 8: WHOLE}, "yes"),  # half of the 8 it has, and far below the side of 64
+        ({0: NOTHING, 4: (0.95, 0.89, 0.99), 8: WHOLE}, "undecided"),
+        ({0: NOTHING, 4: (0.8, 0.7, 0.89), 8: WHOLE}, "no"),
+        ({0: NOTHING, 8: WHOLE}, "no"),
+    ],
+)
+def test_lora_is_held_to_the_rank_that_it_has(shares: dict[int, Any], answer: str) -> None:
+    own = cut({**shares, 64: WHOLE}, name="LoRA r = 8", rank=8, limit=8)
+    verdict = verdicts(result(cut({0: NOTHING, 64: WHOLE}), own))[2]
+    assert verdict.answer == answer
+    assert verdict.claim == "LoRA r = 8 needs at most half of its directions."
+    assert "Half of what it has is 4" in verdict.sentence
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rankscope.evidence.hypothesis import conclusion
-from rankscope.evidence.verdict import LOW, Answer, Line, Verdict, between, low_rank
+from rankscope.evidence.verdict import LOW, Answer, Line, Verdict, above, between, low_rank, over_layers
 from rankscope.inference import Interval
 
 
@@ -33,6 +33,22 @@ def test_a_rank_is_low_up_to_an_eighth_of_the_side(low: float | None, high: floa
 def test_numbers_with_and_without_an_interval() -> None:
     assert between(Interval(0.91, 0.88, 0.944)) == "0.91 (0.88 to 0.944)"
     assert between(Interval(0.91), 1) == "0.9"
+
+
+def test_few_layers_are_taken_from_the_least_to_the_largest() -> None:
+    assert over_layers([10, 30, 20]) == Interval(20, 10, 30)
+    assert over_layers([7]) == Interval(7, None, None)
+    # Of six, the order statistics that leave 2.5 % on each side are the ends; of nine, the second and the eighth.
+    assert over_layers(range(1, 7)) == Interval(3.5, 1, 6)
+    assert over_layers(range(1, 10)) == Interval(5, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("ends", "answer"),
+    [((1.1, 2.0), "yes"), ((0.0, 0.9), "no"), ((0.9, 1.1), "undecided"), ((1.0, 2.0), "undecided"), ((), "undecided")],
+)
+def test_above_a_line_is_what_lies_above_it_whole(ends: tuple[float, ...], answer: Answer) -> None:
+    assert above(Interval(1.5, *ends), 1.0) == answer
 
 
 @pytest.mark.parametrize(

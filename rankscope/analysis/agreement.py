@@ -78,8 +78,9 @@ class Target:
         Raises:
             ShapeError: an update without a direction (zero, or rounding alone).
         """
-        left, right = Subspace.pair(update, top)
-        return cls(update, Spectrum.of(update), left, right)
+        svd = update.svd()
+        spectrum = Spectrum.from_values(update, svd.s)
+        return cls(update, spectrum, *Subspace.of_svd(svd, spectrum, top))
 
     def cut(self, rank: int) -> LowRank:
         """The best approximation of this rank, as factors.

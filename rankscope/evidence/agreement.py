@@ -14,9 +14,9 @@ from rankscope.analysis.agreement import Captured, LayerAgreement, Target, agree
 from rankscope.analysis.pairs import MOST_DIRECTIONS
 from rankscope.errors import ShapeError
 from rankscope.evidence.material import Material, by_rank
-from rankscope.evidence.verdict import SIGNIFICANT, Answer, MissingEvidenceError, Verdict, between
+from rankscope.evidence.verdict import SIGNIFICANT, Answer, MissingEvidenceError, Verdict, above, between, over_layers
 from rankscope.formats.interface import Store
-from rankscope.inference import Interval, holm, mean_interval, median_interval
+from rankscope.inference import Interval, holm, mean_interval
 from rankscope.train.results import Row
 from rankscope.updates import LowRank
 
@@ -172,11 +172,12 @@ def _layer(
     material: Material, name: str, tuned: Mapping[int, Store], adapters: Mapping[int, Mapping[int, Store]]
 ) -> Iterator[tuple[str, int, int, LayerRow]]:
     """("lora" or "repeat", rank, seed, row) for every adapter, and for every full update cut to its ranks."""
-    top = max(MOST_DIRECTIONS, *adapters)
+    top = max(MOST_DIRECTIONS, *(2 * rank for rank in adapters))
     targets = {seed: Target.of(store[name].to(material.device), top) for seed, store in tuned.items()}
     seeds = list(targets)
     following = dict(zip(seeds, seeds[1:] + seeds[:1], strict=True))
     for rank, stores in adapters.items():
+        nominal = min(store.info(name).nominal_rank or rank for store in stores.values())  # PiSSA's is 2r
         for seed, store in stores.items():
             update = store[name].to(material.device)
             if not isinstance(update, LowRank):
@@ -184,7 +185,7 @@ def _layer(
             yield "lora", rank, seed, _row(name, agree(targets[seed], update))
         for seed, target in targets.items():
             if len(seeds) > 1:
-                yield "repeat", rank, seed, _row(name, agree(target, targets[following[seed]].cut(rank)))
+                yield "repeat", rank, seed, _row(name, agree(target, targets[following[seed]].cut(nominal)))
 
 
 ALIKE = ("shape", "norm_full", "norm_lora", "ratio", "floor", "achieved", "scaled", "cosine", "efficiency")
@@ -209,8 +210,7 @@ def _summary(rank: int, by_seed: Rows, edge: bool) -> RankAgreement:
     rows = _corrected([_over_seeds(same) for same in zip(*by_seed.values(), strict=True)])
     totals = [_total(one) for one in by_seed.values()]
     numbers: dict[str, Any] = {
-        name: median_interval([getattr(row, name) for row in rows])
-        for name in ("efficiency", "cosine", *CAPTURED, *TOPS)
+        name: over_layers([getattr(row, name) for row in rows]) for name in ("efficiency", "cosine", *CAPTURED, *TOPS)
     }
     for name in (*CAPTURED, *TOPS):
         numbers[f"{name}_chance"] = statistics.median(getattr(row, f"{name}_chance") for row in rows)
@@ -282,18 +282,12 @@ def verdicts(found: Agreement) -> list[Verdict]:
 
 
 def _answer(one: RankAgreement, again: RankAgreement | None) -> Answer:
-    low, high = _ends(one.efficiency)
-    if low >= HALF and 2 * one.significant_left > len(one.rows):
-        return "yes"
-    if high >= HALF or one.edge or again is None:
+    explained = above(one.efficiency, HALF)
+    if explained == "yes":
+        return "yes" if 2 * one.significant_left > len(one.rows) else "undecided"
+    if explained == "undecided" or one.edge or again is None or again.efficiency.low is None:
         return "undecided"
-    return "no" if high < _ends(again.efficiency)[0] else "undecided"
-
-
-def _ends(found: Interval) -> tuple[float, float]:
-    """The value itself where too few layers give no interval."""
-    value, low, high = found
-    return (value if low is None else low), (value if high is None else high)
+    return "no" if above(one.efficiency, again.efficiency.low) == "no" else "undecided"
 
 
 def _sentence(found: Agreement, one: RankAgreement, again: RankAgreement | None) -> str:

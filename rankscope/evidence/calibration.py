@@ -18,13 +18,13 @@ import numpy as np
 from rankscope.analysis.sources import Track
 from rankscope.analysis.text import html_table
 from rankscope.evidence.hypothesis import LINES, Hypothesis, hypothesis
+from rankscope.evidence.spectra import FULL
 from rankscope.evidence.verdict import GAIN, LOW, Answer, Line
 from rankscope.inference import mean_interval
 from rankscope.noise import noise_edge
 from rankscope.result import Result
 from rankscope.train.config import PlantedSpectrum, StudyConfig, make_config
 from rankscope.train.planted import ROWS, Planted, PlantedTask
-from rankscope.train.runs import Record
 from rankscope.train.study import Study, run_study
 
 SCHEMA = "rankscope.calibration/1"
@@ -81,7 +81,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     """One plant and what was found.
 
     ``needed`` is the planted truth, ``performance`` and ``truncation`` the ranks that the sweep and the cut full update
-    say reach ``GAIN``, ``counted`` the median number of singular values of the full update above its noise edge.
+    say reach ``GAIN``, ``counted`` the mean number of singular values of the full update above its noise edge.
     ``within`` one step of the grid of ranks: whether ``performance`` and ``truncation`` are, None where the signal does
     not stand above the noise. ``answers``: the first verdict of each line.
     """
@@ -188,7 +188,7 @@ def _case(
         answer=said.answer,
         performance=performance,
         truncation=truncation,
-        counted=_counted(study),
+        counted=_counted(said),
         within={name: within_a_step(rank, needed) for name, rank in found.items()} if visible else None,
         answers=_first_answers(said),
     )
@@ -212,23 +212,11 @@ def _first_answers(said: Hypothesis) -> dict[Line, Answer]:
     return {line: firsts[line] for line in LINES if line in firsts}
 
 
-def _counted(study: Study) -> float | None:
+def _counted(said: Hypothesis) -> float | None:
     """#{σ above the noise edge} of full fine-tuning's updates, the mean over layers and seeds."""
-    from rankscope.spectra import Spectrum, mp_count
-
-    counts = [
-        mp_count(Spectrum.of(update))
-        for record in study.best()
-        if record.run.method == "full"
-        for update in _updates(study, record)
-    ]
+    counts = [layer.mp_count for layer in said.spectra.of(FULL)] if said.spectra else []
     known = [count for count in counts if count is not None]
     return fmean(known) if known else None
-
-
-def _updates(study: Study, record: Record) -> list[Any]:
-    store = study.store(record.run)
-    return [store[name] for name in store.names()]
 
 
 def _coverage(folder: Path, seeds: int, train: Callable[[StudyConfig, Path], Study]) -> Coverage:

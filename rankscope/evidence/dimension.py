@@ -14,9 +14,10 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from rankscope.analysis.spectra import spectrum
+from rankscope.evidence.entries import gains_by_seed, mean_of_known, share_of
 from rankscope.evidence.material import Material, by_rank
 from rankscope.evidence.verdict import GAIN, Answer, MissingEvidenceError, Verdict, between
-from rankscope.inference import Interval, Reach, first_reaching, mean_interval, ratio_interval
+from rankscope.inference import Interval, Reach, first_reaching, mean_interval
 from rankscope.spectra import noise_measures
 from rankscope.train.config import SUBSPACE
 from rankscope.train.results import MEASURE, Row, effective_ranks
@@ -113,8 +114,8 @@ def dimension(material: Material) -> Dimension:
     if not any(groups.values()):
         raise MissingEvidenceError(f"no run in a random subspace is done; {ADVICE}")
     full = material.full()
-    gains = {row.record.run.seed: _gain(material, row) for row in full}
-    if statistics.fmean(gains.values()) <= 0:
+    gains = gains_by_seed(material, full)
+    if not gains or statistics.fmean(gains.values()) <= 0:
         raise MissingEvidenceError("full fine-tuning gained nothing that a subspace could have a share of")
     count, layers = sizes(material.base, base_names(material.base, material.task))
     curves = [_random_curve(material, method, groups[method], gains) for method in SUBSPACE if groups[method]]
@@ -131,10 +132,10 @@ def dimension(material: Material) -> Dimension:
         parameters=count,
         layers=layers,
         base=statistics.fmean(material.base_score(seed) for seed in gains),
-        full=mean_interval([_score(row) for row in full]),
+        full=mean_interval([row.score for row in full if row.score is not None]),
         full_edge=full[0].choice.edge if full[0].choice else None,
         full_seeds=len(full),
-        full_rank=_mean(row.ranks.get(MEASURE) for row in full),
+        full_rank=mean_of_known(row.ranks.get(MEASURE) for row in full),
         noise_rank=_noise_rank(full[0], material.layers),
         curves=found,
     )
@@ -171,46 +172,29 @@ def _curve(
     gains: dict[int, float],
     ranks: dict[int, float | None],
 ) -> Curve:
+    heads = sum(weight.numel() for weight in material.base.parameters())
+    heads -= sizes(material.base, base_names(material.base, material.task))[0]
     paired = {size: [row for row in rows if row.record.run.seed in gains] for size, rows in groups.items()}
-    found = [_size(material, size, rows, gains, ranks) for size, rows in paired.items() if rows]
+    shares = {size: share_of(gains_by_seed(material, rows), gains) for size, rows in paired.items()}
+    found = [_size(size, rows, share, heads, ranks) for size, rows in paired.items() if (share := shares[size])]
     ordered = tuple(sorted(found, key=lambda size: size.trained))
     return Curve(
         method=method, sizes=ordered, d90=first_reaching([(size.trained, size.share) for size in ordered], GAIN)
     )
 
 
-def _size(
-    material: Material, size: int, rows: Sequence[Row], gains: dict[int, float], ranks: dict[int, float | None]
-) -> Size:
-    first = rows[0]
-    cost, choice = first.record.cost, first.choice
-    heads = sum(weight.numel() for weight in material.base.parameters())
-    heads -= sizes(material.base, base_names(material.base, material.task))[0]
+def _size(size: int, rows: Sequence[Row], share: Interval, heads: int, ranks: dict[int, float | None]) -> Size:
+    cost, choice = rows[0].record.cost, rows[0].choice
     return Size(
         size=size,
         trained=(cost.trainable if cost else 0) - heads,
-        lr=first.record.run.lr,
+        lr=rows[0].record.run.lr,
         edge=choice.edge if choice else None,
         seeds=len(rows),
-        score=mean_interval([_score(row) for row in rows]),
-        share=ratio_interval([_gain(material, row) for row in rows], [gains[row.record.run.seed] for row in rows]),
-        rank=_mean(ranks[id(row)] for row in rows),
+        score=mean_interval([row.score for row in rows if row.score is not None]),
+        share=share,
+        rank=mean_of_known(ranks[id(row)] for row in rows),
     )
-
-
-def _score(row: Row) -> float:
-    if row.score is None:
-        raise ValueError(f"{row.record.run.name} has no score")
-    return row.score
-
-
-def _gain(material: Material, row: Row) -> float:
-    return material.gain(_score(row), row.record.run.seed)
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
 
 
 def _noise_rank(row: Row, layers: Sequence[str]) -> float:

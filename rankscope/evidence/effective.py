@@ -13,7 +13,7 @@ from rankscope.evidence.entries import Entry
 from rankscope.evidence.material import Material, by_rank
 from rankscope.evidence.performance import Performance, doubt, performance
 from rankscope.evidence.verdict import GAIN, LOW, Answer, Verdict, between
-from rankscope.inference import LEVEL, Interval, mean_interval, rank_correlation, slope
+from rankscope.inference import LEVEL, Interval, mean_interval, rank_correlation, short_up_to, slope
 from rankscope.spectra import Spectrum
 from rankscope.train.config import generator
 from rankscope.train.results import MEASURE, Row
@@ -297,6 +297,9 @@ def _whether_low(found: Effective) -> tuple[Answer, str, Interval | None]:
     low = least.measures[MEASURE].low
     if low is None or low <= line:
         return "undecided", sentence, shown
+    least_enough = short_up_to([(one.rank, one.share) for one in found.curve], GAIN) + 1
+    if least_enough <= line:  # its effective rank would be no larger
+        return "undecided", f"{sentence} That no rank from {least_enough} to {line:g} is enough is not shown.", shown
     if any(one.edge for one in found.curve):
         return "undecided", f"{sentence} But some rank's best rate lies on the edge of those tried.", shown
     return "no", sentence, shown

@@ -79,11 +79,11 @@ def make_entry(
         share=share_of(gains, full) if paired and allowed else None,
         difference=mean_interval(differences) if paired else None,
         p=equivalence(differences, allowed) if paired and allowed else None,
-        gap=_mean(_gap(material, row) for row in found),
+        gap=mean_of_known(_gap(material, row) for row in found),
         trainable=costs[0].trainable if costs else 0,
-        seconds_per_step=_mean(cost.seconds_per_step for cost in costs),
-        peak_memory=_mean(cost.peak_memory for cost in costs),
-        saved_bytes=_mean(cost.saved_bytes for cost in costs),
+        seconds_per_step=mean_of_known(cost.seconds_per_step for cost in costs),
+        peak_memory=mean_of_known(cost.peak_memory for cost in costs),
+        saved_bytes=mean_of_known(cost.saved_bytes for cost in costs),
         together=max((cost.together for cost in costs), default=1),
     )
 
@@ -103,7 +103,7 @@ def _gap(material: Material, row: Row) -> float | None:
     return gap if math.isfinite(gap) else None
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean_of_known(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
 

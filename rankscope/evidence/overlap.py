@@ -12,7 +12,7 @@ from rankscope.analysis.comparison import INITIAL
 from rankscope.analysis.pairs import Of
 from rankscope.evidence.material import Material, by_rank
 from rankscope.evidence.shared import ALIKE, Comparison, Learned, SideOverlap, compared
-from rankscope.evidence.verdict import SIGNIFICANT, Answer, MissingEvidenceError, Verdict, between
+from rankscope.evidence.verdict import SIGNIFICANT, Answer, MissingEvidenceError, Verdict, above, between
 from rankscope.formats.interface import Store
 from rankscope.formats.store import open as open_store
 from rankscope.train.config import generator
@@ -140,28 +140,20 @@ def _verdict(of: Of, across: str, comparison: Comparison | None, lacking: str) -
 
 def _answer(side: SideOverlap, edge: bool) -> Answer:
     most = 2 * side.significant > side.layers
-    low, high = _ends(side)
     if not side.counts:
         return "undecided"
     if most:
-        return "yes" if low > side.top_expected else "undecided"
-    return "no" if high < SHARED and not edge else "undecided"
-
-
-def _ends(side: SideOverlap) -> tuple[float, float]:
-    """Of φ(1, 1); the value itself where too few layers give no interval."""
-    value, low, high = side.top
-    return (value if low is None else low), (value if high is None else high)
+        return "yes" if above(side.top, side.top_expected) == "yes" else "undecided"
+    return "no" if above(side.top, SHARED) == "no" and not edge else "undecided"
 
 
 def _sentence(of: Of, comparison: Comparison) -> str:
     side, count = comparison.decisive, len(comparison.pairs)
     runs = f"{count} pair{'s' if count > 1 else ''} of runs"
     said = [f"r = {comparison.rank_a} against r = {comparison.rank_b}, {MATRICES[of]}, {runs}, {_measured(side)}."]
-    low, high = _ends(side)
-    where = "above" if low > SHARED else "below" if high < SHARED else "about"
+    where = {"yes": "above", "no": "below", "undecided": "about"}[above(side.top, SHARED)]
     said.append(f"φ(1, 1) is {where} the {SHARED:g} from which Hu et al. (2021) call a direction shared.")
-    if 2 * side.significant > side.layers and low <= side.top_expected:
+    if 2 * side.significant > side.layers and above(side.top, side.top_expected) != "yes":
         said.append("It is the subspaces that overlap beyond chance; their first directions do not for sure.")
     if side.side == "right" or not side.counts:
         said.append(f"This side {standing(side)}.")

@@ -10,7 +10,7 @@ import msgspec
 from rankscope.evidence.entries import Entry, by_label, gains_by_seed, make_entry, smaller_side
 from rankscope.evidence.material import Material
 from rankscope.evidence.verdict import GAIN, LOW, MARGIN, Answer, MissingEvidenceError, Verdict, between, low_rank
-from rankscope.inference import LEVEL, Interval, Reach, first_reaching, holm
+from rankscope.inference import LEVEL, Interval, Reach, first_reaching, holm, short_up_to
 
 EQUIVALENT = 0.05
 """Corrected p of the two one-sided tests below which a rank is called equivalent."""
@@ -161,7 +161,7 @@ def _whether_low(found: Performance, reach: Reach) -> tuple[Answer, str]:
         return "undecided", why
     line = LOW * found.dim
     # The smallest rank that may be enough lies above the largest that surely is not, whether it was tried or not.
-    least = _short_up_to(found) + 1
+    least = short_up_to([(entry.rank or 0, entry.share) for entry in found.curve], GAIN) + 1
     answer = low_rank(least, reach.high, found.dim)
     sentence = f"{_reached(found, reach)} Low is up to {line:g}, {LOW:g} of the median smaller side {found.dim}."
     edges = [entry.label for entry in found.curve if entry.edge and entry.rank and entry.rank <= line]
@@ -170,16 +170,6 @@ def _whether_low(found: Performance, reach: Reach) -> tuple[Answer, str]:
     if answer == "undecided" and not any(least <= (entry.rank or 0) <= line for entry in found.curve):
         sentence += f" No rank from {least} to {line:g} was tried."
     return answer, sentence
-
-
-def _short_up_to(found: Performance) -> int:
-    """The largest rank such that it and all below surely fall short; 0 where the smallest may reach."""
-    short = 0
-    for entry in found.curve:
-        if entry.share is None or entry.share.high is None or entry.share.high >= GAIN:
-            break
-        short = entry.rank or 0
-    return short
 
 
 def _reached(found: Performance, reach: Reach) -> str:

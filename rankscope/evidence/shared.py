@@ -13,9 +13,9 @@ import numpy as np
 from rankscope.analysis.comparison import CompareResult, compare
 from rankscope.analysis.pairs import MOST_DIRECTIONS, Cell, Of, SideComparison
 from rankscope.errors import RankscopeError
-from rankscope.evidence.verdict import SIGNIFICANT
+from rankscope.evidence.verdict import SIGNIFICANT, over_layers
 from rankscope.haar import corrected, null
-from rankscope.inference import Interval, holm, median_interval
+from rankscope.inference import Interval, holm
 from rankscope.noise import Array
 from rankscope.subspace import Side
 from rankscope.updates import LowRank, Update
@@ -223,10 +223,10 @@ def _side(
     return SideOverlap(
         side=side,
         layers=len(own),
-        top=median_interval([row.top.overlap for row in own]),
+        top=over_layers([row.top.overlap for row in own]),
         top_expected=statistics.median(row.top.expected for row in own),
         top_z=statistics.median(row.top.z for row in own),
-        square=median_interval([row.square.overlap for row in own]),
+        square=over_layers([row.square.overlap for row in own]),
         square_expected=statistics.median(row.square.expected for row in own),
         square_z=statistics.median(row.square.z for row in own),
         significant=sum(row.holm < SIGNIFICANT for row in own),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -11,9 +11,19 @@ import numpy as np
 
 from rankscope.analysis.spectra import LayerSpectrum
 from rankscope.evidence.material import Material, by_rank
-from rankscope.evidence.verdict import LOW, Answer, MissingEvidenceError, Verdict, between, low_rank
+from rankscope.evidence.verdict import (
+    FEW,
+    LOW,
+    Answer,
+    MissingEvidenceError,
+    Verdict,
+    above,
+    between,
+    low_rank,
+    over_layers,
+)
 from rankscope.formats.names import kind_of, natural_key
-from rankscope.inference import Interval, median_interval
+from rankscope.inference import Interval
 from rankscope.spectra import MEASURES, noise_spectrum
 from rankscope.train.results import Row
 from rankscope.train.study import Edge
@@ -32,7 +42,7 @@ class LayerRanks(msgspec.Struct, frozen=True, kw_only=True):
     ``rankscope.spectra.MEASURES``. For full fine-tuning only: ``noise``, the same measures of a noise matrix of this
     shape, and the counts of σ above its edge (None where the median σ says nothing of noise). ``floor``: the share of
     the norm that storing in half precision can have added, None where it was stored exactly; ``above_floor`` the number
-    of σ above it.
+    of σ above it. ``most``: how many σ can differ from zero, for PiSSA's saved update 2r.
     """
 
     label: str
@@ -48,6 +58,7 @@ class LayerRanks(msgspec.Struct, frozen=True, kw_only=True):
     gd_count: float | None
     floor: float | None
     above_floor: float | None
+    most: int
 
     @property
     def dim(self) -> int:
@@ -173,6 +184,7 @@ def _layer(method: _Method, name: str) -> LayerRanks:
         gd_count=_mean(layer.noise["gd_count"] for layer in found if layer.noise),
         floor=_mean(layer.rounding_floor.share for layer in found if layer.rounding_floor),
         above_floor=_mean(layer.rounding_floor.above for layer in found if layer.rounding_floor),
+        most=min(*first.shape, first.nominal_rank or min(first.shape)),
     )
 
 
@@ -246,17 +258,6 @@ def _geometric(layers: Sequence[LayerSpectrum]) -> tuple[float, ...]:
     return tuple(means)
 
 
-FEW = 6
-"""The fewest layers whose median has an interval."""
-
-
-def spread(layers: Sequence[LayerRanks], of: Callable[[LayerRanks], float]) -> Interval:
-    """The median over layers with its interval; below ``FEW`` layers from the least to the largest."""
-    values = [of(layer) for layer in layers]
-    found = median_interval(values)
-    return found if found.known else Interval(found.value, min(values), max(values))
-
-
 def verdicts(found: Spectra) -> list[Verdict]:
     """Whether full fine-tuning's update has a low rank, and whether LoRA uses the rank it is given."""
     return [_of_full(found), *_of_lora(found)]
@@ -272,12 +273,12 @@ def _of_full(found: Spectra) -> Verdict:
     elif not changed:
         sentence = "Full fine-tuning changed no matrix."
     else:
-        share = spread(changed, lambda layer: layer.measures["k90"] / layer.dim)
+        share = over_layers([layer.measures["k90"] / layer.dim for layer in changed])
         sentence = _full_sentence(found, changed, share)
         floor = _floor(changed)
         if floor is not None and floor > FLOOR:
             sentence += f" The update is below the rounding floor: storage can have made {floor:.2g} of its norm."
-        else:
+        elif share.known and found.edges[FULL] is None:
             answer = low_rank(share.low, share.high, 1)
     return Verdict(
         line="spectra",
@@ -311,20 +312,20 @@ def _of_lora(found: Spectra) -> list[Verdict]:
     """At the highest rank, where most can be left unused."""
     rank = max(found.ranks, default=1)
     label = f"r = {rank}"
-    layers = [layer for layer in found.of(label) if layer.norm > 0 and min(rank, layer.dim) > 1]
+    layers = [layer for layer in found.of(label) if layer.norm > 0 and layer.most > 1]
     if not layers:
         return []
-    share = spread(layers, lambda layer: layer.measures["entropy_rank"] / min(rank, layer.dim))
-    low, high = share.low or 0.0, share.high or 0.0
+    share = over_layers([layer.measures["entropy_rank"] / layer.most for layer in layers])
+    used: dict[Answer, Answer] = {"yes": "no", "no": "yes", "undecided": "undecided"}
     ranks = [f"{_entropy(found, r):.3g} at r = {r}" for r in found.ranks]
     return [
         Verdict(
             line="spectra",
             claim=f"LoRA of rank {rank} leaves most of its rank unused.",
-            answer="yes" if high < USED else "no" if low >= USED else "undecided",
+            answer=used[above(share, USED)] if found.edges[label] is None else "undecided",
             sentence=(
-                f"At r = {rank} the entropy rank of LoRA's update is {between(share)} of the rank it was given (median "
-                f"of {_layers(layers)}, {_seeds(found, label)}); below {USED:g} most is unused. It is "
+                f"At r = {rank} the entropy rank of LoRA's update is {between(share)} of the rank that it can have "
+                f"(median of {_layers(layers)}, {_seeds(found, label)}); below {USED:g} most is unused. It is "
                 f"{', '.join(ranks)}.{_edge(found, label)}"
             ),
             refuted_by=f"An entropy rank of at least {USED:g} of r (lower end of the interval).",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankscope.evidence.material import Material, by_rank
-from rankscope.evidence.verdict import GAIN, LOW, MARGIN, Answer, MissingEvidenceError, Verdict, between, low_rank
+from rankscope.evidence.verdict import GAIN, LOW, MARGIN, Answer, MissingEvidenceError, Verdict, between, up_to
 from rankscope.formats.files import TensorFile
 from rankscope.formats.names import kind_of, natural_key
 from rankscope.inference import Interval, Reach, first_reaching, mean_interval, ratio_interval
@@ -279,28 +279,35 @@ def _point(
 
 
 def verdicts(found: Truncation) -> list[Verdict]:
-    """Whether a low rank of the update is enough, whether it is needed, and how much of LoRA's rank is."""
-    claim = "A low-rank part of full fine-tuning's update keeps its gain."
-    said = [_enough(found, found.full, claim), _needed(found)]
-    if found.lora is not None:
-        said.append(_enough(found, found.lora, "LoRA of a high rank needs few of its directions."))
+    """Whether a low rank of the update is enough, whether it is needed, and how much of LoRA's rank is.
+
+    Undecided where the best rate lies at an end of those tried, or the stored update is not the run's.
+    """
+    full, lora = found.full, found.lora
+    low = f"A rank is low up to {LOW * full.dim:g}, {LOW:g} of the smaller side {full.dim}"
+    said = [
+        _enough(found, full, LOW * full.dim, low, "A low-rank part of full fine-tuning's update keeps its gain."),
+        _needed(found),
+    ]
+    if lora is not None:
+        half = f"Half of what it has is {lora.limit / 2:g}"
+        said.append(_enough(found, lora, lora.limit / 2, half, f"{lora.name} needs at most half of its directions."))
     return said
 
 
-def _enough(found: Truncation, cut: Cut, claim: str) -> Verdict:
-    line = LOW * cut.dim
+def _enough(found: Truncation, cut: Cut, line: float, drawn: str, claim: str) -> Verdict:
     refuted = f"Less than {GAIN:g} of the gain kept for sure (upper end of the interval) at every rank up to {line:g}."
     if cut.gain.value <= 0:
         sentence = f"The update of {cut.name} has no gain over the base that a part of it could keep {_over(cut)}."
         return Verdict(line="truncation", claim=claim, answer="undecided", sentence=sentence, refuted_by=refuted)
     rank, low, high = cut.k90
     known = _known(cut)
-    answer = low_rank(low, high, cut.dim) if _reproduced(cut) else "undecided"
+    answer = up_to(line, low, high) if _trusted(cut) else "undecided"
     return Verdict(
         line="truncation",
         claim=claim,
         answer=answer,
-        sentence=_sentence(found, cut),
+        sentence=_sentence(found, cut, drawn),
         refuted_by=refuted,
         value=rank,
         low=low if known else None,
@@ -308,11 +315,15 @@ def _enough(found: Truncation, cut: Cut, claim: str) -> Verdict:
     )
 
 
+def _trusted(cut: Cut) -> bool:
+    return _reproduced(cut) and cut.edge is None
+
+
 def _reproduced(cut: Cut) -> bool:
     return cut.error <= MARGIN * abs(cut.gain.value)
 
 
-def _sentence(found: Truncation, cut: Cut) -> str:
+def _sentence(found: Truncation, cut: Cut, drawn: str) -> str:
     rank = cut.k90.rank
     below = [point.k for point in cut.kept if rank is not None and point.k < rank]
     gain = f"its gain of {cut.gain.value:.3g} {found.metric} {_over(cut)}"
@@ -323,7 +334,7 @@ def _sentence(found: Truncation, cut: Cut) -> str:
         first = f"{how}, the update of {cut.name} keeps {_share(cut.kept, rank)} of {gain}"
     if below:
         first += f"; rank {below[-1]} keeps {_share(cut.kept, below[-1])}"
-    said = [f"{first}. A rank is low up to {LOW * cut.dim:g}, {LOW:g} of the smaller side {cut.dim}."]
+    said = [f"{first}. {drawn}."]
     if cut.whole and below:
         said.append(f"What has no rank, or is a new head, keeps {_share(cut.kept, 0)} alone.")
     return " ".join([*said, *_reservations(cut)])
@@ -365,7 +376,7 @@ def _needed(found: Truncation) -> Verdict:
             f"{GAIN:g} is kept."
         )
         sentence = " ".join([sentence, *_reservations(cut)])
-        if share.low is not None and share.high is not None and _reproduced(cut):
+        if share.low is not None and share.high is not None and _trusted(cut):
             answer = "yes" if share.high < GAIN else "no" if share.low >= GAIN else "undecided"
     return Verdict(
         line="truncation",

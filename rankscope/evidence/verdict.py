@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
 from rankscope.errors import RankscopeError
-from rankscope.inference import Interval
+from rankscope.inference import Interval, median_interval
 
 Answer = Literal["yes", "no", "undecided"]
 Line = Literal["performance", "truncation", "spectra", "overlap", "agreement", "weight", "effective", "dimension"]
@@ -21,6 +22,9 @@ MARGIN = 0.05
 """Equivalent to full fine-tuning: the gain differs by less than this share of full fine-tuning's."""
 SIGNIFICANT = 0.01
 """Corrected p below which an overlap is told from chance."""
+
+FEW = 6
+"""The fewest layers whose median has a 95 % interval."""
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,9 +60,33 @@ def low_rank(low: float | None, high: float | None, dim: int) -> Answer:
     "yes" where even ``high`` is; "no" where even ``low`` is not, or None as no rank that was tried got there;
     "undecided" between, also where ``high`` is None, as none got there for sure.
     """
-    if low is None or low > LOW * dim:
+    return up_to(LOW * dim, low, high)
+
+
+def up_to(line: float, low: float | None, high: float | None) -> Answer:
+    """Whether a rank known to lie from ``low`` to ``high`` is at most ``line``; the ends as for ``low_rank``."""
+    if low is None or low > line:
         return "no"
-    return "yes" if high is not None and high <= LOW * dim else "undecided"
+    return "yes" if high is not None and high <= line else "undecided"
+
+
+def over_layers(values: Sequence[float]) -> Interval:
+    """The median over layers with its interval; below ``FEW`` layers from the least to the largest, so that all of them
+    have to agree. One layer has no ends. Not for what chance scatters around a line: two layers are on one side of it
+    every other time.
+
+    Raises:
+        ValueError: no layer.
+    """
+    found = median_interval(values)
+    return found if found.known or len(values) < 2 else Interval(found.value, min(values), max(values))
+
+
+def above(found: Interval, line: float) -> Answer:
+    """ "yes" where the whole interval lies above a line, "no" where it lies below; "undecided" without an interval."""
+    if found.low is None or found.high is None:
+        return "undecided"
+    return "yes" if found.low > line else "no" if found.high < line else "undecided"
 
 
 def between(found: Interval, digits: int = 3) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from rankscope.analysis.amplification import Amplification
 from rankscope.analysis.intruders import EPSILON
 from rankscope.evidence.material import Material, by_rank
-from rankscope.evidence.verdict import SIGNIFICANT, Answer, MissingEvidenceError, Verdict, between
+from rankscope.evidence.verdict import SIGNIFICANT, Answer, MissingEvidenceError, Verdict, above, between
 from rankscope.evidence.weighing import (
     Column,
     Curve,
@@ -225,9 +225,9 @@ def _direction(found: Weight) -> Verdict:
     """By ``ratio`` against 1 and ``reach`` against ``FAR``: "yes" where both are beyond for sure, "no" where one is on
     the wrong side for sure."""
     at = found.judged
-    above, below = _above(at.ratio, 1.0), _above(at.reach, FAR)
+    random, strong = above(at.ratio, 1.0), above(at.reach, FAR)
     answer: Answer = (
-        "no" if above == "no" or below == "yes" else "yes" if (above, below) == ("yes", "no") else "undecided"
+        "no" if random == "no" or strong == "yes" else "yes" if (random, strong) == ("yes", "no") else "undecided"
     )
     return _verdict(
         "The update points where the weight is neither strong nor merely random.",
@@ -255,14 +255,14 @@ def _falling(found: Weight) -> Verdict:
     ends = [f"{one.median.amplification or 0:.3g} at r = {one.r}" for one in (first, last)]
     random = [f"{one.median.random_amplification:.3g}" for one in (first, last)]
     answer: Answer = (
-        "yes" if _above(fall.slope, line) == "no" else "no" if _above(fall.slope, 0.0) == "yes" else "undecided"
+        "yes" if above(fall.slope, line) == "no" else "no" if above(fall.slope, 0.0) == "yes" else "undecided"
     )
     numbers = (
         f"the amplification ‖ΔW‖/‖UᵀWV‖ goes from {ends[0]} to {ends[1]}, with a log-log slope of "
         f"{between(fall.slope)} (median over {_layers(first)}; line: {line:.3g}). Along random directions it would go "
         f"from {random[0]} to {random[1]}, with a slope of {fall.random:.3g}."
     )
-    told = " Chance alone gives such a fall." if answer == "undecided" and _above(fall.slope, 0.0) == "no" else ""
+    told = " Chance alone gives such a fall." if answer == "undecided" and above(fall.slope, 0.0) == "no" else ""
     left_out = f" Left out, with their best rate at the end of the grid: {', '.join(edge)}." if edge else ""
     return _verdict(claim, answer, numbers + told + left_out, refuted, fall.slope, [])
 
@@ -271,6 +271,8 @@ def _novel(found: Weight) -> Verdict:
     """By the median number of intruders a layer against ``SOME``."""
     at = found.judged
     new = next(one for one in found.novelties if one.rank == at.rank)
+    # In so few dimensions a random direction is an intruder no more often than not.
+    told = new.chance < EPSILON
     energy = (
         f" They hold {new.share:.2g} of the tuned weight's energy, and {new.inside:.2f} of theirs lies in the "
         f"strongest quarter of the old directions (chance {new.inside_chance:.2f})."
@@ -280,22 +282,16 @@ def _novel(found: Weight) -> Verdict:
     beside = [f" Full fine-tuning: a mean of {one.mean:.2g}." for one in found.novelties if one.rank is None]
     return _verdict(
         "The update brings no new direction among the weight's strongest (no intruder dimensions).",
-        _opposite(_above(new.count, SOME)),
+        _opposite(above(new.count, SOME)) if told else "undecided",
         f"at r = {at.r}, of the top {new.directions} directions of a tuned weight {between(new.count)} are intruders, "
         f"with a max|cos| to all old ones below {EPSILON:g} (random direction: {new.chance:.2f}); median over "
         f"{_layers(at)}, line {SOME:g}, mean {new.mean:.2g}; {new.some} layers have one or more.{energy}"
-        + "".join(beside),
+        + "".join(beside)
+        + ("" if told else " The layers are too small: a random direction would be none."),
         "At least one intruder in most layers, for sure.",
         new.count,
         [at.label] if at.edge else [],
     )
-
-
-def _above(found: Interval, line: float) -> Answer:
-    """ "yes" where the whole interval lies above a line, "no" where it lies below; "undecided" without an interval."""
-    if found.low is None or found.high is None:
-        return "undecided"
-    return "yes" if found.low > line else "no" if found.high < line else "undecided"
 
 
 def _opposite(answer: Answer) -> Answer:

@@ -6,19 +6,18 @@ A method is a small declaration on one loop: which parameters the optimizer move
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rankscope.errors import ConfigError
 from rankscope.formats.store import write_updates
 from rankscope.lora import AdapterSpec, Bank
 from rankscope.train.config import StudyConfig, generator
 from rankscope.train.costs import total_bytes
-from rankscope.train.runs import Run, base_names, in_head
+from rankscope.train.runs import Run, base_names, trains
 from rankscope.train.subspace import NAME, Subspace
 from rankscope.train.targets import expand_targets
 from rankscope.train.tasks import Task
@@ -193,14 +192,12 @@ def lora_spec(task: Task, config: StudyConfig, run: Run, model: nn.Module) -> Ad
 class WeightsTrained(Trained):
     """Weights of the base itself: all, its biases, or its head. The float32 update of each is the result."""
 
-    def __init__(self, task: Task, run: Run, chosen: Callable[[str], bool]) -> None:
+    def __init__(self, task: Task, run: Run) -> None:
         self.task, self.run = task, run
         self.model = task.model(run.seed)
         self.base_size = sum(weight.numel() for weight in self.model.parameters())
         for name, weight in self.model.named_parameters():
-            weight.requires_grad_(chosen(name))
-        if not self.parameters(0):
-            raise ConfigError(f"method {run.method!r}: this model has nothing of that kind to train")
+            weight.requires_grad_(trains(run.method, task, name))
 
     def parameters(self, i: int) -> dict[str, Tensor]:
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
@@ -236,7 +233,7 @@ class SubspaceTrained(WeightsTrained):
     """A random subspace of all weights of the base, new heads whole; P·z is saved as the update of each weight."""
 
     def __init__(self, task: Task, run: Run) -> None:
-        super().__init__(task, run, lambda name: True)
+        super().__init__(task, run)
         if run.dim is None:
             raise ValueError(f"{run.name} is not a run in a subspace")
         # As with LoRA's initial factors the rates of a run share one subspace, and nothing else does.
@@ -255,14 +252,8 @@ class SubspaceTrained(WeightsTrained):
 
 def make_trained(task: Task, config: StudyConfig, runs: Sequence[Run]) -> Trained:
     """The base made ready for these runs: any number with adapters, or one of another method."""
-    method = runs[0].method
     if runs[0].is_lora:
         return LoraTrained(task, config, runs)
     if runs[0].is_subspace:
         return SubspaceTrained(task, runs[0])
-    chosen: dict[str, Callable[[str], bool]] = {
-        "full": lambda name: True,
-        "bias": lambda name: name.endswith("bias") or in_head(task, name),
-        "head": lambda name: in_head(task, name),
-    }
-    return WeightsTrained(task, runs[0], chosen[method])
+    return WeightsTrained(task, runs[0])

@@ -103,6 +103,8 @@ def _cells(config: StudyConfig, task: Task, method: Method) -> list[Run]:
     if method in SUBSPACE:
         return [Run(method=method, seed=0, dim=dim) for dim in fitting_dims(config.dims, task, method)]
     if method not in LORA:
+        if not any(trains(method, task, name) for name, _ in task.model(0).named_parameters()):
+            raise ConfigError(f"method {method!r}: this model has nothing of that kind to train")
         return [Run(method=method, seed=0)]
     cells = []
     for targets in config.targets or (None,):
@@ -147,6 +149,12 @@ def fitting_dims(dims: Sequence[int], task: Task, method: Method) -> list[int]:
 def base_names(model: nn.Module, task: Task) -> list[str]:
     """The parameters of the base itself, without its new heads, which every method trains in full."""
     return [name for name, _ in model.named_parameters() if not in_head(task, name)]
+
+
+def trains(method: str, task: Task, name: str) -> bool:
+    """Whether a method that trains weights of the base itself trains this one."""
+    whole = method == "full" or method in SUBSPACE
+    return whole or in_head(task, name) or (method == "bias" and name.endswith("bias"))
 
 
 def in_head(task: Task, name: str) -> bool:
