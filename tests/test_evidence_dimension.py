@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,20 @@ def test_seeds_that_full_fine_tuning_lacks_are_left_out(tmp_path: Path) -> None:
     other = trained(folder, **settings, seeds=(1,), full=False)
     found = dimension(Material(other))
     assert [size.seeds for size in found.curves[0].sizes] == [1, 1]
+
+
+def test_seeds_without_a_gain_to_share_are_no_evidence(tmp_path: Path) -> None:
+    """Full fine-tuning gains over both seeds, but nothing over the one that the subspace has."""
+    folder = tmp_path / "study"
+    other = trained(folder, methods=("subspace",), dims=(8,), steps=20)
+    for run in folder.glob("runs/subspace-*-s1"):
+        shutil.rmtree(run)
+    path = next(folder.glob("runs/full-*-s0/run.json"))
+    record = json.loads(path.read_text())
+    base = json.loads((folder / "runs" / "base-s0" / "run.json").read_text())
+    path.write_text(json.dumps({**record, "metrics": base["metrics"]}))
+    with pytest.raises(MissingEvidenceError, match="no run in a random subspace has a seed"):
+        dimension(Material(Study(other.folder)))
 
 
 def test_it_comes_back_from_json(found: Dimension) -> None:

@@ -391,6 +391,15 @@ def test_intruders_in_most_layers(count: Interval, answer: str) -> None:
     assert "Full fine-tuning: a mean of 0" in third.sentence
 
 
+@pytest.mark.parametrize(("chance", "answer"), [(0.49, "yes"), (0.5, "undecided"), (0.6, "undecided")])
+def test_where_a_random_direction_is_no_intruder_there_is_none_to_find(chance: float, answer: str) -> None:
+    found = result()
+    news = tuple(msgspec.structs.replace(one, chance=chance) for one in found.novelties)
+    third = verdicts(msgspec.structs.replace(found, novelties=news))[2]
+    assert third.answer == answer
+    assert ("too small" in third.sentence) == (answer == "undecided")
+
+
 def test_a_rate_at_the_end_of_the_grid_decides_nothing() -> None:
     first, second, third = verdicts(result(edge=True))
     for one in (first, third):

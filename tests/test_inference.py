@@ -21,6 +21,7 @@ from rankscope.inference import (
     median_interval,
     rank_correlation,
     ratio_interval,
+    short_up_to,
     slope,
 )
 
@@ -390,3 +391,18 @@ def test_what_has_no_answer_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ([(1, Interval(0.5, 0.4, 0.6)), (4, Interval(0.8, 0.7, 0.89)), (16, Interval(0.95, 0.9, 1.0))], 4),
+        ([(16, Interval(0.5, 0.4, 0.6)), (1, Interval(0.9, 0.85, 0.95))], 0),  # in any order; what is below may reach
+        ([(1, Interval(0.5, 0.4, 0.6)), (4, Interval(0.5))], 1),
+        ([(1, Interval(0.5, 0.4, 0.6)), (4, None), (8, Interval(0.5, 0.4, 0.6))], 1),
+        ([(2, Interval(0.5, 0.4, 0.9))], 0),
+        ([], 0),
+    ],
+)
+def test_how_far_ranks_surely_fall_short(shares: list[tuple[int, Interval | None]], expected: int) -> None:
+    assert short_up_to(shares, 0.9) == expected

@@ -373,7 +373,8 @@ def test_biases_alone_and_the_head_alone(tmp_path: Path, bert: Path) -> None:
 
 def test_a_head_where_there_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing of that kind"):
-        run_study(small(methods=("head",)), tmp_path / "study")
+        run_study(small(methods=("lora", "head")), tmp_path / "study")
+    assert not list((tmp_path / "study").glob("runs/*"))  # said before anything is trained
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
