@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_device
-import test_train_bank
 import torch
+from both_devices import CPU, adapt, close, losses
 from makers import MAKERS
-from test_device import CPU, FLOAT32, adapt, close, losses
 from test_train_bank import MIXED, Notes, assert_equal_to_rounding, curve, sizes, small
 
 from rankscope.analysis.comparison import compare
 from rankscope.analysis.spectra import spectrum
+from rankscope.formats.store import open as open_store
 from rankscope.formats.store import write_updates
 from rankscope.spectra import Spectrum
 from rankscope.subspace import Subspace, angles, overlap
@@ -35,6 +34,7 @@ from rankscope.train.tasks import make_task
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = torch.device("cuda")
+FLOAT32 = 1e-5
 DOCS = {"task": "docs", "batch": 4, "max_length": 64, "steps": 12, "evaluations": 0}
 
 
@@ -83,8 +83,8 @@ def test_files_give_the_results_of_the_cpu(tmp_path: Path) -> None:
         assert a.cosine == pytest.approx(b.cosine, rel=FLOAT32)
     cut, other = (resize(tmp_path / "adapter", Rank(1), tmp_path / d, device=d) for d in ("cpu", "cuda"))
     assert other.total.error == pytest.approx(cut.total.error, rel=1e-9)
-    for name in (a := test_device.open_store(tmp_path / "cpu")):
-        assert close(a[name].dense(), test_device.open_store(tmp_path / "cuda")[name].dense(), FLOAT32)
+    for name in (a := open_store(tmp_path / "cpu")):
+        assert close(a[name].dense(), open_store(tmp_path / "cuda")[name].dense(), FLOAT32)
 
 
 # Adapters and training
@@ -215,6 +215,6 @@ def test_the_fake_accelerator_is_not_what_ran(tmp_path: Path) -> None:
     """The tests above would pass on a CPU too, were the setting lost on the way."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    study = test_train_bank.run_study(small(ranks=(2,), device="cuda"), tmp_path / "study")
+    study = run_study(small(ranks=(2,), device="cuda"), tmp_path / "study")
     assert torch.cuda.max_memory_allocated() > 0
     assert all(record.cost.peak_memory < 2**28 for record in study.done() if record.cost)
