@@ -21,7 +21,7 @@ from rankscope.formats.peft_config import MethodConfig
 
 VARIANTS = ("GLORA, ", "OFT, ", "DEFT, ", "HRA, ", "MISS, mini", "GRALORA, ", "LOKR, both whole")
 HOSTILE = {name: values for name, values in LINEAR.items() if not name.startswith(VARIANTS)}
-ODD = (None, "x", -1, 0, 10**30, 1.5, {"(": 1}, float("nan"))
+ODD = (None, "x", -1, 0, 10**30, 10**400, 1.5, [[1]], {"(": 1}, float("nan"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 
 from rankscope.errors import FormatError
 from rankscope.formats.interface import UpdateInfo
-from rankscope.formats.lycoris import LOKR, loha_recipe, lokr_rank, lokr_recipe, matrix
+from rankscope.formats.lycoris import LOKR, loha_rank, loha_recipe, lokr_rank, lokr_recipe, matrix, over_rank
 from rankscope.formats.recipes import (
     BASE,
     NOT_TOLD,
@@ -54,11 +54,8 @@ def adalora(module: Module) -> Recipe:
 
 def loha(module: Module) -> Recipe:
     """α/r · (w1_a·w1_b) ∘ (w2_a·w2_b); r is that of the tensors."""
-    check_complete(module.headers, ("hada_w1_b", "hada_w2_b"))
-    rank = module.headers["hada_w1_b"].shape[:1]
-    if not rank or not rank[0]:
-        raise FormatError(f"hada_w1_b {module.headers['hada_w1_b'].shape} has an empty side")
-    recipe = loha_recipe(module.headers, module.config.alpha_of(module.name) / rank[0])
+    alpha = module.config.alpha_of(module.name)
+    recipe = loha_recipe(module.headers, over_rank(alpha, loha_rank(module.headers)))
     check_base(module, recipe.info.shape)
     return recipe
 

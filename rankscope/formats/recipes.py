@@ -64,6 +64,11 @@ def header(tensor: Tensor) -> TensorInfo:
     return TensorInfo(tuple(tensor.shape), tensor.dtype)
 
 
+def float_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for eight-bit floats, which no other dtype is promoted with; all else as it is."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize == 1 else dtype
+
+
 def floats(tensor: Tensor) -> Tensor:
     """Eight-bit floats, which torch can hardly compute with, to float32; all else as stored."""
     return tensor.float() if tensor.dtype.itemsize == 1 else tensor

@@ -12,7 +12,7 @@ from torch import Tensor
 from rankscope.errors import ShapeError
 from rankscope.linalg import ulp, working_dtype
 from rankscope.surgery.truncate import CHUNK
-from rankscope.updates import LowRank, Update, check_finite
+from rankscope.updates import Dense, Update, check_finite
 
 
 class Rounding(NamedTuple):
@@ -54,10 +54,11 @@ def add(stored: Tensor, updates: Sequence[Update], dtype: torch.dtype) -> tuple[
 
 
 def _rows(update: Update, working: torch.dtype) -> Callable[[slice], Tensor]:
-    if isinstance(update, LowRank):
-        left, right = update.left, update.right
+    thin = update.product
+    if thin is not None:
+        left, right = thin.left, thin.right
         return lambda rows: left[rows] @ right
-    matrix = update.dense()
+    matrix = update.dense() if isinstance(update, Dense) else update.working_matrix
     return lambda rows: matrix[rows].to(working)
 
 
