@@ -15,8 +15,11 @@ from torch import Tensor
 
 from rankscope.errors import ConfigError, FormatError, NonFiniteError, RankscopeError
 from rankscope.formats.checkpoint import Checkpoint
+from rankscope.surgery.algebra import average, subtract
+from rankscope.surgery.extract import extract
 from rankscope.surgery.merge import merge, unmerge
 from rankscope.surgery.result import Surgery
+from rankscope.surgery.truncate import Rank
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -304,7 +307,7 @@ def test_the_bias_of_b_is_added_with_its_scale(tmp_path: Path) -> None:
 def test_a_bias_in_the_base_that_does_not_fit_that_of_b(tmp_path: Path, shape: tuple[int, ...]) -> None:
     base = write_checkpoint(tmp_path / "base.safetensors", {"q.weight": normal(5, 7), "q.bias": normal(*shape)})
     adapter = write_adapter(tmp_path / "a", {**linear("q"), f"{PREFIX}q.lora_B.bias": normal(5)}, lora_bias=True)
-    with pytest.raises(FormatError, match=r"q\.bias is .*, where the adapter changes \(5,\)"):
+    with pytest.raises(FormatError, match=r"q\.bias is .*, where the adapter changes \(5,\) floating"):
         merge(base, [adapter], tmp_path / "out")
 
 
@@ -365,6 +368,35 @@ def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     torch.save({"q.weight": normal(5, 7), "\udc80": normal(2)}, base)
     with pytest.raises(FormatError, match=r"base\.safetensors: a name in it is no Unicode text"):
         merge(base, [write_adapter(tmp_path / "a", linear("q"))], tmp_path / "out")
+
+
+def test_complex_numbers_are_not_taken_for_real_ones(tmp_path: Path) -> None:
+    turn, real = torch.complex(normal(3), normal(3, seed=1)), normal(3)
+    bases = [
+        write_checkpoint(tmp_path / f"{i}.safetensors", {"q.weight": normal(5, 7), "rope.weight": tensor})
+        for i, tensor in enumerate((turn, real))
+    ]
+    adapters = [
+        write_adapter(tmp_path / str(i), {**linear("q"), f"{PREFIX}rope.weight": tensor}, modules_to_save=["rope"])
+        for i, tensor in enumerate((2 * turn, 2 * real))
+    ]
+    for base, adapter in ((bases[0], adapters[1]), (bases[1], adapters[0])):
+        with pytest.raises(FormatError, match=r"rope\.weight is .*complex64.*is this the base"):
+            merge(base, [adapter], tmp_path / "out")
+    with pytest.raises(FormatError, match=r"rope\.weight: holds complex numbers, which are not added"):
+        merge(bases[0], [adapters[0]], tmp_path / "out", [0.5])
+    with pytest.raises(FormatError, match=r"rope\.weight: holds complex numbers, which are not added"):
+        average(adapters, tmp_path / "out")
+    with pytest.raises(FormatError, match=r"rope\.weight was trained whole"):
+        subtract(*adapters, tmp_path / "out")
+    merge(bases[0], [adapters[0]], tmp_path / "out")
+    assert torch.equal(read(tmp_path / "out" / "0.safetensors")["rope.weight"], 2 * turn)
+    assert extract(bases[1], Rank(1), tmp_path / "x", _shifted(bases[0])).carried == (f"{PREFIX}rope.weight",)
+
+
+def _shifted(path: Path) -> Path:
+    tensors = {name: value + 1 if value.ndim == 2 else value for name, value in load_file(path).items()}
+    return write_checkpoint(path.with_name("shifted.safetensors"), tensors)
 
 
 TIED = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, "vocab_size": 11}

@@ -24,6 +24,7 @@ from rankscope.formats.recipes import (
     check_base,
     check_complete,
     check_floating,
+    check_places,
     check_shapes,
     exact,
     floats,
@@ -230,6 +231,7 @@ def shira(module: Module) -> Recipe:
     parts = "shira_weight", "shira_indices"
     check_complete(module.headers, parts)
     check_floating({"shira_weight": module.headers["shira_weight"]})
+    check_places(module.headers, "shira_indices")
     check_shapes(module.headers, shira_weight=(None,))
     check_shapes(module.headers, shira_indices=(2, module.headers["shira_weight"].shape[0]))
 

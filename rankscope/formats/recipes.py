@@ -84,6 +84,15 @@ def check_floating(headers: Headers) -> None:
             raise FormatError(f"{name} {info.shape} has an empty side")
 
 
+def check_places(headers: Headers, *names: str) -> None:
+    """Raise FormatError where what must be indices holds no whole numbers."""
+    for name in names:
+        dtype = headers[name].dtype
+        if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+            stored = str(dtype).removeprefix("torch.")
+            raise FormatError(f"{name} is stored as {stored}; places are whole numbers")
+
+
 def check_complete(headers: Headers, needed: Iterable[str]) -> None:
     """Raise FormatError where some of the tensors that belong together are missing."""
     needed = tuple(needed)

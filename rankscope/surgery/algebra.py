@@ -18,9 +18,10 @@ from rankscope.formats.interface import Skipped, examples
 from rankscope.formats.names import natural_key, pair
 from rankscope.formats.peft_keys import bare_module, factor_bias_key
 from rankscope.formats.peft_write import exact_targets, stored_factors, write_folder
-from rankscope.formats.recipes import float_dtype, floats
+from rankscope.formats.recipes import float_dtype
 from rankscope.formats.streaming import Pending
 from rankscope.surgery.adapter import BIASES, Adapter, Readable, renewed
+from rankscope.surgery.addition import in_float64
 from rankscope.surgery.result import Surgery, counted, zero_note
 from rankscope.surgery.shrink import Layer, Track, shrink
 from rankscope.surgery.truncate import Choice
@@ -242,8 +243,9 @@ def _whole(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[dict[
 
 
 def _equal(key: str, holders: Sequence[Adapter]) -> bool:
-    first, *others = (floats(holder.file.read(holder.whole[key])) for holder in holders)
-    return all(first.shape == other.shape and torch.equal(first, other.to(first.dtype)) for other in others)
+    first, *others = (holder.file.read(holder.whole[key]) for holder in holders)
+    alike = all(one.shape == first.shape and one.is_complex() == first.is_complex() for one in others)
+    return alike and all(torch.equal(first, other.to(first.dtype)) for other in others)
 
 
 def _mean(key: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> Pending:
@@ -254,7 +256,7 @@ def _mean(key: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> Pe
     dtype = reduce(torch.promote_types, (float_dtype(info.dtype) for info in infos))
 
     def read() -> Tensor:
-        parts = (a.file.read(a.whole[key]).double() * weight for a, weight in zip(adapters, weights, strict=True))
+        parts = (in_float64(a.file.read(a.whole[key])) * weight for a, weight in zip(adapters, weights, strict=True))
         mean = reduce(torch.add, parts).to(dtype)
         check_finite(mean, f"the sum in {str(dtype).removeprefix('torch.')}")
         return mean

@@ -17,9 +17,9 @@ from rankscope.formats.files import TensorFile, TensorInfo
 from rankscope.formats.interface import Store
 from rankscope.formats.names import WEIGHT, pair
 from rankscope.formats.peft_write import Place
-from rankscope.formats.recipes import floats
 from rankscope.formats.store import open as open_store
 from rankscope.formats.streaming import Pending
+from rankscope.surgery.addition import in_float64
 from rankscope.surgery.tying import HEAD, has_head
 
 WRAPPERS = {"gpt2": "transformer", "openai-gpt": "transformer", "bloom": "transformer"}
@@ -128,7 +128,8 @@ class Tuned:
         if self.base is None or name not in self._partners:
             return True
         ours, theirs = self._tuned.read(name), self.base.read(self._partners[name])
-        return ours.shape != theirs.shape or not torch.equal(floats(ours), floats(theirs.to(ours.dtype)))
+        alike = ours.shape == theirs.shape and ours.is_complex() == theirs.is_complex()
+        return not alike or not torch.equal(ours, theirs.to(ours.dtype))
 
     def pending(self, name: str) -> Pending:
         """A tuned tensor, to be copied."""
@@ -141,7 +142,7 @@ class Tuned:
         if change is None:
             return stored
         # Only embeddings, norms and the like come here: what Conv1D stores transposed is low-rank.
-        return (stored.double() + self._tuned.read(change).reshape(stored.shape).double()).to(stored.dtype)
+        return (in_float64(stored) + in_float64(self._tuned.read(change)).reshape(stored.shape)).to(stored.dtype)
 
     def _change_of(self, name: str) -> str | None:
         """The name, in a file of updates, of a parameter's update."""
