@@ -115,7 +115,7 @@ def gralora(module: Module) -> Recipe:
     if "gralora_A_general" in headers or "gralora_B_general" in headers:
         check_complete(headers, ("gralora_A_general", "gralora_B_general"))
         parts += ["gralora_A_general", "gralora_B_general"]
-        hybrid = headers["gralora_A_general"].shape[0]
+        hybrid, _ = matrix_sides(module, "gralora_A_general")
     check_floating(headers)
     if len(headers["gralora_A"].shape) != 3:
         raise FormatError(f"gralora_A is {headers['gralora_A'].shape}; expected (k, in/k, r)")
