@@ -280,15 +280,17 @@ def relative_precision(update: Update, first: float) -> float:
     Those of a Hadamard product are b₁ₗ ∘ b₂ₘ and a₁ₗ ∘ a₂ₘ, all r₁·r₂. The σ of a Kronecker product are products, whose
     relative errors add.
     """
-    if first == 0:
+    if first == 0 or isinstance(update, Dense):
         return update.eps
     if isinstance(update, Kronecker):
-        factors = (update.W1, update.W2)
-        return sum(relative_precision(factor, float(factor.singular_values()[0])) for factor in factors)
-    if isinstance(update, Dense):
-        return update.eps
+        return _own_precision(update.W1) + _own_precision(update.W2)
     largest = float(_terms(update).max()) if isinstance(update, LowRank | Hadamard) else 0.0
     return max(update.eps, torch.finfo(working_dtype(update.device)).eps * largest / first)
+
+
+def _own_precision(factor: LowRank | Dense) -> float:
+    """``relative_precision`` by its own σ₁, which nothing but a product of factors needs."""
+    return factor.eps if isinstance(factor, Dense) else relative_precision(factor, float(factor.singular_values()[0]))
 
 
 def _terms(update: LowRank | Hadamard) -> Tensor:

@@ -47,7 +47,7 @@ class Act(NamedTuple):
 
 def make_sources(home: Path) -> None:
     """Small real inputs: adapters, bases (one file, shards, pickled), full weights, updates."""
-    shapes = {"model.embed_tokens": (11, 6), "model.h.0.q": (6, 6), "model.h.0.up": (9, 6), "score": (3, 6)}
+    shapes = {"model.embed_tokens": (11, 6), "model.h.0.q": (6, 6), "model.h.0.c_proj": (9, 6), "score": (3, 6)}
     base = {f"{name}.weight": normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     base |= {"model.h.0.q.bias": normal(6, seed=9), "model.norm.weight": normal(6, seed=8)}
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 11}
@@ -67,7 +67,7 @@ def make_sources(home: Path) -> None:
 
 
 def _make_adapters(home: Path) -> None:
-    factors = {**linear("model.h.0.q", 6, 6), **linear("model.h.0.up", 9, 6, r=3, seed=1)}
+    factors = {**linear("model.h.0.q", 6, 6), **linear("model.h.0.c_proj", 9, 6, r=3, seed=1)}
     embedding = f"{PREFIX}model.embed_tokens.lora_embedding_"
     whole = {
         f"{embedding}A": normal(2, 11, seed=1),
@@ -76,7 +76,7 @@ def _make_adapters(home: Path) -> None:
         f"{PREFIX}score.weight": normal(3, 6, seed=3),
         f"{PREFIX}model.norm.weight": normal(6, seed=4),
     }
-    patterns = {"rank_pattern": {"h.0.up": 3}, "alpha_pattern": {"h.0.up": 6, "(q|k)": 2}}
+    patterns = {"rank_pattern": {"h.0.c_proj": 3}, "alpha_pattern": {"h.0.c_proj": 6, "(q|k)": 2}}
     settings = {"modules_to_save": ["score", "norm"], "lora_bias": True, "bias": "all"}
     write_adapter(home / "a", {**factors, **whole}, **settings, **patterns)
     write_adapter(
@@ -88,7 +88,9 @@ def _make_adapters(home: Path) -> None:
         home / "dora", {**factors, f"{PREFIX}model.h.0.q.lora_magnitude_vector": normal(6).abs()}, use_dora=True
     )
     write_adapter(home / "pissa", factors, init_lora_weights="pissa")
-    write_adapter(home / "pissa" / "initial", linear("model.h.0.q", 6, 6, seed=3) | linear("model.h.0.up", 9, 6, r=3))
+    write_adapter(
+        home / "pissa" / "initial", linear("model.h.0.q", 6, 6, seed=3) | linear("model.h.0.c_proj", 9, 6, r=3)
+    )
     old = write_adapter(home / "old", factors)
     (old / "adapter_model.safetensors").unlink()
     torch.save(factors, old / "adapter_model.bin")
