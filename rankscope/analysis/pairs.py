@@ -169,10 +169,11 @@ def cosine(inner: float, norm_a: float, norm_b: float) -> float:
 def difference(a: Update, b: Update, inner: float) -> float:
     """‖a − b‖_F without forming a product.
 
-    Two products are subtracted exactly, as factors of rank r₁ + r₂; otherwise the norms and the inner product tell,
-    to about 1e-8 of the larger norm, and float32 does not carry more.
+    Two thin products are subtracted exactly, as factors of rank r₁ + r₂; otherwise the norms and the inner product
+    tell, to about 1e-8 of the larger norm, and float32 does not carry more.
     """
-    if isinstance(a, LowRank) and isinstance(b, LowRank):
-        values = (a + b * -1.0).singular_values()
+    one, two = a.product, b.product
+    if one is not None and two is not None:
+        values = (one + two * -1.0).singular_values()
         return float(torch.linalg.vector_norm(values))
     return math.sqrt(max(0.0, a.energy + b.energy - 2 * inner))

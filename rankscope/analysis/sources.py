@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rankscope.errors import ConfigError, RankscopeError, located
-from rankscope.formats.interface import Skipped, Store, examples, usable_device
+from rankscope.formats.interface import Skipped, Store, UpdateInfo, examples, usable_device
 from rankscope.formats.names import natural_key
 from rankscope.formats.store import open as open_store
 from rankscope.updates import Update
@@ -77,6 +77,10 @@ class Source:
             return self.updates[name].to(self.device)
         with located(self.where(name)):
             return self.updates[name].to(self.device)
+
+    def info(self, name: str) -> UpdateInfo | None:
+        """What the headers tell of one update; None of a mapping, which has none."""
+        return self.updates.info(name) if isinstance(self.updates, Store) else None
 
     def where(self, name: str) -> str:
         """How messages name a layer."""

@@ -26,7 +26,7 @@ from rankscope.spectra import (
     noise_measures,
     rounding_floor,
 )
-from rankscope.updates import LowRank, Update
+from rankscope.updates import Update
 
 SCHEMA = "rankscope.spectrum/1"
 Measures = dict[str, float | int]
@@ -157,15 +157,15 @@ def spectrum(
 
 
 def _layer(source: Source, name: str, top: int | None) -> LayerSpectrum:
-    update = source.read(name)
+    update, info = source.read(name), source.info(name)
     with located(source.where(name)):
         found = Spectrum.of(update)
     return LayerSpectrum(
         name=name,
         shape=found.shape,
         nominal_rank=found.nominal_rank,
-        scale=update.scale if isinstance(update, LowRank) else 1.0,
-        dtype=found.stored,
+        scale=info.scale if info else getattr(update, "scale", 1.0),
+        dtype=str(info.dtype).removeprefix("torch.") if info else found.stored,
         energy=found.energy,
         singular_values=tuple(found.values[:top].tolist()),
         count=len(found.values),

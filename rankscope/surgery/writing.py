@@ -6,13 +6,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from rankscope.errors import ConfigError, FormatError
-from rankscope.formats.files import umask, write_json
+from rankscope.errors import ConfigError, FormatError, RankscopeError
+from rankscope.formats.files import as_text, umask, write_json
 from rankscope.surgery.result import SCHEMAS, LayerChange, Surgery, Total
 
 RECORD = "rankscope.json"
@@ -36,19 +36,41 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     place = Path(os.path.realpath(Path(out).expanduser()))
     _check_free(place, out)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.", suffix=".tmp"))
+        with _parents(place), _neighbour(place, out) as made:
+            yield made
+            os.chmod(made, 0o777 & ~umask())
+            _check_free(place, out)
+            if place.exists():
+                place.rmdir()
+            os.replace(made, place)
     except OSError as error:
         raise FormatError(f"{out}: cannot be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def _parents(place: Path) -> Iterator[None]:
+    """Make the folders above ``place``; on any error those that were made go again."""
+    made = [folder for folder in place.parents if not folder.exists()]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # not there, or another process has put something into it
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def _neighbour(place: Path, out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside ``place``, gone at the end; errors that name it name ``out`` instead."""
+    made = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.", suffix=".tmp"))
     try:
         yield made
-        os.chmod(made, 0o777 & ~umask())
-        _check_free(place, out)
-        if place.exists():
-            place.rmdir()
-        os.replace(made, place)
-    except OSError as error:
-        raise FormatError(f"{out}: cannot be written ({error.strerror or error})") from error
+    except RankscopeError as error:
+        if str(made) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(made), str(out))) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -85,7 +107,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 def tags(operation: str, command: str | None) -> dict[str, str]:
     """Metadata of the safetensors files that an operation wrote."""
-    return {"rankscope": operation, **({"rankscope_command": command} if command else {})}
+    return {"rankscope": operation, **({"rankscope_command": as_text(command)} if command else {})}
 
 
 def record(
@@ -97,6 +119,14 @@ def record(
         fields: the others of ``Surgery``.
     """
     total = Total.of(layers)
-    result = Surgery(schema=SCHEMAS[operation], output=str(out), layers=layers, total=total, **fields)
+    texts = {name: _texts(value) for name, value in {"output": str(out), **fields}.items()}
+    result = Surgery(schema=SCHEMAS[operation], layers=layers, total=total, **texts)
     write_json(folder / RECORD, result.to_json())
     return result
+
+
+def _texts(value: Any) -> Any:
+    """A field of the record, whose paths and names may be no text."""
+    if isinstance(value, tuple):
+        return tuple(_texts(one) for one in value)
+    return as_text(value) if isinstance(value, str) else value
