@@ -131,6 +131,10 @@ class Study:
         """The updates that a run learned: its adapter, or the update of full fine-tuning."""
         return open_store(self.path(run))
 
+    def keeps(self, run: Run) -> bool:
+        """Whether what a run learned is still there; weights are large, and people delete those they need no more."""
+        return any((self.path(run) / name).exists() for name in ("adapter", "update.safetensors"))
+
     def check_fingerprint(self, task: Task) -> None:
         """See that a task has the base and the data that the study was begun with.
 
