@@ -55,6 +55,11 @@ class Checkpoint:
             raise FormatError(f"{path}: holds no tensors")
         self.conv1d = _stores_conv1d(self.infos, source.parent / "config.json")
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that the tensors lie in."""
+        return tuple(sorted({file.path for file in self._files.values()}))
+
     def read(self, name: str) -> Tensor:
         """The tensor as stored: (rows, columns, …), stored dtype."""
         return self._files[name].read(name)

@@ -43,6 +43,10 @@ LOOKED_FOR = (
 )
 
 
+class NoBaseError(FormatError):
+    """Full weights, whose update is not known without their base."""
+
+
 @dataclass(frozen=True)
 class _Asked:
     """What ``open`` was asked for beside the path."""
@@ -161,7 +165,7 @@ def _open_adapter(folder: Path, asked: _Asked) -> Store:
 
 def _minus_base(path: Path, asked: _Asked) -> Store:
     if asked.base is None:
-        raise FormatError(f"{path}: holds full weights; say with --base which model they were tuned from")
+        raise NoBaseError(f"{path}: holds full weights; say with --base which model they were tuned from")
     return CheckpointStore(path, asked.base, asked.device)
 
 
