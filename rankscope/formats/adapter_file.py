@@ -23,6 +23,7 @@ from rankscope.formats.files import TensorFile
 from rankscope.formats.interface import Store, UpdateInfo
 from rankscope.formats.lycoris import LOCON, MAGNITUDE, NOT_READ, SCALE, lycoris_recipe, lycoris_whole
 from rankscope.formats.names import natural_key
+from rankscope.formats.peft_write import Place
 from rankscope.formats.pickled import PickledFile
 from rankscope.formats.recipes import Recipe
 from rankscope.updates import Update
@@ -51,12 +52,18 @@ class Part(NamedTuple):
 @dataclass(frozen=True)
 class FileLayer:
     """One module: ``keys`` in the file by part, α (None where neither the file nor the caller gives one), and the
-    recipe of its update. ``kernel`` is that of a convolution, () of a linear layer."""
+    recipe of its update. ``kernel`` is that of a convolution, () of any other layer."""
 
     keys: Mapping[str, str]
     alpha: float | None
     recipe: Recipe
     kernel: tuple[int, ...]
+    embedding: bool = False
+
+    @property
+    def place(self) -> Place:
+        """How PEFT stores such factors."""
+        return Place("embedding") if self.embedding else Place("conv", self.kernel) if self.kernel else Place()
 
     @property
     def magnitude(self) -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
+from torch import Tensor
 
 from rankscope.errors import FormatError
 from rankscope.formats.adapter_file import BIAS, FileStore, Part
@@ -106,6 +107,11 @@ class DiffusersStore(FileStore):
         if config is not None:
             return config.alpha(inner, rank)
         return None if self._alpha is not None else float(rank)
+
+    def magnitude(self, name: str) -> Tensor | None:
+        """As of every file; (out,) also of a convolution, where PEFT stores (1, out, 1, 1)."""
+        found = super().magnitude(name)
+        return None if found is None else found.flatten()
 
     def _note_oddities(self) -> None:
         own = SCALE in {leaf for layer in self.layers.values() for leaf in layer.keys}

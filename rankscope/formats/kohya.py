@@ -7,17 +7,18 @@ networks/lora.py; LyCORIS's stand in ``lycoris.py``.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
+
+import msgspec
 
 from rankscope.formats.adapter_file import FileStore, Part
 from rankscope.formats.lycoris import LEAVES
 from rankscope.formats.peft_keys import PREFIX
 
 NAMES = "rankscope_names"
-"""Metadata of files that we wrote: a JSON object of dotted paths by the raw names."""
+"""Metadata of files that we wrote: a JSON object of [part of the pipeline or "", dotted path] by the raw names."""
 RANK, ALPHA, MODULE = "ss_network_dim", "ss_network_alpha", "ss_network_module"
 
 _LEAF = re.compile("|".join(re.escape(leaf) for leaf in sorted(LEAVES, key=len, reverse=True)))
@@ -60,12 +61,9 @@ class KohyaStore(FileStore):
             )
 
 
-def dotted_names(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Dotted paths by raw names as the file's metadata says them; empty where it says none, or nonsense."""
+def dotted_names(metadata: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """(part of the pipeline, dotted path) by raw name as the metadata says it; empty where it says none."""
     try:
-        names = json.loads(metadata.get(NAMES, "{}"))
-    except (ValueError, RecursionError):
+        return msgspec.json.decode(metadata.get(NAMES, "{}"), type=dict[str, tuple[str, str]])
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         return {}
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        return {}
-    return names

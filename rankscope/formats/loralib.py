@@ -89,7 +89,8 @@ class LoralibStore(FileStore):
         out, into = layer.recipe.info.shape
         info = replace(layer.recipe.info, shape=(into, out))
         old = layer.recipe.build
-        self._put(name, replace(layer, recipe=Recipe(info, layer.recipe.reads, lambda tensors: old(tensors).T)))
+        recipe = Recipe(info, layer.recipe.reads, lambda tensors: old(tensors).T)
+        self._put(name, replace(layer, recipe=recipe, embedding=True))
 
 
 def _parts(keys: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> int:

@@ -33,8 +33,7 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         ConfigError: ``out`` exists and is not an empty folder.
         FormatError: it cannot be written.
     """
-    place = Path(os.path.realpath(Path(out).expanduser()))
-    _check_free(place, out)
+    place = free_place(out)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.", suffix=".tmp"))
@@ -51,6 +50,18 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         raise FormatError(f"{out}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def free_place(out: str | os.PathLike[str]) -> Path:
+    """Where the output goes.
+
+    Raises:
+        ConfigError: ``out`` exists and is not an empty folder.
+        FormatError: it cannot be looked at.
+    """
+    place = Path(os.path.realpath(Path(out).expanduser()))
+    _check_free(place, out)
+    return place
 
 
 def _check_free(place: Path, out: str | os.PathLike[str]) -> None:
@@ -96,7 +107,11 @@ def record(
     Args:
         fields: the others of ``Surgery``.
     """
-    total = Total.of(layers)
-    result = Surgery(schema=SCHEMAS[operation], output=str(out), layers=layers, total=total, **fields)
+    result = told(operation, out, layers, **fields)
     write_json(folder / RECORD, result.to_json())
     return result
+
+
+def told(operation: str, out: str | os.PathLike[str], layers: tuple[LayerChange, ...], **fields: Any) -> Surgery:
+    """What was done; ``fields`` are the others of ``Surgery``."""
+    return Surgery(schema=SCHEMAS[operation], output=str(out), layers=layers, total=Total.of(layers), **fields)
