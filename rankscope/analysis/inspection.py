@@ -17,6 +17,7 @@ from rankscope.formats.adapter_file import FileStore
 from rankscope.formats.checkpoint import Checkpoint
 from rankscope.formats.diffusers import DiffusersStore, component_of, configuration
 from rankscope.formats.files import TensorInfo, read_json
+from rankscope.formats.hub import local_path
 from rankscope.formats.interface import Skipped, Store, UpdateInfo
 from rankscope.formats.kohya import MODULE
 from rankscope.formats.loralib import NoAlphaError
@@ -116,7 +117,7 @@ def inspect(
     Raises:
         FormatError: nothing there, nothing that is known, or damaged.
     """
-    place = Path(path).expanduser()
+    place = local_path(path)
     if (place / STUDY).is_file():
         return _study(place, str(path))
     notes: list[str] = []

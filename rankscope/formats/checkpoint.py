@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rankscope.errors import FormatError
 from rankscope.formats.files import TensorFile, TensorInfo, read_json
+from rankscope.formats.hub import local_path
 from rankscope.formats.interface import examples
 from rankscope.formats.names import WEIGHT, pair
 from rankscope.formats.peft_keys import OLD_WEIGHTS_NAME, WEIGHTS_NAME
@@ -44,6 +45,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path) -> None:
+        path = local_path(path)
         self.path = path
         self.infos: dict[str, TensorInfo] = {}
         self._files: dict[str, TensorFile | PickledFile] = {}

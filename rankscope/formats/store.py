@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from rankscope.errors import ConfigError, FormatError
+from rankscope.errors import ConfigError, FormatError, RankscopeError
 from rankscope.formats.adapter_file import FileStore
 from rankscope.formats.checkpoint import INDEX_SUFFIX, UPDATES_NAME, checkpoint_file, has_checkpoint
 from rankscope.formats.diffusers import DiffusersStore, is_diffusers
 from rankscope.formats.files import TensorFile, read_json
+from rankscope.formats.hub import local_path
 from rankscope.formats.interface import Skipped, Store, UnknownLayerError, UpdateInfo
 from rankscope.formats.kohya import KohyaStore, is_kohya
 from rankscope.formats.loralib import LoralibStore, is_loralib
@@ -70,8 +73,9 @@ def open(
     ours, a file of updates, or full weights (file, folder or shards), which become the tuned weights minus ``base``.
 
     Args:
-        path: file or folder.
-        base: checkpoint of the pre-trained model: required for full weights and for methods that act through it, used
+        path: file or folder; or an id of the hub (``org/name``), where nothing lies at that path.
+        base: checkpoint of the pre-trained model, alike; by default the folder that a PEFT adapter's configuration
+            names, where there is one. It is required for full weights and for methods that act through it, used
             for DoRA, for modules that an adapter holds whole, and for ``Store.weight``.
         device: where updates are put.
         initial: a LoRA adapter as it was before training, where its initialisation moved the base (PiSSA and others)
@@ -82,11 +86,11 @@ def open(
         FormatError: nothing there, nothing that is known, damaged, or full weights without a base.
         ConfigError: the device cannot be used, α is not finite, or ``initial`` for something else than a LoRA adapter.
     """
-    place = Path(path).expanduser()
+    place = local_path(path)
     start = Path(initial).expanduser() if initial is not None else None
     if alpha is not None and not math.isfinite(alpha):
         raise ConfigError(f"alpha = {alpha}: α is a finite number")
-    asked = _Asked(Path(base).expanduser() if base is not None else None, device, start, alpha)
+    asked = _Asked(local_path(base) if base is not None else None, device, start, alpha)
     try:
         found = _open_folder(place, asked) if place.is_dir() else _open_file(place, asked)
     except OSError as error:  # no permission to look; a name too long
@@ -157,10 +161,32 @@ def adapter_kind(header: TensorFile | PickledFile) -> type[FileStore] | None:
 
 
 def _open_adapter(folder: Path, asked: _Asked) -> Store:
-    config = folder / CONFIG_NAME
-    if peft_type(config, read_json(config)) == "LORA":
+    """A PEFT adapter, with the base that its configuration names where none was given and it lies on disk."""
+    config = read_json(folder / CONFIG_NAME)
+    named = config.get("base_model_name_or_path")
+    own = Path(named).expanduser() if isinstance(named, str) and named else None
+    if asked.base is not None or own is None or not _is_folder(own):
+        return _peft_store(folder, config, asked)
+    try:
+        found = _peft_store(folder, config, replace(asked, base=own))
+        found.notes.append(f"its base was found where its configuration says: {own}")
+    except RankscopeError as error:
+        found = _peft_store(folder, config, asked)
+        found.notes.append(f"its base, {own}, could not be used ({error})")
+    return found
+
+
+def _peft_store(folder: Path, config: Mapping[str, Any], asked: _Asked) -> Store:
+    if peft_type(folder / CONFIG_NAME, config) == "LORA":
         return PeftStore(folder, asked.base, asked.device, asked.initial)
     return MethodStore(folder, asked.base, asked.device)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _minus_base(path: Path, asked: _Asked) -> Store:

@@ -15,6 +15,7 @@ from rankscope.formats.aliases import aliases
 from rankscope.formats.checkpoint import Checkpoint, has_checkpoint
 from rankscope.formats.diffusers import COMPONENTS, DiffusersStore, component_of
 from rankscope.formats.files import read_json
+from rankscope.formats.hub import local_path
 from rankscope.formats.interface import Skipped, Store, examples
 from rankscope.formats.kohya import KohyaStore, dotted_names
 from rankscope.formats.names import PARTS, WEIGHT, pair
@@ -252,7 +253,7 @@ def base_names(base: str | os.PathLike[str]) -> list[Named]:
     Raises:
         FormatError: it cannot be read.
     """
-    place = Path(base).expanduser()
+    place = local_path(base)
     parts = [place] if not place.is_dir() or has_checkpoint(place) else []
     parts = parts or [part for part in sorted(place.iterdir()) if part.is_dir() and COMPONENTS.match(f"{part.name}.x")]
     found = []
