@@ -133,6 +133,21 @@ def test_what_is_not_analysed_is_listed(tmp_path):
         formats.open(only)
 
 
+@pytest.mark.parametrize("kind", ["kohya", "diffusers"])
+def test_whole_differences_beside_factors(tmp_path, kind):
+    """As trainers of video models write them: vectors and convolutions whole, the rest as factors."""
+    down, up = ("lora_down.weight", "lora_up.weight") if kind == "kohya" else ("lora_A.weight", "lora_B.weight")
+    front = "diffusion_model.blocks.0"
+    tensors = {
+        f"{front}.q.{down}": normal(2, 4), f"{front}.q.{up}": normal(6, 2), f"{front}.q.diff_b": normal(6),
+        f"{front}.norm.diff": normal(4), "diffusion_model.patch.diff": normal(6, 3, 1, 2, 2),
+    }  # fmt: skip
+    store = formats.open(written(tmp_path / "x.safetensors", tensors))
+    assert (store.kind, store.names()) == (kind, [f"{front}.q", "diffusion_model.patch"])
+    assert {one.name for one in store.skipped} == {f"{front}.q.diff_b", f"{front}.norm.diff"}
+    same(store["diffusion_model.patch"], tensors["diffusion_model.patch.diff"].reshape(6, -1).numpy().astype(float))
+
+
 def test_kohyas_metadata_that_contradicts_the_tensors(tmp_path):
     path = written(tmp_path / "m.safetensors", kohya_layer(Q), ss_network_dim="16", ss_network_alpha="8")
     store = formats.open(path)

@@ -42,6 +42,13 @@ def test_a_given_base_goes_before_the_one_that_is_named(tmp_path: Path, base: Pa
     assert torch.equal(formats.open(folder, base=other).weight("block.q"), normal(5, 7, seed=4))
 
 
+def test_a_run_of_a_study_is_left_as_it_is(tmp_path: Path, base: Path) -> None:
+    folder = write_adapter(tmp_path / "run" / "adapter", dora(), use_dora=True, base_model_name_or_path=str(base))
+    assert "block.q:whole" in formats.open(folder)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert "block.q:whole" not in formats.open(folder)
+
+
 @pytest.mark.parametrize("named", ["org/name", "", "/nowhere/at/all", None, 3, "x" * 5000, "a\0b"])
 def test_a_base_that_is_not_on_disk_is_not_looked_for(tmp_path: Path, named: object, monkeypatch) -> None:
     monkeypatch.setattr(hub, "snapshot_download", None)  # any call would fail

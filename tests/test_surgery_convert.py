@@ -145,6 +145,24 @@ def test_a_kohya_file_of_others_with_the_models_names(tmp_path):
         convert(tmp_path / "k.safetensors", "peft", tmp_path / "none", names=tmp_path / "none.txt")
 
 
+def test_a_pipelines_folder_names_the_layers_of_all_its_parts(tmp_path):
+    for part, module in (("unet", "down_blocks.0.attn_1.to_q"), ("text_encoder", "text_model.fc_1"), ("vae", "x.y")):
+        write_checkpoint(tmp_path / "pipe" / part / "model.safetensors", {f"{module}.weight": normal(6, 4)})
+    tensors = {}
+    for raw in ("lora_unet_down_blocks_0_attn_1_to_q", "lora_te_text_model_fc_1"):
+        tensors |= {f"{raw}.lora_up.weight": normal(6, 2), f"{raw}.lora_down.weight": normal(2, 4)}
+    save_file(tensors, tmp_path / "k.safetensors")
+    convert(tmp_path / "k.safetensors", "diffusers", tmp_path / "d.safetensors", base=tmp_path / "pipe")
+    assert set(updates(tmp_path / "d.safetensors")) == {
+        "unet.down_blocks.0.attn_1.to_q",
+        "text_encoder.text_model.fc_1",
+    }
+    convert(tmp_path / "k.safetensors", "peft", tmp_path / "p", base=tmp_path / "pipe", component="text_encoder")
+    assert set(updates(tmp_path / "p")) == {"text_model.fc_1"}
+    config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "pipe" / "text_encoder")
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()

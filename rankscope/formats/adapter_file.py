@@ -21,7 +21,7 @@ from rankscope.errors import FormatError, located
 from rankscope.formats.checkpoint import BaseWeights
 from rankscope.formats.files import TensorFile
 from rankscope.formats.interface import Store, UpdateInfo
-from rankscope.formats.lycoris import LOCON, MAGNITUDE, NOT_READ, SCALE, lycoris_recipe, lycoris_whole
+from rankscope.formats.lycoris import FULL, LOCON, MAGNITUDE, NOT_READ, SCALE, lycoris_recipe, lycoris_whole
 from rankscope.formats.names import natural_key
 from rankscope.formats.peft_write import Place
 from rankscope.formats.pickled import PickledFile
@@ -150,6 +150,9 @@ class FileStore(Store):
         if not set(parts) - {SCALE, MAGNITUDE}:
             for key in keys.values():
                 self._skip(key, "no factors are beside it")
+            return
+        if FULL.whole in parts and len(parts[FULL.whole].shape) < 2:
+            self._skip(keys[FULL.whole], "a change of a vector: one-dimensional, no spectrum")
             return
         rank = next((info.shape[0] for leaf, info in parts.items() if leaf == LOCON.b and info.shape), None)
         alpha = self._read_alpha(keys[SCALE]) if SCALE in keys else self._scale_alpha(module, rank)

@@ -35,7 +35,7 @@ _OLD = re.compile(r"(?P<module>.+)\.lora\.(?P<half>down|up)\.weight")
 _OLDEST = re.compile(
     r"(?P<module>.+?)(?:\.processor)?\.(?P<name>to_q|to_k|to_v|to_out)_lora\.(?P<half>down|up)\.weight"
 )
-_ALPHA = re.compile(r"(?P<module>.+)\.alpha")
+_OWN = re.compile(r"(?P<module>.+)\.(?P<leaf>alpha|diff|diff_b)")  # of trainers that write PEFT's names
 _LEAVES = {"lora_A": LOCON.b, "lora_B": LOCON.a, "down": LOCON.b, "up": LOCON.a, "lora_magnitude_vector": MAGNITUDE}
 
 
@@ -59,8 +59,8 @@ def parse(key: str) -> Part | None:
     if found := _OLDEST.fullmatch(key):
         name = found["name"] + (".0" if found["name"] == "to_out" else "")
         return Part(f"{found['module']}.{name}", _LEAVES[found["half"]])
-    if found := _ALPHA.fullmatch(key):
-        return Part(found["module"], SCALE)
+    if found := _OWN.fullmatch(key):
+        return Part(found["module"], found["leaf"])
     parsed = parse_key(key)
     if parsed is None or parsed.part not in _LEAVES or parsed.leaf not in ("weight", "bias", ""):
         return None

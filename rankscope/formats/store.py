@@ -165,7 +165,8 @@ def _open_adapter(folder: Path, asked: _Asked) -> Store:
     config = read_json(folder / CONFIG_NAME)
     named = config.get("base_model_name_or_path")
     own = Path(named).expanduser() if isinstance(named, str) and named else None
-    if asked.base is not None or own is None or not _is_folder(own):
+    ours = (folder.parent / "run.json").is_file()  # a run's base is its study's, wherever this is called
+    if asked.base is not None or own is None or ours or not _is_folder(own):
         return _peft_store(folder, config, asked)
     try:
         found = _peft_store(folder, config, replace(asked, base=own))

@@ -95,9 +95,11 @@ def convert(
         return record(folder, "convert", out, changes, **fields)
 
 
-def _written(pieces: Sequence[Piece], to: Target, base: object, paths: Sequence[str]) -> Written:
+def _written(pieces: Sequence[Piece], to: Target, base: str | os.PathLike[str] | None, paths: Sequence[str]) -> Written:
     if to == "peft":
-        return to_peft(pieces, None if base is None else str(base), paths)
+        part = None if base is None else os.path.join(base, pieces[0].component)  # a pipeline's folder has its parts
+        named = part if part is not None and os.path.isdir(part) else base
+        return to_peft(pieces, None if named is None else str(named).rstrip(os.sep), paths)
     return to_kohya(pieces) if to == "kohya" else to_diffusers(pieces)
 
 
