@@ -25,9 +25,9 @@ ROWS = (6, 2, 2)  # of q, k and v: grouped queries
 
 def fused_and_split(dense: bool = False):
     """One update of 10 × 5, and the updates of its blocks of rows."""
-    whole = planted((sum(ROWS), 5), [3, 1])
+    whole = planted((sum(ROWS), 5), [3, 1]) * 2.0
     cuts = np.cumsum((0, *ROWS))
-    parts = [LowRank(whole.B[i:j], whole.A) for i, j in itertools.pairwise(cuts)]
+    parts = [LowRank(whole.B[i:j], whole.A, 2.0) for i, j in itertools.pairwise(cuts)]
     return (Dense(whole.dense(), torch.bfloat16, 1e-6) if dense else whole), parts
 
 

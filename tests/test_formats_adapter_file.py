@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from test_formats_hostile import mutated
 from torch import Tensor, nn
 
+from rankscope import cli
 from rankscope.errors import ConfigError, FormatError, RankscopeError
 from rankscope.formats import store as formats
 from rankscope.formats.loralib import NoAlphaError
@@ -387,3 +388,19 @@ def refused(path: Path, base: Path) -> str | None:
     except RankscopeError as error:
         return str(error)
     return None
+
+
+def test_alpha_on_the_command_line(tmp_path, capsys):
+    path = written(tmp_path / "x.safetensors", {"h.0.q.lora_A": A, "h.0.q.lora_B": B})
+
+    def run(*arguments: object) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return ended.value.code, said.out, said.err
+
+    code, _, err = run("spectrum", path)
+    assert (code, "--alpha" in err) == (1, True)
+    norms = [json.loads(run("spectrum", path, "--alpha", alpha, "--json")[1])["total"]["norm"] for alpha in (1, 8)]
+    assert norms[1] == pytest.approx(8 * norms[0])
+    assert run("compare", path, path, "--alpha", 2)[0] == 0
