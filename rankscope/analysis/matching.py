@@ -114,32 +114,44 @@ class _Unit(NamedTuple):
 
 def _with_fused(a: Source, b: Source, pairing: Pairing) -> Matched:
     """The pairing with what is left of it brought together across fused and split projections."""
-    units = _units(pairing.only_a), _units(pairing.only_b)
+    units_a, units_b = _units(pairing.only_a), _units(pairing.only_b)
+    blocks_a: dict[str, Place] = {}
+    blocks_b: dict[str, Place] = {}
     found: list[tuple[str, str]] = []
     skipped: list[Skipped] = []
-    blocks: tuple[dict[str, Place], dict[str, Place]] = ({}, {})
-    for parent_a, parent_b in pair(units[0], units[1]).pairs:
-        ours, theirs = units[0][parent_a], units[1][parent_b]
+    for parent_a, parent_b in pair(units_a, units_b).pairs:
+        ours, theirs = units_a[parent_a], units_b[parent_b]
         if ours.fused and theirs.fused:
             continue
-        sides = [ours.names, theirs.names]
-        if ours.fused or theirs.fused:
-            side = 0 if ours.fused else 1
-            fused, split, source, other = (ours, theirs, a, b) if side == 0 else (theirs, ours, b, a)
-            places = _blocks(fused.names[0], source, split.names, other)
-            if isinstance(places, str):
-                skipped.append(Skipped(fused.names[0], places))
-                continue
-            blocks[side].update(places)
-            sides[side] = tuple(places)
-        found += list(zip(*sides, strict=True))
-    used_a = {_whole(name, blocks[0]) for name, _ in found}
-    used_b = {_whole(name, blocks[1]) for _, name in found}
-    pairs = sorted([*pairing.pairs, *found], key=lambda names: natural_key(names[0]))
+        try:
+            found += zip(_parts(ours, a, theirs, b, blocks_a), _parts(theirs, b, ours, a, blocks_b), strict=True)
+        except _NoBlocksError as error:
+            skipped.append(error.skipped)
+    used_a = {_whole(name, blocks_a) for name, _ in found}
+    used_b = {_whole(name, blocks_b) for _, name in found}
     left = Pairing(
-        pairs, [n for n in pairing.only_a if n not in used_a], [n for n in pairing.only_b if n not in used_b]
+        sorted([*pairing.pairs, *found], key=lambda names: natural_key(names[0])),
+        [name for name in pairing.only_a if name not in used_a],
+        [name for name in pairing.only_b if name not in used_b],
     )
-    return Matched(_blocked(a, blocks[0]), _blocked(b, blocks[1]), left, skipped)
+    return Matched(_blocked(a, blocks_a), _blocked(b, blocks_b), left, skipped)
+
+
+class _NoBlocksError(RankscopeError):
+    """A fused projection that is not taken apart."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.skipped = Skipped(name, reason)
+
+
+def _parts(unit: _Unit, source: Source, partner: _Unit, other: Source, blocks: dict[str, Place]) -> tuple[str, ...]:
+    """Names of q, k and v; those of a fused unit are made, like its partner's, and put into ``blocks``."""
+    if not unit.fused:
+        return unit.names
+    places = _blocks(unit.names[0], source, partner.names, other)
+    blocks.update(places)
+    return tuple(places)
 
 
 def _whole(name: str, blocks: Mapping[str, Place]) -> str:
@@ -147,29 +159,32 @@ def _whole(name: str, blocks: Mapping[str, Place]) -> str:
     return blocks[name].name if name in blocks else name
 
 
-def _units(names: Iterable[str]) -> dict[str, _Unit]:
-    """Fused projections and whole triples among names, by the path of their attention."""
-    names = list(names)
+def _units(names: Sequence[str]) -> dict[str, _Unit]:
+    """Fused projections and whole triples among names, by the path of their attention, where it has one of them."""
     found: dict[str, list[tuple[str, ...]]] = {}
-    for name in names:
-        for end in FUSED:
-            if (parent := _parent(name, end)) is not None:
-                found.setdefault(parent, []).append((name,))
-                break
     known = set(names)
-    for ends in SPLIT:
-        for name in names:
-            parent = _parent(name, ends[0])
-            triple = tuple(name.removesuffix(ends[0]) + end for end in ends)
-            if parent is not None and known.issuperset(triple):
+    for name in names:
+        if (parent := _fused_parent(name)) is not None:
+            found.setdefault(parent, []).append((name,))
+        for parent, triple in _triples(name):
+            if known.issuperset(triple):
                 found.setdefault(parent, []).append(triple)
-    for name in names:  # a fused layer that its file holds in parts (loralib)
-        stem = name.removesuffix(f":{PARTS[0]}")
-        triple = tuple(f"{stem}:{part}" for part in PARTS)
-        parents = [parent for end in FUSED if (parent := _parent(stem, end)) is not None]
-        if stem != name and parents and known.issuperset(triple):
-            found.setdefault(parents[0], []).append(triple)
     return {parent: _Unit(units[0]) for parent, units in found.items() if len(units) == 1}
+
+
+def _fused_parent(name: str) -> str | None:
+    """The path of the attention that a fused projection is in; None for any other layer."""
+    return next((parent for end in FUSED if (parent := _parent(name, end)) is not None), None)
+
+
+def _triples(name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What q, k and v would be called if this were q, with the path of their attention."""
+    for ends in SPLIT:
+        if (parent := _parent(name, ends[0])) is not None:
+            yield parent, tuple(name.removesuffix(ends[0]) + end for end in ends)
+    stem, _, part = name.rpartition(":")  # a fused layer that its file holds in parts (loralib)
+    if part == PARTS[0] and (parent := _fused_parent(stem)) is not None:
+        yield parent, tuple(f"{stem}:{part}" for part in PARTS)
 
 
 def _parent(name: str, end: str) -> str | None:
@@ -182,16 +197,23 @@ def _parent(name: str, end: str) -> str | None:
     return None
 
 
-def _blocks(fused: str, source: Source, split: Sequence[str], other: Source) -> dict[str, Place] | str:
-    """The parts of a fused projection that are the other side's q, k and v, or why there are none."""
+def _blocks(fused: str, source: Source, split: Sequence[str], other: Source) -> dict[str, Place]:
+    """The parts of a fused projection that are the other side's q, k and v.
+
+    Raises:
+        _NoBlocksError: its rows alternate, or do not add up.
+    """
     if any(_parent(fused, end) is not None for end in INTERLEAVED):
-        return (
+        raise _NoBlocksError(
+            fused,
             "a fused projection whose rows of q, k and v may alternate head by head (GPT-NeoX, BLOOM, Falcon), so it "
-            "is not split by blocks; compare it with another fused one"
+            "is not split by blocks; compare it with another fused one",
         )
     whole, parts = _shape(source, fused), [_shape(other, name) for name in split]
     if sum(out for out, _ in parts) != whole[0] or any(into != whole[1] for _, into in parts):
-        return f"a fused projection {whole}, of which {', '.join(map(str, parts))} are no blocks of rows"
+        raise _NoBlocksError(
+            fused, f"a fused projection {whole}, of which {', '.join(map(str, parts))} are no blocks of rows"
+        )
     places, start = {}, 0
     for part, (out, _) in zip(PARTS, parts, strict=True):
         places[f"{fused}:{part}"] = Place(fused, slice(start, start + out))

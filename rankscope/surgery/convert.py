@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -62,6 +63,8 @@ def convert(
     if to not in get_args(Target):
         raise ConfigError(f"to = {to!r}: convert to one of {', '.join(get_args(Target))}")
     place = free_place(out)
+    if to == "peft" and place.suffix == SUFFIX:
+        raise ConfigError(f"{out}: PEFT's format is a folder; give a name without {SUFFIX}")
     known = [*(base_names(base) if base is not None else ()), *(listed_names(names) if names is not None else ())]
     source = gather(adapter, alpha=alpha, device=device, names=known)
     if source.kind == to:
@@ -70,7 +73,6 @@ def convert(
     pieces, left = _placeable(source.read(track), to)
     with located(source.label):
         written = _written(pieces, to, base, [module for _, module in known])
-    changes = tuple(_change(*pair) for pair in zip(pieces, written.updates, strict=True))
     fields = {
         "inputs": (source.label,),
         "command": command,
@@ -79,9 +81,24 @@ def convert(
         "skipped": (*source.skipped, *left),
         "notes": (*source.notes, *_notes(pieces, to)),
     }
+    changes = tuple(_change(*pair) for pair in zip(pieces, written.updates, strict=True))
+    tokenizer = source.folder if source.kind == "peft" else None
+    return _put(written, to, out, place, changes, fields, tokenizer)
+
+
+def _put(
+    written: Written,
+    to: Target,
+    out: str | os.PathLike[str],
+    place: Path,
+    changes: tuple[LayerChange, ...],
+    fields: dict[str, Any],
+    tokenizer: Path | None,
+) -> Surgery:
+    """Write the folder, or the one file."""
     tensors = {key: Pending.of(tensor.contiguous()) for key, tensor in written.tensors.items()}
-    metadata = {**tags("convert", command), **written.metadata}
-    if to != "peft" and place.suffix == SUFFIX:
+    metadata = {**tags("convert", fields["command"]), **written.metadata}
+    if place.suffix == SUFFIX:
         write_streamed(place, tensors, metadata)
         return told("convert", out, changes, **fields)
     with new_folder(out) as folder:
@@ -90,8 +107,8 @@ def convert(
         else:
             name = WEIGHTS_NAME if to == "diffusers" else f"{place.name}{SUFFIX}"
             write_streamed(folder / name, tensors, metadata)
-        if source.kind == "peft":
-            copy_tokenizer(source.folder, folder)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, folder)
         return record(folder, "convert", out, changes, **fields)
 
 
