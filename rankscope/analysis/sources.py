@@ -41,8 +41,9 @@ class Source:
         base: str | os.PathLike[str] | None = None,
         device: torch.device | str = "cpu",
         label: str = "updates",
+        alpha: float | None = None,
     ) -> Source:
-        """Open a path, or take what is open already (``base`` then has no say); reads no tensor.
+        """Open a path, or take what is open already (``base`` and ``alpha`` then have no say); reads no tensor.
 
         Raises:
             FormatError: the path holds nothing that is known.
@@ -50,7 +51,7 @@ class Source:
         """
         if isinstance(readable, str | os.PathLike):
             label = str(readable)
-            readable = open_store(readable, base, device)
+            readable = open_store(readable, base, device, alpha=alpha)
             return cls._of_store(readable, readable.device, label)
         place = usable_device(device)
         if isinstance(readable, Store):

@@ -131,6 +131,7 @@ def spectrum(
     top: int | None = None,
     device: torch.device | str = "cpu",
     track: Track = iter,
+    alpha: float | None = None,
 ) -> SpectrumResult:
     """Singular values and effective ranks of every layer.
 
@@ -142,13 +143,14 @@ def spectrum(
         top: how many singular values of each layer the result keeps; the measures are of all.
         device: where the decompositions run.
         track: wraps the list of names and may show progress.
+        alpha: α of a path's layers where the file has none.
 
     Raises:
         RankscopeError: nothing to read, nothing that fits ``layers``, or a layer that holds NaN or infinity.
     """
     if top is not None and top < 1:
         raise ConfigError(f"top = {top}: keep at least one singular value")
-    opened = Source.of(source, base, device)
+    opened = Source.of(source, base, device, alpha=alpha)
     found = tuple(_layer(opened, name, top) for name in track(select(opened.names(), layers, opened.label)))
     notes = (*opened.notes, *_zero_note(found))
     return SpectrumResult(

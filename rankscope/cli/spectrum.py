@@ -44,6 +44,7 @@ NOISE = {"noise k90": "k90", "MP": "mp_count", "GD": "gd_count"}
 def command(
     paths: tuple[str, ...],
     base: str | None,
+    alpha: float | None,
     layers: tuple[str, ...],
     device: str,
     top: int | None,
@@ -57,7 +58,8 @@ def command(
 ) -> None:
     """Singular spectra and effective ranks.
 
-    PATH is a PEFT adapter, a run, a checkpoint (with --base), or a study, which stands for each of its runs. Updates
+    PATH is an adapter (PEFT, kohya, LyCORIS, diffusers, loralib), a run, a checkpoint (with --base), or a study, which
+    stands for each of its runs. Updates
     that are no product of thin factors have beside them k90 of a noise matrix of their shape, and how many singular
     values noise does not explain (MP, GD). --json gives one object for one PATH, and {"results": [...]} for several
     or a study; --top shortens its lists, and the curves of --plot.
@@ -71,7 +73,9 @@ def command(
 
     one_format(as_json, as_csv)
     places, several = expand(paths)
-    results = [spectrum(place, base, layers or None, top, device, tracker(quiet, Path(place).name)) for place in places]
+    results = [
+        spectrum(place, base, layers or None, top, device, tracker(quiet, Path(place).name), alpha) for place in places
+    ]
     for result in results:
         prefix = f"{result.title}: " if len(results) > 1 else ""
         say(quiet, (prefix + line for line in (*result.notes, *skipped_lines(result.skipped, verbose))))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rankscope.errors import FormatError
 from rankscope.formats.files import TensorFile, TensorInfo, read_json
+from rankscope.formats.hub import local_path
 from rankscope.formats.interface import examples
 from rankscope.formats.names import WEIGHT, pair
 from rankscope.formats.peft_keys import OLD_WEIGHTS_NAME, WEIGHTS_NAME
@@ -46,6 +47,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path) -> None:
+        path = local_path(path)
         self.path = path
         self.infos: dict[str, TensorInfo] = {}
         self._files: dict[str, TensorFile | PickledFile] = {}
@@ -56,6 +58,11 @@ class Checkpoint:
         if not self.infos:
             raise FormatError(f"{path}: holds no tensors")
         self.conv1d = _stores_conv1d(self.infos, source.parent)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that the tensors lie in."""
+        return tuple(sorted({file.path for file in self._files.values()}))
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored: (rows, columns, …), stored dtype."""

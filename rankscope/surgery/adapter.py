@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from rankscope.errors import FormatError, located
+from rankscope.formats.adapter_file import FileStore
 from rankscope.formats.files import TensorFile, TensorInfo, read_json
 from rankscope.formats.interface import Store, UpdateInfo
+from rankscope.formats.loralib import NoAlphaError
 from rankscope.formats.peft import factor_of
 from rankscope.formats.peft_config import MOVES_BASE
 from rankscope.formats.peft_folder import weights_file, whole_name
@@ -26,6 +28,7 @@ from rankscope.updates import LowRank, check_finite
 
 Readable = str | os.PathLike[str] | Store
 
+TO_PEFT = "convert it first: rankscope convert {} --to peft -o NEW"
 BIASES = ("none", "lora_only", "all")  # each trains what the one before does, and more
 # Settings of ways to start, which mean nothing beside finished factors (PEFT warns of some).
 STARTS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
@@ -62,7 +65,12 @@ class Adapter:
         Raises:
             FormatError: not such an adapter, or one that means more than base + scale·B·A where it is attached.
         """
-        store = source if isinstance(source, Store) else open_store(source, base, device)
+        try:
+            store = source if isinstance(source, Store) else open_store(source, base, device)
+        except NoAlphaError as error:
+            raise FormatError(f"{source}: is a loralib file; {TO_PEFT.format(source)} --alpha α") from error
+        if isinstance(store, FileStore):
+            raise FormatError(f"{store.path}: is a {store.kind} file; {TO_PEFT.format(store.path)}")
         if store.kind != "peft":
             raise FormatError(f"{source}: is no adapter in PEFT's layout; convert it, or extract one from full weights")
         folder = store.path

@@ -11,6 +11,7 @@ import torch
 from rankscope.errors import ConfigError, FormatError
 from rankscope.formats.checkpoint import MODEL_CONFIG, Checkpoint, model_config
 from rankscope.formats.files import write_json
+from rankscope.formats.hub import local_path
 from rankscope.formats.peft import WHOLE
 from rankscope.formats.peft_keys import CONFIG_NAME, bare_module
 from rankscope.surgery.adapter import Adapter, Readable
@@ -94,7 +95,7 @@ def _write(
     if not sources:
         raise ConfigError("give at least one adapter")
     factors = check_weights(weights if weights is not None else [1.0] * len(sources), len(sources))
-    place = Path(base).expanduser()
+    place = local_path(base)
     if (place / CONFIG_NAME).is_file():
         raise FormatError(f"{base}: is an adapter, where a base model comes first; --as-adapter adds adapters alone")
     with new_folder(out) as folder:

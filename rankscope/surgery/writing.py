@@ -33,8 +33,7 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         ConfigError: ``out`` exists and is not an empty folder.
         FormatError: it cannot be written.
     """
-    place = Path(os.path.realpath(Path(out).expanduser()))
-    _check_free(place, out)
+    place = free_place(out)
     try:
         with _parents(place), _neighbour(place, out) as made:
             yield made
@@ -73,6 +72,18 @@ def _neighbour(place: Path, out: str | os.PathLike[str]) -> Iterator[Path]:
         raise type(error)(str(error).replace(str(made), str(out))) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def free_place(out: str | os.PathLike[str]) -> Path:
+    """Where the output goes.
+
+    Raises:
+        ConfigError: ``out`` exists and is not an empty folder.
+        FormatError: it cannot be looked at.
+    """
+    place = Path(os.path.realpath(Path(out).expanduser()))
+    _check_free(place, out)
+    return place
 
 
 def _check_free(place: Path, out: str | os.PathLike[str]) -> None:
@@ -118,11 +129,15 @@ def record(
     Args:
         fields: the others of ``Surgery``.
     """
-    total = Total.of(layers)
-    texts = {name: _texts(value) for name, value in {"output": str(out), **fields}.items()}
-    result = Surgery(schema=SCHEMAS[operation], layers=layers, total=total, **texts)
+    result = told(operation, out, layers, **fields)
     write_json(folder / RECORD, result.to_json())
     return result
+
+
+def told(operation: str, out: str | os.PathLike[str], layers: tuple[LayerChange, ...], **fields: Any) -> Surgery:
+    """What was done; ``fields`` are the others of ``Surgery``."""
+    texts = {name: _texts(value) for name, value in {"output": str(out), **fields}.items()}
+    return Surgery(schema=SCHEMAS[operation], layers=layers, total=Total.of(layers), **texts)
 
 
 def _texts(value: Any) -> Any:

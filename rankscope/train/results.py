@@ -20,8 +20,8 @@ MEASURE = "entropy_rank"
 class Row:
     """One run: ``score`` is the study's metric on the test split, ``chosen_by`` the same on the validation split.
 
-    ``spectra`` are those of its update, None for the base and for a run that diverged or whose weights were deleted; ``ranks`` each measure of
-    ``MEASURES``, the median over the layers that every run has.
+    ``spectra`` are those of its update, None for the base, for a run that diverged and for one whose weights were
+    deleted; ``ranks`` each measure of ``MEASURES``, the median over the layers that every run has.
     """
 
     record: Record
