@@ -11,7 +11,6 @@ from operator import attrgetter
 import numpy as np
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from rankscope.errors import NonFiniteError, RankscopeError, ShapeError
 from rankscope.noise import Array, gd_omega, mp_median, mp_quantile, noise_edge, shrink
@@ -278,8 +277,7 @@ def relative_precision(update: Update, first: float) -> float:
     """
     if not isinstance(update, LowRank) or first == 0:
         return update.eps
-    columns = vector_norm(update.left, dim=0) * vector_norm(update.right, dim=1)
-    return update.eps * max(1.0, float(columns.max()) / first)
+    return update.eps * max(1.0, float(update.terms.max()) / first)
 
 
 def relative_gaps(values: Array, beyond: float) -> Array:

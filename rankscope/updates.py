@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,10 +13,13 @@ from torch import Tensor
 from rankscope.errors import NonFiniteError, ShapeError
 from rankscope.linalg import (
     SVD,
+    Basis,
+    FactoredSVD,
+    core_singular_values,
     dense_singular_values,
     dense_svd,
-    product_singular_values,
-    product_svd,
+    product_factors,
+    triangle,
     ulp,
     working_dtype,
 )
@@ -53,6 +57,11 @@ class Update(ABC):
     @abstractmethod
     def svd(self) -> SVD:
         """Thin SVD (U, s, Vt)."""
+
+    def factored_svd(self) -> FactoredSVD:
+        """Thin SVD whose U and V are not multiplied out where the update has thin factors."""
+        U, s, Vt = self.svd()
+        return FactoredSVD(Basis(U), s, Basis(Vt.T))
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -179,11 +188,30 @@ class LowRank(Update):
         # tr(BᵀB · AAᵀ) would save the small SVD, and lose its digits where factors cancel.
         return float(self.singular_values().square().sum())
 
+    @cached_property
+    def triangles(self) -> tuple[Tensor, Tensor]:
+        """R_L, R_R (small, on the host) with R_LᵀR_L = BᵀB and R_RᵀR_R = AAᵀ, without the scale."""
+        working = working_dtype(self.device)
+        return triangle(self.B.to(working)), triangle(self.A.to(working).T)
+
+    @property
+    def terms(self) -> Tensor:
+        """(r,): |scale|·‖b_l‖‖a_l‖, the norms of the rank-one terms that the update is the sum of; on the host."""
+        left, right = (torch.linalg.vector_norm(R, dim=0) for R in self.triangles)
+        norms: Tensor = left * right * abs(self.scale)
+        return norms
+
     def singular_values(self) -> Tensor:
-        return product_singular_values(self.left, self.right)
+        return core_singular_values(*self.triangles, self.scale).to(self.device)
 
     def svd(self) -> SVD:
-        return product_svd(self.left, self.right)
+        return self.factored_svd().formed()
+
+    def factored_svd(self) -> FactoredSVD:
+        working = working_dtype(self.device)
+        found, triangles = product_factors(self.B.to(working), self.A.to(working), self.scale)
+        self.__dict__.setdefault("triangles", triangles)  # as if asked for: nothing is decomposed twice
+        return found
 
     def dense(self) -> Tensor:
         return self.working_matrix.float()
@@ -204,6 +232,8 @@ class LowRank(Update):
         return LowRank(torch.cat((self.left, other.left), dim=1), torch.cat((self.right, other.right), dim=0))
 
     def to(self, device: torch.device | str) -> LowRank:
+        if self.device == torch.device(device) == self.A.device:  # and its entries are not looked through again
+            return self
         return LowRank(self.B.to(device), self.A.to(device), self.scale)
 
     def __repr__(self) -> str:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 import torch
+from torch import Tensor
 
 from rankscope.errors import ShapeError
-from rankscope.linalg import working_dtype
+from rankscope.linalg import FactoredSVD, working_dtype
 from rankscope.noise import Array
-from rankscope.spectra import SMALLEST_ENERGY
-from rankscope.subspace import Subspace, angles, chance, distances, overlap
+from rankscope.spectra import SMALLEST_ENERGY, Spectrum
+from rankscope.subspace import Side, Subspace, angle_distances, angles, chance, cosines, overlap
 from rankscope.updates import LowRank, Update, check_same_shape
 
 Of = Literal["update", "A", "B"]
+SIDES: dict[Of, tuple[Side, ...]] = {"update": ("left", "right"), "A": ("right",), "B": ("left",)}
+"""The sides that each kind of matrix has."""
+CANCELLING = 0.01
+"""‖a − b‖² below this share of the larger ‖·‖² has lost more than two digits as a difference of norms."""
 MOST_DIRECTIONS = 64
 """Directions of a full update that are compared unless more are asked for: most of the others are noise."""
 
@@ -53,8 +60,10 @@ class SideComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     cluster_b: tuple[bool, ...]
 
     @classmethod
-    def of(cls, a: Subspace, b: Subspace) -> SideComparison:
-        grid = overlap(a, b)
+    def of(cls, a: Subspace, b: Subspace, product: Tensor | None = None) -> SideComparison:
+        """``product``: UᵀV, where it is known (``rankscope.subspace.cosines``)."""
+        product = cosines(a, b) if product is None else product
+        grid, theta = overlap(a, b, product), angles(a, b, product)
         null = chance(grid, a.dim)
         return cls(
             d=a.dim,
@@ -62,8 +71,8 @@ class SideComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True):
             expected=null.expected,
             z=null.z,
             p=null.p,
-            angles=angles(a, b),
-            distance=distances(a, b),
+            angles=theta,
+            distance=angle_distances(theta),
             gaps_a=a.gaps,
             gaps_b=b.gaps,
             cluster_a=tuple(a.in_cluster.tolist()),
@@ -125,26 +134,67 @@ def compare_layers(name: str, name_b: str, a: Update, b: Update, top: int | None
     check_same_shape(a, b)
     shape, ranks = a.shape, (a.nominal_rank, b.nominal_rank)
     a, b = matrix_of(a, of), matrix_of(b, of)
-    left_a, right_a = Subspace.pair(a, _directions(a, top))
-    left_b, right_b = Subspace.pair(b, _directions(b, top))
-    inner = a.inner(b) if of == "update" else None
-    norms = a.norm, b.norm
+    one, two = _Decomposed.of(a, top), _Decomposed.of(b, top)
+    norms = math.sqrt(one.spectrum.energy), math.sqrt(two.spectrum.energy)
     if min(norms) ** 2 < SMALLEST_ENERGY:
         raise ShapeError(f"it is too small to compare: a norm of {min(norms):.3g} loses digits when it is squared")
+    products = {side: one.coordinates(two, side) for side in SIDES[of]}
+    compared = {side: one.against(two, side, product) for side, product in products.items()}
+    inner = _inner(one, two, products) if of == "update" else None
     return LayerComparison(
         name=name,
         name_b=name_b,
         shape=shape,
         nominal_rank_a=ranks[0],
         nominal_rank_b=ranks[1],
-        left=SideComparison.of(left_a, left_b) if of != "A" else None,
-        right=SideComparison.of(right_a, right_b) if of != "B" else None,
+        left=compared.get("left"),
+        right=compared.get("right"),
         norm_a=norms[0],
         norm_b=norms[1],
         inner=inner,
         cosine=None if inner is None else cosine(inner, *norms),
-        relative_difference=None if inner is None else difference(a, b, inner) / max(norms),
+        relative_difference=None if inner is None else difference(a, b, inner, norms) / max(norms),
     )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Decomposed:
+    """An update with its SVD, and the directions of each side that are compared."""
+
+    update: Update
+    svd: FactoredSVD
+    spectrum: Spectrum
+    sides: dict[Side, Subspace]
+
+    @classmethod
+    def of(cls, update: Update, top: int | None) -> _Decomposed:
+        svd = update.factored_svd()
+        spectrum = Spectrum.from_values(update, svd.s)
+        left, right = Subspace.of_svd(svd, spectrum, _directions(update, top))
+        return cls(update, svd, spectrum, {"left": left, "right": right})
+
+    @property
+    def thin(self) -> bool:
+        return isinstance(self.update, LowRank)
+
+    def coordinates(self, other: _Decomposed, side: Side) -> Tensor:
+        """UᵀU' (or VᵀV'), on the host: of all directions between products, else of those that are compared."""
+        if not (self.thin and other.thin):
+            return cosines(self.sides[side], other.sides[side])
+        mine, others = ((svd.U if side == "left" else svd.V) for svd in (self.svd, other.svd))
+        return mine.coordinates(others).cpu()
+
+    def against(self, other: _Decomposed, side: Side, product: Tensor) -> SideComparison:
+        """One side of both, from ``coordinates``."""
+        a, b = self.sides[side], other.sides[side]
+        return SideComparison.of(a, b, product[: a.k, : b.k])
+
+
+def _inner(a: _Decomposed, b: _Decomposed, products: Mapping[Side, Tensor]) -> float:
+    """⟨a, b⟩; of two products Σ_ij σ_i·σ'_j·(UᵀU')_ij·(VᵀV')_ij, from what their overlaps are made of."""
+    if not (a.thin and b.thin):
+        return a.update.inner(b.update)
+    return float(a.svd.s @ (products["left"] * products["right"]) @ b.svd.s)
 
 
 def matrix_of(update: Update, of: Of) -> Update:
@@ -166,13 +216,14 @@ def cosine(inner: float, norm_a: float, norm_b: float) -> float:
     return min(1.0, max(-1.0, inner / norm_a / norm_b))
 
 
-def difference(a: Update, b: Update, inner: float) -> float:
-    """‖a − b‖_F without forming a product.
+def difference(a: Update, b: Update, inner: float, norms: tuple[float, float]) -> float:
+    """‖a − b‖_F without forming a product, from ⟨a, b⟩ and both norms.
 
-    Two products are subtracted exactly, as factors of rank r₁ + r₂; otherwise the norms and the inner product tell,
-    to about 1e-8 of the larger norm, and float32 does not carry more.
+    Where those cancel, two products are subtracted exactly, as factors of rank r₁ + r₂; anything else is known to about
+    1e-8 of the larger norm, and float32 does not carry more.
     """
-    if isinstance(a, LowRank) and isinstance(b, LowRank):
+    squared = norms[0] ** 2 + norms[1] ** 2 - 2 * inner
+    if squared < CANCELLING * max(norms) ** 2 and isinstance(a, LowRank) and isinstance(b, LowRank):
         values = (a + b * -1.0).singular_values()
         return float(torch.linalg.vector_norm(values))
-    return math.sqrt(max(0.0, a.energy + b.energy - 2 * inner))
+    return math.sqrt(max(0.0, squared))
