@@ -191,11 +191,12 @@ def angles(a: Subspace, b: Subspace, product: Tensor | None = None) -> Array:
     product = cosines(a, b) if product is None else product
     if a.k < b.k:
         a, b, product = b, a, product.T
-    _, cos, Qt = torch.linalg.svd(product, full_matrices=False)
+    cos = torch.linalg.svdvals(product)
     small = int((cos.square() >= 0.5).sum())
     theta = cos.clamp(max=1).arccos()
     if small:
-        theta[:small] = _sines(a.factors, b.factors, Qt[:small].T).clamp(max=1).arcsin()
+        directions = torch.linalg.svd(product, full_matrices=False)[2][:small].T
+        theta[:small] = _sines(a.factors, b.factors, directions).clamp(max=1).arcsin()
     found: Array = theta.double().numpy()
     return found
 
@@ -271,21 +272,26 @@ def chance(grid: Array, d: int) -> Chance:
     Raises:
         ShapeError: not a grid, or more directions than dimensions.
     """
-    from scipy.special import betaincc
-
     if grid.ndim != 2 or not 1 <= max(grid.shape) <= d:
         raise ShapeError(f"a grid {grid.shape} of overlaps does not fit into dimension {d}")
-    i, j = np.arange(1.0, grid.shape[0] + 1)[:, None], np.arange(1.0, grid.shape[1] + 1)[None, :]
+    return chance_of_cells(np.arange(1.0, grid.shape[0] + 1)[:, None], np.arange(1.0, grid.shape[1] + 1), grid, d)
+
+
+def chance_of_cells(i: Array, j: Array, overlap: Array, d: int) -> Chance:
+    """``chance`` of the top i against the top j directions; i and j that broadcast to the shape of ``overlap``."""
+    from scipy.special import betaincc
+
+    i, j = np.broadcast_arrays(i, j)
     smaller = np.minimum(i, j)
     expected = np.maximum(i, j) / d
     # max(d − 1, 1): in one dimension the numerator is zero.
     variance = 2 * i * j * (d - i) * (d - j) / (d**2 * max(d - 1, 1) * (d + 2))
     free = variance > 0
     sd = np.sqrt(variance) / smaller
-    z = np.divide(grid - expected, sd, out=np.zeros_like(expected), where=free)
+    z = np.divide(overlap - expected, sd, out=np.zeros_like(expected), where=free)
     p = np.ones_like(expected)
     a, b, low, width = (x[free] for x in _beta(i, j, d, variance))
-    p[free] = betaincc(a, b, np.clip((grid[free] * smaller[free] - low) / width, 0.0, 1.0))
+    p[free] = betaincc(a, b, np.clip((overlap[free] * smaller[free] - low) / width, 0.0, 1.0))
     return Chance(expected, sd, z, p)
 
 

@@ -7,7 +7,7 @@ import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import msgspec
 import torch
@@ -76,6 +76,14 @@ class CompareResult(Result, frozen=True, eq=False, kw_only=True):
     unmatched: Unmatched
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As for every result; the grids have the chance level of each cell beside them."""
+        value = super().to_json()
+        for written, layer in zip(value["layers"], self.layers, strict=True):
+            for name, side in layer.sides.items():
+                written[name] |= {key: getattr(side, key).tolist() for key in ("expected", "z", "p")}
+        return value
 
     def __getitem__(self, name: str) -> LayerComparison:
         """The layer that a calls by this name.
@@ -240,11 +248,12 @@ def _side(layers: Sequence[LayerComparison], side: Literal["left", "right"]) -> 
     found = [layer.sides[side] for layer in layers if side in layer.sides]
     if not found:
         return None
+    square, whole = [one.square for one in found], [one.whole for one in found]
     return SideSummary(
-        overlap=statistics.median(one.square.overlap for one in found),
-        expected=statistics.median(one.square.expected for one in found),
-        whole=statistics.median(one.whole.overlap for one in found),
-        whole_expected=statistics.median(one.whole.expected for one in found),
+        overlap=statistics.median(cell.overlap for cell in square),
+        expected=statistics.median(cell.expected for cell in square),
+        whole=statistics.median(cell.overlap for cell in whole),
+        whole_expected=statistics.median(cell.expected for cell in whole),
     )
 
 

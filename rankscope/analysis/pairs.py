@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +17,17 @@ from rankscope.errors import ShapeError
 from rankscope.linalg import FactoredSVD, working_dtype
 from rankscope.noise import Array
 from rankscope.spectra import SMALLEST_ENERGY, Spectrum
-from rankscope.subspace import Side, Subspace, angle_distances, angles, chance, cosines, overlap
+from rankscope.subspace import (
+    Chance,
+    Side,
+    Subspace,
+    angle_distances,
+    angles,
+    chance,
+    chance_of_cells,
+    cosines,
+    overlap,
+)
 from rankscope.updates import LowRank, Update, check_same_shape
 
 Of = Literal["update", "A", "B"]
@@ -38,20 +50,16 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     p: float
 
 
-class SideComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True):
+class SideComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
     """The top directions of a and b in one space of dimension ``d``.
 
-    ``overlap``, ``expected``, ``z``, ``p``: (k_a, k_b), row i − 1 and column j − 1 for the top i of a and the top j
-    of b (see ``rankscope.subspace.chance``). ``angles``: radians, ascending, between the whole spans, as are the
-    ``distance``s. ``gaps_a``: (k_a,), (σ_i − σ_{i+1})/σ_i; ``cluster_a`` marks cuts among values so close that the
-    span is arbitrary; b likewise.
+    ``overlap``: (k_a, k_b), row i − 1 and column j − 1 for the top i of a and the top j of b; ``chance`` stands beside
+    it. ``angles``: radians, ascending, between the whole spans, as are the ``distance``s. ``gaps_a``: (k_a,),
+    (σ_i − σ_{i+1})/σ_i; ``cluster_a`` marks cuts among values so close that the span is arbitrary; b likewise.
     """
 
     d: int
     overlap: Array
-    expected: Array
-    z: Array
-    p: Array
     angles: Array
     distance: dict[str, float]
     gaps_a: Array
@@ -64,13 +72,9 @@ class SideComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True):
         """``product``: UᵀV, where it is known (``rankscope.subspace.cosines``)."""
         product = cosines(a, b) if product is None else product
         grid, theta = overlap(a, b, product), angles(a, b, product)
-        null = chance(grid, a.dim)
         return cls(
             d=a.dim,
             overlap=grid,
-            expected=null.expected,
-            z=null.z,
-            p=null.p,
             angles=theta,
             distance=angle_distances(theta),
             gaps_a=a.gaps,
@@ -79,11 +83,32 @@ class SideComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True):
             cluster_b=tuple(b.in_cluster.tolist()),
         )
 
+    @cached_property
+    def chance(self) -> Chance:
+        """What random directions would overlap, for every cell: found when first asked for, as p takes its time."""
+        return chance(self.overlap, self.d)
+
+    @property
+    def expected(self) -> Array:
+        """(k_a, k_b), the mean overlap of random directions."""
+        return self.chance.expected
+
+    @property
+    def z(self) -> Array:
+        """(k_a, k_b), how far the overlap is from ``expected``, in standard deviations of random directions."""
+        return self.chance.z
+
+    @property
+    def p(self) -> Array:
+        """(k_a, k_b), the probability that random directions overlap as much."""
+        return self.chance.p
+
     def at(self, i: int, j: int) -> Cell:
         """The cell of the top i of a and the top j of b, counted from 1."""
-        cell = (i - 1, j - 1)
-        numbers = (float(grid[cell]) for grid in (self.overlap, self.expected, self.z, self.p))
-        return Cell(i=i, j=j, **dict(zip(("overlap", "expected", "z", "p"), numbers, strict=True)))
+        overlap = self.overlap[i - 1 : i, j - 1]
+        null = chance_of_cells(np.array([float(i)]), np.array([float(j)]), overlap, self.d)
+        numbers = {"overlap": overlap, "expected": null.expected, "z": null.z, "p": null.p}
+        return Cell(i=i, j=j, **{name: float(number[0]) for name, number in numbers.items()})
 
     @property
     def square(self) -> Cell:
