@@ -78,8 +78,9 @@ class FactoredSVD(NamedTuple):
 
 
 def gram(tall: Tensor) -> Tensor | None:
-    """MᵀM of M (…, d, r) where squares can be trusted: float64, and r from ``GRAM_FROM`` to d; else None."""
-    if tall.dtype != torch.float64 or not GRAM_FROM <= tall.shape[-1] <= tall.shape[-2]:
+    """MᵀM of M (…, d, r) where squares may do: in float64, r ≤ d, and on a CPU r ≥ ``GRAM_FROM``; else None."""
+    least = GRAM_FROM if tall.device.type == "cpu" else 1  # on a GPU a QR costs many times what the product does
+    if tall.dtype != torch.float64 or not least <= tall.shape[-1] <= tall.shape[-2]:
         return None
     product: Tensor = tall.mT @ tall
     return product
@@ -158,12 +159,15 @@ def _inverse(R: Tensor) -> tuple[Tensor, float]:
     return inverse, float(torch.linalg.matrix_norm(fourth)) ** 0.25
 
 
-def product_factors(left: Tensor, right: Tensor, scale: float = 1.0) -> tuple[FactoredSVD, tuple[Tensor, Tensor]]:
+def product_factors(
+    left: Tensor, right: Tensor, scale: float = 1.0, squared: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> tuple[FactoredSVD, tuple[Tensor, Tensor]]:
     """Thin SVD of scale · left · right, left (out, r) and right (r, in), and both triangles that it came from.
 
-    O((out + in) r²); nothing of the product's size is formed, and U and V are left as factors.
+    O((out + in) r²); nothing of the product's size is formed, and U and V are left as factors. ``squared``: the Gram
+    matrices leftᵀ·left and right·rightᵀ, where they are known.
     """
-    (q_left, r_left), (q_right, r_right) = orthogonal(left), orthogonal(right.T)
+    (q_left, r_left), (q_right, r_right) = orthogonal(left, squared[0]), orthogonal(right.T, squared[1])
     u, s, vt = torch.linalg.svd(r_left @ r_right.T * scale, full_matrices=False)
     return FactoredSVD(_rotated(q_left, u), s, _rotated(q_right, vt.T)), (r_left, r_right)
 

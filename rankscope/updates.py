@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from rankscope.linalg import (
     core_singular_values,
     dense_singular_values,
     dense_svd,
+    gram,
     product_factors,
     triangle,
     ulp,
@@ -188,11 +191,28 @@ class LowRank(Update):
         # tr(BᵀB · AAᵀ) would save the small SVD, and lose its digits where factors cancel.
         return float(self.singular_values().square().sum())
 
-    @cached_property
+    @property
     def triangles(self) -> tuple[Tensor, Tensor]:
-        """R_L, R_R (small, on the host) with R_LᵀR_L = BᵀB and R_RᵀR_R = AAᵀ, without the scale."""
-        working = working_dtype(self.device)
-        return triangle(self.B.to(working)), triangle(self.A.to(working).T)
+        """R_L, R_R (small, on the host) with R_LᵀR_L = BᵀB and R_RᵀR_R = AAᵀ, without the scale; found once."""
+        found = self._recall("triangles")
+        if found is None:
+            working = working_dtype(self.device)
+            left, right = self._recall("squares") or (None, None)
+            found = triangle(self.B.to(working), left), triangle(self.A.to(working).T, right)
+            self._remember("triangles", found)
+        return found
+
+    def _remember(self, name: str, pair: tuple[Any, Any]) -> None:
+        self.__dict__[f"_{name}"] = (self._versions, pair)
+
+    def _recall(self, name: str) -> tuple[Any, Any] | None:
+        """What was remembered, unless a factor has been written to since, as training does."""
+        versions, pair = self.__dict__.get(f"_{name}", (None, None))
+        return pair if versions == self._versions else None
+
+    @property
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(-1 if factor.is_inference() else factor._version for factor in (self.B, self.A))
 
     @property
     def terms(self) -> Tensor:
@@ -209,8 +229,9 @@ class LowRank(Update):
 
     def factored_svd(self) -> FactoredSVD:
         working = working_dtype(self.device)
-        found, triangles = product_factors(self.B.to(working), self.A.to(working), self.scale)
-        self.__dict__.setdefault("triangles", triangles)  # as if asked for: nothing is decomposed twice
+        squares = self._recall("squares") or (None, None)
+        found, triangles = product_factors(self.B.to(working), self.A.to(working), self.scale, squares)
+        self._remember("triangles", triangles)
         return found
 
     def dense(self) -> Tensor:
@@ -316,6 +337,24 @@ class Dense(Update):
 
     def __repr__(self) -> str:
         return f"Dense({self.shape[0]} × {self.shape[1]}, stored as {str(self.stored).removeprefix('torch.')})"
+
+
+def square_together(updates: Sequence[Update]) -> None:
+    """Find BᵀB and AAᵀ of all products in one multiplication per shape, for a GPU that single ones leave idle.
+
+    Each product remembers its own, on the host.
+    """
+    alike: dict[Hashable, list[LowRank]] = defaultdict(list)
+    for update in updates:
+        if isinstance(update, LowRank):
+            alike[update.B.shape, update.A.shape, update.B.dtype, update.A.dtype, update.device].append(update)
+    for group in alike.values():
+        working = working_dtype(group[0].device)
+        left = gram(torch.stack([update.B for update in group]).to(working))
+        right = gram(torch.stack([update.A for update in group]).to(working).mT)
+        lefts, rights = ([None] * len(group) if squares is None else squares.cpu() for squares in (left, right))
+        for update, *pair in zip(group, lefts, rights, strict=True):
+            update._remember("squares", (pair[0], pair[1]))
 
 
 def check_finite(tensor: Tensor, what: str) -> float:

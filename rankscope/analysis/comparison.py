@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -15,10 +15,12 @@ import torch
 from rankscope.analysis.pairs import MOST_DIRECTIONS, LayerComparison, Of, compare_layers, cosine
 from rankscope.analysis.sources import Readable, Source, Track, fits
 from rankscope.analysis.text import html_table, short_name
+from rankscope.analysis.workers import spread
 from rankscope.errors import ConfigError, RankscopeError, ShapeError, located
 from rankscope.formats.interface import Skipped, examples
 from rankscope.formats.names import Pairing, pair
 from rankscope.result import Result
+from rankscope.updates import Update
 
 SCHEMA = "rankscope.compare/1"
 INITIAL = "initial"
@@ -137,6 +139,7 @@ def compare(
     of: Of = "update",
     device: torch.device | str = "cpu",
     track: Track = iter,
+    workers: int | None = None,
 ) -> CompareResult:
     """Overlap, principal angles and distances of two sources of updates, layer by layer.
 
@@ -150,6 +153,7 @@ def compare(
             paper; "B" the left ones of B.
         device: where the decompositions run.
         track: wraps the list of pairs and may show progress.
+        workers: threads that pairs of thin factors are shared out over, as for ``spectrum``.
 
     Raises:
         RankscopeError: no layer in common, none that can be compared, or one that holds NaN or infinity.
@@ -161,7 +165,7 @@ def compare(
     patterns = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
     left, right = Source.of(a, base, device, "a"), Source.of(b, base, device, "b")
     pairing = _paired(left, right, patterns)
-    found, skipped = _compared(left, right, pairing, top, of, track)
+    found, skipped = _compared(left, right, pairing.pairs, top, of, track, workers)
     if not found:
         raise RankscopeError(
             f"{left.label} and {right.label}: no layer can be compared; {skipped[0].name}: {skipped[0].reason}"
@@ -210,18 +214,25 @@ def _paired(a: Source, b: Source, patterns: list[str] | None) -> Pairing:
 
 
 def _compared(
-    a: Source, b: Source, pairing: Pairing, top: int | None, of: Of, track: Track
+    a: Source, b: Source, pairs: list[tuple[str, str]], top: int | None, of: Of, track: Track, workers: int | None
 ) -> tuple[list[LayerComparison], list[Skipped]]:
-    found: list[LayerComparison] = []
-    skipped: list[Skipped] = []
-    for name, name_b in track(pairing.pairs):
-        one, other = a.read(name), b.read(name_b)
+    def kind(names: tuple[str, str]) -> Hashable | None:
+        kinds = a.kind_of(names[0]), b.kind_of(names[1])
+        return None if None in kinds else kinds
+
+    def read(names: tuple[str, str]) -> list[Update]:
+        return [a.read(names[0]), b.read(names[1])]
+
+    def one(names: tuple[str, str], updates: Sequence[Update]) -> LayerComparison | Skipped:
         try:
-            with located(f"{a.where(name)} against {b.label}"):
-                found.append(compare_layers(name, name_b, one, other, top, of))
+            with located(f"{a.where(names[0])} against {b.label}"):
+                return compare_layers(*names, updates[0], updates[1], top, of)
         except ShapeError as error:
-            skipped.append(Skipped(name, str(error.__cause__ or error)))
-    return found, skipped
+            return Skipped(names[0], str(error.__cause__ or error))
+
+    outcomes = spread(pairs, kind, read, one, a.device, workers, track)
+    found = [outcome for outcome in outcomes if isinstance(outcome, LayerComparison)]
+    return found, [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
 
 
 def _summary(layers: Sequence[LayerComparison], initial: SideSummary | None) -> Summary:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rankscope.errors import ConfigError, RankscopeError, located
-from rankscope.formats.interface import Skipped, Store, examples, usable_device
+from rankscope.formats.interface import Skipped, Store, UpdateInfo, examples, usable_device
 from rankscope.formats.names import natural_key
 from rankscope.formats.store import open as open_store
 from rankscope.updates import Update
@@ -77,6 +77,17 @@ class Source:
             return self.updates[name].to(self.device)
         with located(self.where(name)):
             return self.updates[name].to(self.device)
+
+    def kind_of(self, name: str) -> Hashable | None:
+        """Shape and rank where an update has thin factors, from the header; None for any other (``workers.spread``)."""
+        if isinstance(self.updates, Store):
+            of: UpdateInfo | Update = self.updates.info(name)
+        elif isinstance(self.updates, dict):
+            of = self.updates[name]
+        else:  # a mapping may make its updates when asked, and not be made for several threads
+            return None
+        thin = of.nominal_rank is not None and of.nominal_rank < min(of.shape)
+        return (of.shape, of.nominal_rank) if thin else None
 
     def where(self, name: str) -> str:
         """How messages name a layer."""

@@ -20,6 +20,7 @@ from rankscope.cli.common import (
     say,
     skipped_lines,
     tracker,
+    workers_option,
     write_plot,
     write_report,
 )
@@ -45,6 +46,7 @@ DISTANCES = ("projection", "geodesic", "chordal", "fubini_study", "procrustes")
     help="Which matrices: ΔW, the factors A (right side, as in the LoRA paper), or the factors B (left side).",
 )
 @click.option("--layer", metavar="NAME", help="The layer that --plot and --report draw [the median].")
+@workers_option
 @output_options
 def command(
     a: str,
@@ -55,6 +57,7 @@ def command(
     top: int | None,
     of: Literal["update", "A", "B"],
     layer: str | None,
+    workers: int | None,
     as_json: bool,
     as_csv: bool,
     plot: str | None,
@@ -79,7 +82,7 @@ def command(
     one_format(as_json, as_csv)
     if layer and not plot and not report:
         raise click.UsageError("--layer says what --plot and --report draw; give --plot FILE or --report FILE too")
-    result = compare(a, b, base, layers or None, top, of, device, tracker(quiet, "layers"))
+    result = compare(a, b, base, layers or None, top, of, device, tracker(quiet, "layers"), workers)
     say(quiet, [*result.notes, *unmatched_lines(result, verbose), *skipped_lines(result.skipped, verbose)])
     # Drawn first: a --layer that is not there is said before the table, not after it.
     if plot:
