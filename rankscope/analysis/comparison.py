@@ -259,12 +259,14 @@ def _side(layers: Sequence[LayerComparison], side: Literal["left", "right"]) -> 
     found = [layer.sides[side] for layer in layers if side in layer.sides]
     if not found:
         return None
-    square, whole = [one.square for one in found], [one.whole for one in found]
+    # Not by the cells, whose p nobody would look at.
+    sizes = [sorted(one.overlap.shape) for one in found]
+    square = [float(one.overlap[k - 1, k - 1]) for one, (k, _) in zip(found, sizes, strict=True)]
     return SideSummary(
-        overlap=statistics.median(cell.overlap for cell in square),
-        expected=statistics.median(cell.expected for cell in square),
-        whole=statistics.median(cell.overlap for cell in whole),
-        whole_expected=statistics.median(cell.expected for cell in whole),
+        overlap=statistics.median(square),
+        expected=statistics.median(k / one.d for one, (k, _) in zip(found, sizes, strict=True)),
+        whole=statistics.median(float(one.overlap[-1, -1]) for one in found),
+        whole_expected=statistics.median(k / one.d for one, (_, k) in zip(found, sizes, strict=True)),
     )
 
 
