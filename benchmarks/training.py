@@ -2,6 +2,7 @@
 
 python benchmarks/training.py                      # the embedded base, the default grid's ranks and rates
 python benchmarks/training.py --model minilm --data brown-train.tsv --batch 8
+python benchmarks/training.py --device cuda --seeds 3 --compile
 
 Every row trains the same runs: the same initial factors, the same batches. What is timed is training steps, after
 ``--warm`` untimed ones, without evaluations and without loading. The rows are timed in turns, ``--repeats`` times, and
@@ -29,13 +30,18 @@ import torch
 
 from rankscope.train.config import StudyConfig
 from rankscope.train.costs import peak_memory, reset_peak_memory
-from rankscope.train.loop import Group, Silent, autocast, batch_size, precision
+from rankscope.train.loop import Group, Silent, autocast, batch_size, move, precision
 from rankscope.train.runs import Run, grid
 from rankscope.train.sweep import CPU_TOKENS, WIDEST
 from rankscope.train.tasks import Task, base_folder, make_task
 from rankscope.train.trainee import rate_share
 
-CPU = torch.device("cpu")
+
+def now(device: torch.device) -> float:
+    """Seconds on the host's clock, once the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @dataclass
@@ -52,6 +58,7 @@ class Job:
 
     def __init__(self, arguments: argparse.Namespace, **changes: Any) -> None:
         self.arguments, self.changes = arguments, changes
+        self.device = torch.device(arguments.device)
         own = {"task": "classify", "model": arguments.model, "data": arguments.data} if arguments.model else {}
         ranks = tuple(int(rank) for rank in arguments.ranks.split(","))
         lrs = tuple(float(lr) for lr in arguments.lrs.split(","))
@@ -95,24 +102,24 @@ def passes_of(runs: list[Run], together: int) -> list[list[Run]]:
 def ours(job: Job, passes: Iterable[list[Run]]) -> Measured:
     """Pass after pass."""
     losses, seconds = {}, 0.0
-    reset_peak_memory(CPU)
+    reset_peak_memory(job.device)
     with tempfile.TemporaryDirectory() as folder:
         for some in passes:
             group = make_group(job, some, Path(folder))
-            with precision(CPU, job.config):
+            with precision(job.device, job.config):
                 for _ in range(job.warm):
                     group.try_step()
-                began = time.perf_counter()
+                began = now(job.device)
                 for _ in range(job.steps):
                     group.try_step()
-                seconds += time.perf_counter() - began
+                seconds += now(job.device) - began
             losses |= {t.run.name: t.losses.tolist() for t in group.trainees}
-    return Measured(seconds, losses, peak_memory(CPU) or 0)
+    return Measured(seconds, losses, peak_memory(job.device) or 0)
 
 
 def make_group(job: Job, runs: list[Run], folder: Path) -> Group:
     before: dict[int, dict[str, dict[str, float]]] = {run.seed: {} for run in runs}
-    group = Group(job.task, job.config, runs, [folder / run.name for run in runs], before, CPU, Silent())
+    group = Group(job.task, job.config, runs, [folder / run.name for run in runs], before, job.device, Silent())
     quiet_dropout(group.model)
     return group
 
@@ -159,15 +166,16 @@ def theirs(job: Job) -> Measured:
     import peft
 
     losses, seconds = {}, 0.0
-    reset_peak_memory(CPU)
+    reset_peak_memory(job.device)
     with tempfile.TemporaryDirectory() as folder:
         for run in job.runs:
             start = make_group(job, [run], Path(folder))
             start.trained.save_initial(0, Path(folder))
             model = peft.PeftModel.from_pretrained(base_of(job, run), Path(folder) / "initial", is_trainable=True)
-            took, losses[run.name] = train_peft(job, run, model)
+            with precision(job.device, job.config):
+                took, losses[run.name] = train_peft(job, run, model.to(job.device))
             seconds += took
-    return Measured(seconds, losses, peak_memory(CPU) or 0)
+    return Measured(seconds, losses, peak_memory(job.device) or 0)
 
 
 def base_of(job: Job, run: Run) -> Any:
@@ -189,17 +197,17 @@ def train_peft(job: Job, run: Run, model: Any) -> tuple[float, list[float]]:
     total = job.warm + job.steps
     for step in range(total):
         if step == job.warm:
-            began = time.perf_counter()
+            began = now(job.device)
         optimizer.param_groups[0]["lr"] = (run.lr or 0.0) * rate_share(step, total, job.config)
-        batch = job.task.batch(run.seed, step, batch_size(job.task, job.config))
-        with autocast(CPU, job.config):
+        batch = move(job.task.batch(run.seed, step, batch_size(job.task, job.config)), job.device)
+        with autocast(job.device, job.config):
             loss = peft_loss(job, model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, job.config.clip)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
-    seconds = time.perf_counter() - began
+    seconds = now(job.device) - began
     return seconds, torch.stack(losses).tolist()
 
 
@@ -234,6 +242,8 @@ def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Measured]]:
     tokens = plain.task.tokens_per_example() * batch_size(plain.task, plain.config)
     together = arguments.together or max(1, arguments.tokens // tokens)
     cores = os.cpu_count() or 1
+    if plain.device.type == "cuda":
+        return rows_on_gpu(arguments)
     half = Job(arguments, dtype="bfloat16")
     found: dict[str, Callable[[], Measured]] = {
         "PEFT, one run after another": lambda: theirs(plain),
@@ -258,6 +268,23 @@ def rows(arguments: argparse.Namespace) -> dict[str, Callable[[], Measured]]:
     return found
 
 
+def rows_on_gpu(arguments: argparse.Namespace) -> dict[str, Callable[[], Measured]]:
+    """One process; as many runs in a pass as the ranks allow, since these bases leave most of the memory free."""
+    plain, half = Job(arguments), Job(arguments, dtype="bfloat16")
+    together = arguments.together or len(plain.runs)
+    found: dict[str, Callable[[], Measured]] = {
+        "PEFT, one run after another": lambda: theirs(plain),
+        "PEFT, one run after another, bfloat16": lambda: theirs(half),
+        "rankscope, one run after another": lambda: ours(plain, passes_of(plain.runs, 1)),
+        "runs in one pass": lambda: ours(plain, passes_of(plain.runs, together)),
+        "runs in one pass, bfloat16": lambda: ours(half, passes_of(half.runs, together)),
+    }
+    if arguments.compile:
+        compiled = Job(arguments, compile=True, dtype="bfloat16")
+        found["runs in one pass, compiled, bfloat16"] = lambda: ours(compiled, passes_of(compiled.runs, together))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a model to classify with; the embedded base without it")
@@ -272,6 +299,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=CPU_TOKENS, help="budget of a pass")
     parser.add_argument("--together", type=int, help="runs in a pass, instead of the budget")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

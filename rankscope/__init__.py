@@ -53,9 +53,12 @@ __all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604 (strings all)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("rankscope")
+        try:
+            return version("rankscope")
+        except PackageNotFoundError:
+            return "not installed"  # run from a copy of the sources
     if name not in _HOME:
         raise AttributeError(f"module 'rankscope' has no attribute {name!r}")
     value = getattr(import_module(f"rankscope.{_HOME[name]}"), name)

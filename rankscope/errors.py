@@ -7,7 +7,13 @@ from contextlib import contextmanager
 
 
 class RankscopeError(Exception):
-    """Root of every error that bad input can cause; the command line prints it as one sentence."""
+    """Root of every error that bad input can cause; the command line prints it as one sentence.
+
+    Names come from files: a character in one that would break the line or steer a terminal is written as its escape.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 class FormatError(RankscopeError):

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from rankscope.errors import NonFiniteError, RankscopeError, ShapeError
+from rankscope.linalg import working_dtype
 from rankscope.noise import Array, gd_omega, mp_median, mp_quantile, noise_edge, shrink
+from rankscope.structured import Hadamard, Kronecker
 from rankscope.updates import Dense, LowRank, Update
 
 CLUSTER_GAP = 0.01
@@ -274,10 +276,29 @@ def relative_precision(update: Update, first: float) -> float:
     """Precision of an update's σ relative to σ₁ = ``first``: the dtype's, more where factors cancel.
 
     A product is computed to eps·max_l ‖b_l‖‖a_l‖ over its r rank-one terms: after x + (−x), nothing is left but that.
+    Those of a Hadamard product are b₁ₗ ∘ b₂ₘ and a₁ₗ ∘ a₂ₘ, all r₁·r₂. The σ of a Kronecker product are products, whose
+    relative errors add.
     """
-    if not isinstance(update, LowRank) or first == 0:
+    if first == 0 or isinstance(update, Dense):
         return update.eps
-    return update.eps * max(1.0, float(update.terms.max()) / first)
+    if isinstance(update, Kronecker):
+        return _own_precision(update.W1) + _own_precision(update.W2)
+    largest = float(_terms(update).max()) if isinstance(update, LowRank | Hadamard) else 0.0
+    return max(update.eps, torch.finfo(working_dtype(update.device)).eps * largest / first)
+
+
+def _own_precision(factor: LowRank | Dense) -> float:
+    """``relative_precision`` by its own σ₁, which nothing but a product of factors needs."""
+    return factor.eps if isinstance(factor, Dense) else relative_precision(factor, float(factor.singular_values()[0]))
+
+
+def _terms(update: LowRank | Hadamard) -> Tensor:
+    """‖b‖‖a‖ of the rank-one terms whose sum the update is."""
+    if isinstance(update, LowRank):
+        return update.terms
+    one, two = update.first, update.second
+    left: Tensor = (one.left.square().T @ two.left.square()).sqrt()
+    return left * (one.right.square() @ two.right.square().T).sqrt()
 
 
 def relative_gaps(values: Array, beyond: float) -> Array:

@@ -361,6 +361,8 @@ def check_finite(tensor: Tensor, what: str) -> float:
     """The largest magnitude; raises NonFiniteError, with a count, where a tensor holds NaN or infinity."""
     values = tensor.detach()
     values = values.float() if values.element_size() == 1 else values  # torch finds no extremes in float8
+    if not values.numel():
+        return 0.0
     low, high = values.aminmax()
     largest = float(torch.maximum(-low, high))
     if not math.isfinite(largest):

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Generator, Tag, Tensor
@@ -174,12 +173,6 @@ def accelerated() -> Iterator[None]:
     finally:
         torch.load = load
         torch.__future__.set_swap_module_params_on_conversion(swap)
-
-
-def close(a: Any, b: Any, tolerance: float) -> bool:
-    """Largest difference, relative to the largest number."""
-    a, b = (x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x) for x in (a, b))
-    return a.shape == b.shape and bool(np.abs(a - b).max() <= tolerance * max(np.abs(a).max(), 1e-30))
 
 
 # At import: the engine of autograd counts devices once, at the first backward pass of the process.

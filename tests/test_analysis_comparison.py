@@ -14,8 +14,9 @@ from makers import float64, frame, normal, planted, planted_dense
 from scipy.linalg import subspace_angles
 
 from rankscope.analysis.comparison import CompareResult, compare
-from rankscope.analysis.pairs import MOST_DIRECTIONS
+from rankscope.analysis.pairs import MOST_DIRECTIONS, difference
 from rankscope.errors import ConfigError, FormatError, NonFiniteError, RankscopeError
+from rankscope.structured import Hadamard, Kronecker
 from rankscope.updates import Dense, LowRank
 
 SHAPE = (50, 40)
@@ -369,3 +370,14 @@ def test_layer_by_name() -> None:
     a, b = sharing(1, 1)
     with pytest.raises(KeyError):
         compare({"w": a}, {"w": b})["v"]
+
+
+def test_thin_products_of_any_kind_are_subtracted_exactly() -> None:
+    """By norms and inner product, a difference of 1e-9 of the norm would drown in rounding."""
+    one, two = LowRank(normal(30, 2), normal(2, 20, seed=1)), LowRank(normal(30, 2, seed=2), normal(2, 20, seed=3))
+    three, four = LowRank(normal(5, 1), normal(1, 4, seed=1)), LowRank(normal(6, 2, seed=2), normal(2, 5, seed=3))
+    for a, b in (
+        (Hadamard(one, two), Hadamard(one * (1 + 1e-9), two)),
+        (Kronecker(three, four), Kronecker(three, four * (1 + 1e-9))),
+    ):
+        assert difference(a, b, a.inner(b), (a.norm, b.norm)) == pytest.approx(1e-9 * a.norm, rel=1e-5)

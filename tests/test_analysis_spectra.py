@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +14,33 @@ import pytest
 import torch
 from adapters import PREFIX, linear, write_adapter, write_checkpoint
 from makers import normal, planted, planted_dense
+from peft_models import LINEAR, Saved, import_peft, two
+from safetensors.torch import load_file, save_file
 
 from rankscope.analysis.sources import fits
 from rankscope.analysis.spectra import SpectrumResult, spectrum
 from rankscope.errors import ConfigError, FormatError, NonFiniteError, RankscopeError
 from rankscope.formats.store import open as open_store
 from rankscope.spectra import MEASURES, noise_measures
+from rankscope.structured import Hadamard, Kronecker
 from rankscope.updates import Dense, LowRank
 
 SIGMA = [5.0, 3.0, 1.0, 0.5, 0.1]  # METHODS' unit values: stable 1.4104, participation 1.7584, entropy 3.1277
 CONTRACT = {"name", "shape", "nominal_rank", "scale", "energy", "singular_values", "measures", "noise"}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
+    """Each method's adapter, saved by PEFT when it is first asked for."""
+
+    @cache
+    def saved(name: str) -> Saved:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            place, method = tmp_path_factory.mktemp("adapter"), name.split(",")[0]
+            return Saved(import_peft(), place, method, two(), target_modules=["q", "k"], **LINEAR[name][0])
+
+    return saved
 
 
 def planted_layers() -> dict[str, LowRank | Dense]:
@@ -68,6 +88,39 @@ def test_half_precision_storage_has_a_floor() -> None:
     assert found.rounding_floor.above == 2  # the planted two; the rest is rounding
     assert found.measures["numerical_rank"] == 2
     assert found.singular_values[2] < found.rounding_floor.edge < 0.8
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_scale_and_dtype_are_those_of_the_file(
+    tmp_path: Path, adapters: Callable[[str], Saved], name: str, dtype: torch.dtype
+) -> None:
+    """Whatever a method makes of its tensors: a matrix in float32, factors in float64, several scales."""
+    saved = adapters(name)
+    stored = load_file(saved.folder / "adapter_model.safetensors")
+    shutil.copytree(saved.folder, tmp_path / "a")
+    halved = {key: value.to(dtype) if value.is_floating_point() else value for key, value in stored.items()}
+    save_file(halved, tmp_path / "a" / "adapter_model.safetensors")
+    store = open_store(tmp_path / "a", saved.base_file)
+    found = spectrum(store)
+    for layer in found.layers:
+        info = store.info(layer.name)
+        assert layer.dtype == str(info.dtype).removeprefix("torch.")
+        assert layer.dtype == str(dtype).removeprefix("torch.")
+        assert layer.scale == info.scale
+
+
+def test_scales_of_methods_are_told(adapters: Callable[[str], Saved]) -> None:
+    for name, scale in {"LOHA": 2.5, "LOKR": 5.0, "GRALORA": 1.5}.items():
+        assert {layer.scale for layer in spectrum(adapters(name).folder).layers} == {scale}
+
+
+def test_plain_updates_tell_their_own_scale_and_dtype() -> None:
+    one, two = LowRank(normal(6, 2), normal(2, 5), 3.0), LowRank(normal(6, 2), normal(2, 5), 0.5)
+    half = LowRank(normal(6, 2).bfloat16(), normal(2, 5).bfloat16(), 7.0)
+    found = spectrum({"a": Hadamard(one, two), "b": Kronecker(one, two, 4.0), "c": half, "d": Dense(normal(6, 5))})
+    assert [layer.scale for layer in found.layers] == [1.5, 4.0, 7.0, 1.0]
+    assert [layer.dtype for layer in found.layers][2:] == ["bfloat16", "float32"]
 
 
 def test_totals_leave_out_what_has_not_changed() -> None:

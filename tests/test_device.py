@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import fake_device
 import pytest
 import torch
-from fake_device import DEVICE, DeviceTensor, close, waits
+from both_devices import CPU, SPECS, adapt, close, fill, losses, next_token_loss, tiny, tokens
+from fake_device import DEVICE, DeviceTensor, waits
 from makers import MAKERS, generator, normal, planted_dense
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from rankscope import subspace, updates
 from rankscope.analysis import pairs
@@ -31,11 +30,10 @@ from rankscope.train.config import StudyConfig, resolve_device
 from rankscope.train.llama import Llama, LlamaConfig
 from rankscope.train.loop import Group, InterruptedTrainingError, Silent, move
 from rankscope.train.runs import grid
-from rankscope.train.study import Study, run_study
+from rankscope.train.study import run_study
 from rankscope.train.tasks import make_task
 from rankscope.updates import Dense, LowRank, Update
 
-CPU = torch.device("cpu")
 # The fake device computes with the CPU's kernels; only the order of sums may differ, with the layout of a tensor.
 FLOAT64, FLOAT32 = 1e-12, 1e-5
 
@@ -184,58 +182,6 @@ def test_a_dora_adapter_on_the_device(tmp_path: Path) -> None:
 
 # Adapters
 
-TINY = LlamaConfig(
-    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-)  # fmt: skip
-SPECS = [
-    AdapterSpec(rank=2, alpha=4, targets=("q_proj", "down_proj", "embed_tokens"), dropout=0.2),
-    AdapterSpec(rank=3, alpha=3, targets="all-linear", init="gaussian"),
-]
-
-
-def tiny(device: torch.device) -> Llama:
-    """The decoder with known weights."""
-    with torch.device("meta"):
-        model = Llama(TINY)
-    weights = {
-        name: normal(*weight.shape, seed=i, dtype=torch.float32) / weight.shape[-1] ** 0.5
-        for i, (name, weight) in enumerate(model.state_dict().items())
-    }
-    model.load_state_dict(weights, assign=True)
-    return model.to(device)
-
-
-@torch.no_grad()
-def fill(bank: Bank) -> None:
-    """Factors that change something."""
-    for i, factor in enumerate(bank.trainable_parameters()):
-        factor.copy_(0.1 * normal(*factor.shape, seed=i, dtype=torch.float32))
-
-
-def tokens(device: torch.device, rows: int = 4) -> Tensor:
-    return torch.randint(TINY.vocab_size, (rows, 12), generator=generator()).to(device)
-
-
-def next_token_loss(model: nn.Module, x: Tensor) -> Tensor:
-    return cross_entropy(model(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten())
-
-
-def adapt(device: torch.device, move_first: bool, count: int, select: int | None) -> tuple[Bank, list[Tensor]]:
-    """Three steps of AdamW on a bank of ``count`` adapters; the bank and its losses."""
-    model = tiny(device if move_first else CPU)
-    bank = Bank.attach(model, SPECS[:count], [generator(seed) for seed in range(count)])
-    model.to(device)
-    bank.select(select)
-    optimizer = torch.optim.AdamW(bank.trainable_parameters(), lr=1e-2)
-    losses = []
-    for _ in range(3):
-        loss = next_token_loss(model.train(), tokens(device))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return bank, losses
-
 
 @pytest.mark.parametrize("move_first", [True, False], ids=["moved, attached", "attached, moved"])
 @pytest.mark.parametrize(("count", "select"), [(1, 0), (2, None), (2, 1)])
@@ -307,25 +253,6 @@ STEPS = 8
 def settings(device: str, **changes: Any) -> StudyConfig:
     planted = {"task": "planted", "ranks": (3,), "steps": STEPS, "batch": 16, "evaluations": 2, "dropout": 0.1}
     return StudyConfig(**{**planted, **changes, "device": device})
-
-
-def lines(study: Study) -> dict[str, list[dict[str, Any]]]:
-    """The learning curve of each run, without times."""
-    curves = {}
-    for record in study.records:
-        path = study.path(record.run) / "metrics.jsonl"
-        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        curves[record.run.name] = [{**line, "seconds": 0} for line in found]
-    return curves
-
-
-def losses(study: Study) -> list[float]:
-    """Of each run the held-out losses, before, twice between and after, and the mean training losses between them."""
-    found = []
-    for line in (line for curve in lines(study).values() for line in curve):
-        found += [line[split]["loss"] for split in ("validation", "test") if split in line]
-        found += [line["train_loss"]] if "train_loss" in line else []
-    return found
 
 
 def test_training_on_the_device_gives_the_losses_of_the_cpu(tmp_path: Path) -> None:

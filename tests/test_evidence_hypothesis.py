@@ -153,6 +153,19 @@ def test_a_damaged_history_costs_one_number(study: Study, tmp_path: Path, conten
     assert {entry.gap for entry in found.performance.entries} == {None}
 
 
+def test_weights_that_were_deleted_cost_the_lines_that_read_them(study: Study, tmp_path: Path) -> None:
+    copy = without(study, tmp_path)
+    for path in [*copy.folder.glob("runs/lora-*-s1/adapter"), *copy.folder.glob("runs/full-*")]:
+        shutil.rmtree(path) if path.name == "adapter" else (path / "update.safetensors").unlink()
+    found, whole = (hypothesis(one) for one in (copy, study))
+    assert found.performance == whole.performance
+    assert {"effective", "truncation", "overlap", "agreement"} <= set(found.missing)
+    assert all("the weights of" in reason for line, reason in found.missing.items() if line != "dimension")
+    assert found.spectra is not None
+    assert found.spectra.seeds == {"r = 2": 1, "r = 8": 1}
+    assert copy.hypothesis(lines=["performance"]).verdicts == study.hypothesis(lines=["performance"]).verdicts
+
+
 @pytest.mark.parametrize("name", ["full-*-s0/update.safetensors", "lora-r8-*-s1/adapter/adapter_config.json"])
 def test_a_damaged_study_is_an_error_and_no_lack_of_evidence(study: Study, tmp_path: Path, name: str) -> None:
     copy = without(study, tmp_path)

@@ -169,7 +169,7 @@ def test_the_result_comes_back_from_json() -> None:
 
 
 def test_with_nothing_to_look_at_the_line_is_missing() -> None:
-    with pytest.raises(MissingEvidenceError, match="no run is done that changes a matrix"):
+    with pytest.raises(MissingEvidenceError, match="the weights of no LoRA run"):
         spectra(Stand([], {}))
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_device import DEVICE, close, waits
+from both_devices import close
+from fake_device import DEVICE, waits
 from makers import generator, normal
 
 

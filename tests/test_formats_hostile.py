@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import linear, normal, write_adapter, write_checkpoint
+from damage import mutated
 from safetensors import safe_open
 
 from rankscope.errors import FormatError, RankscopeError
@@ -130,25 +131,6 @@ def test_permission_denied_by_the_system(tmp_path, name, monkeypatch):
         formats.open(folder)
 
 
-def mutated(content: bytes, rng: random.Random) -> bytes:
-    """One small damage: flipped, dropped, inserted, repeated or cut bytes."""
-    data = bytearray(content)
-    for _ in range(rng.choice((1, 1, 1, 2, 8))):
-        at, length = rng.randrange(len(data) + 1), rng.randint(1, 8)
-        match rng.randrange(5):
-            case 0 if at < len(data):
-                data[at] ^= 1 << rng.randrange(8)
-            case 1:
-                del data[at : at + length]
-            case 2:
-                data[at:at] = rng.randbytes(length)
-            case 3:
-                data[at:at] = data[max(0, at - 4 * length) : at]
-            case _ if rng.random() < 0.3:
-                del data[at:]
-    return bytes(data)
-
-
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"])
 def test_fuzzed_adapters_give_our_error_or_an_answer(tmp_path, name):
     tensors = {**linear("h.2.q"), **linear("h.10.q", seed=1)}
@@ -201,3 +183,10 @@ def test_fuzzed_checkpoints(tmp_path):
         (folder / "model.safetensors").write_bytes(mutated(whole, rng))
         refusal(folder, base)
         shutil.rmtree(folder)
+
+
+def test_names_that_would_steer_a_terminal_are_escaped(tmp_path):
+    folder = write_adapter(tmp_path / "a", {"base_model.model.a\x1b[31m.lora_A.weight": normal(2, 3)})
+    with pytest.raises(FormatError, match=r"layer a\\x1b\[31m: half of the pair"):
+        formats.open(folder)
+    assert str(RankscopeError("two\nlines")) == r"two\nlines"

@@ -117,3 +117,47 @@ def test_keys_that_are_written_are_the_keys_that_are_read(kind):
 )
 def test_keys_are_taken_apart(key, expected):
     assert parse_key(key) == expected
+
+
+MODEL = ["down_blocks.0.attn.to_q", "down_blocks.0.attn.to_k", "mid_block.attn.to_q"]
+
+
+@pytest.mark.parametrize("front", ["lora_unet_", "lora_transformer_", "lycoris_", ""])
+def test_names_with_underscores_meet_dotted_ones(front):
+    raw = [front + name.replace(".", "_") for name in MODEL]
+    assert sorted(pair(raw, MODEL).pairs) == sorted(zip(raw, MODEL, strict=True))
+    weights = [f"{name}.weight" for name in MODEL]
+    assert sorted(pair(weights, [f"{name}.weight" for name in raw]).pairs) == sorted(
+        zip(weights, [f"{name}.weight" for name in raw], strict=True)
+    )
+    assert pair([f"{name}.bias" for name in raw], weights).pairs == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("lora_unet_a_to_q", "unet.a.to_q"),
+        ("lora_unet_a_to_q", "transformer.a.to_q"),
+        ("lora_te_text_model_layers_0_fc1", "text_encoder.text_model.layers.0.fc1"),
+        ("lora_te1_x_fc1", "text_encoder.x.fc1"),
+        ("lora_te2_x_fc1", "text_encoder_2.x.fc1"),
+        ("lora_unet_transformer_h_0_c_attn", "transformer.h.0.c_attn"),
+        ("diffusion_model.a.b", "transformer.a.b"),
+        ("base_model.model.a.b", "unet.a.b"),
+    ],
+)
+def test_fronts_of_several_tools(one, other):
+    for a, b in ((one, other), (other, one)):
+        assert pair([a, "x.y.z"], [b, "u.v.w"]).pairs == [(a, b)]
+
+
+def test_parts_of_a_pipeline_are_not_confused():
+    pairing = pair(["lora_te1_x_fc1", "lora_te2_x_fc1"], ["text_encoder.x.fc1", "text_encoder_2.x.fc1"])
+    assert pairing.pairs == [("lora_te1_x_fc1", "text_encoder.x.fc1"), ("lora_te2_x_fc1", "text_encoder_2.x.fc1")]
+    assert pair(["lora_te1_x_fc1", "lora_te2_x_fc1"], ["x.fc1"]).pairs == []  # which of the two?
+    assert pair(["lora_unet_x_fc1"], ["text_encoder.x.fc1"]).pairs == []
+
+
+def test_what_is_ambiguous_stays_alone():
+    assert pair(["lora_unet_a_b_c"], ["a.b_c", "a_b.c"]).pairs == []
+    assert pair(["a.b_c"], ["a_b.c"]).pairs == []  # two dotted paths are two paths

@@ -11,17 +11,16 @@ import msgspec
 import pytest
 import torch
 from adapters import PREFIX, normal, write_checkpoint
+from damage import ODD, spoiled
 from peft_models import LINEAR, Saved, import_peft, two
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from rankscope.errors import RankscopeError
 from rankscope.formats import store as formats
 from rankscope.formats.peft_config import MethodConfig
 
-VARIANTS = ("GLORA, ", "OFT, ", "DEFT, ", "HRA, ", "MISS, mini", "GRALORA, ", "LOKR, both whole")
+VARIANTS = ("GLORA, ", "OFT, ", "DEFT, ", "HRA, ", "MISS, mini", "LOKR, both whole")
 HOSTILE = {name: values for name, values in LINEAR.items() if not name.startswith(VARIANTS)}
-ODD = (None, "x", -1, 0, 10**30, 1.5, {"(": 1}, float("nan"))
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +53,6 @@ def is_fine(found: str, folder: Path, base: Path) -> bool:
     return found == "read" or ("\n" not in found and (str(folder) in found or str(base) in found))
 
 
-def damaged(tensor: Tensor) -> dict[str, Tensor | None]:
-    """Ways to spoil one tensor."""
-    return {
-        "missing": None,
-        "longer": torch.cat((tensor, tensor[-1:])) if tensor.ndim else tensor[None],
-        "another dimension": tensor[None],
-        "a number": torch.tensor(1.0),
-        "empty": tensor[:0],
-        "integers": torch.ones(tensor.shape, dtype=torch.int64),
-        "NaN": torch.full(tensor.shape, float("nan")),
-    }
-
-
 @pytest.mark.parametrize("name", HOSTILE)
 def test_spoiled_tensors_are_refused_in_one_sentence(adapters, tmp_path, name):
     """All that is no longer a tensor of the right kind; a missing one where the layer has others."""
@@ -76,12 +62,12 @@ def test_spoiled_tensors_are_refused_in_one_sentence(adapters, tmp_path, name):
     unused = ("randlora_A", "randlora_B", "glora_C", "glora_D", "glora_E")  # copies, and what changes the bias
     folder = tmp_path / "case"
     for key in mine:
-        for way, spoiled in damaged(tensors[key]).items():
+        for way, changed_one in spoiled(tensors[key]).items():
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(saved.folder, folder)
             changed = {other: value for other, value in tensors.items() if other != key}
-            if spoiled is not None:
-                changed[key] = spoiled.contiguous()
+            if changed_one is not None:
+                changed[key] = changed_one.contiguous()
             save_file(changed, folder / "adapter_model.safetensors")
             found = outcome(folder, saved.base_file)
             assert is_fine(found, folder, saved.base_file), (key, way, found)
@@ -123,3 +109,17 @@ def test_a_base_that_does_not_fit(adapters, tmp_path, name):
         found = outcome(saved.folder, base)
         assert is_fine(found, saved.folder, base), (kind, found)
         assert found != "read" or shapeless, kind
+
+
+def test_shared_blocks_of_oft_are_one_or_one_a_place(adapters: dict[str, Saved], tmp_path: Path) -> None:
+    saved = adapters["OFT"]
+    folder = tmp_path / "case"
+    shutil.copytree(saved.folder, folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "block_share": True}))
+    tensors = load_file(saved.folder / "adapter_model.safetensors")
+    key = next(key for key in tensors if ".q.oft_R" in key)
+    for count, found in {1: "read", 2: "oft_R is (2, 6), which does not fit the weight (8, 12)", 3: "read"}.items():
+        (folder / "adapter_model.safetensors").unlink()
+        save_file({**tensors, key: tensors[key][:count].clone()}, folder / "adapter_model.safetensors")
+        assert found in outcome(folder, saved.base_file)

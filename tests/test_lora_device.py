@@ -9,7 +9,8 @@ from typing import Any
 import fake_device
 import pytest
 import torch
-from fake_device import DEVICE, DeviceTensor, close, waits
+from both_devices import close
+from fake_device import DEVICE, DeviceTensor, waits
 from makers import generator, normal
 from torch import Tensor, nn
 

@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from makers import MAKERS, float64, frame, normal, planted, planted_dense, spectrum_of
 
 from rankscope.errors import NonFiniteError, RankscopeError, ShapeError
-from rankscope.spectra import MEASURES, Spectrum, mp_count, noise_measures, relative_gaps, rounding_floor
+from rankscope.spectra import (
+    MEASURES,
+    Spectrum,
+    mp_count,
+    noise_measures,
+    relative_gaps,
+    relative_precision,
+    rounding_floor,
+)
+from rankscope.structured import Hadamard, Kronecker
 from rankscope.subspace import Subspace, angles, chance, overlap
 from rankscope.updates import Dense, LowRank, Update
 
@@ -179,6 +188,38 @@ def test_factors_that_cancel_leave_zero() -> None:
     rest = difference + planted((60, 50), [1e-6, 1e-7], seed=5)
     assert Spectrum.of(rest).nonzero == 2
     assert Spectrum.of(rest).energy == pytest.approx(1.01e-12, rel=1e-6)
+
+
+def cancelled(out: int, into: int, r: int = 2) -> LowRank:
+    """x − x as factors that do not cancel bit by bit."""
+    x, turn = LowRank(normal(out, r), normal(r, into, seed=1)), frame(r, r, seed=2)
+    return x + -LowRank(x.B @ turn, turn.T @ x.A)
+
+
+@pytest.mark.parametrize("r", [2, 7], ids=["thin", "formed"])
+def test_a_hadamard_product_of_factors_that_cancel_is_zero(r: int) -> None:
+    one, two = cancelled(30, 20), LowRank(normal(30, r, seed=4), normal(r, 20, seed=5))
+    for product in (Hadamard(one, two), Hadamard(two, one)):
+        assert (product.product is not None) == (r == 2)
+        assert product.singular_values()[0] > 0
+        assert set(Spectrum.of(product).measures().values()) == {0}
+    assert Spectrum.of(Hadamard(two, LowRank(normal(30, 2), normal(2, 20)))).nonzero == min(2 * r, 20)
+
+
+@pytest.mark.parametrize("other", [LowRank(normal(4, 2), normal(2, 5)), Dense(normal(4, 5))], ids=["thin", "dense"])
+def test_a_kronecker_product_of_factors_that_cancel_is_zero(other: LowRank | Dense) -> None:
+    for product in (Kronecker(cancelled(6, 7), other), Kronecker(other, cancelled(6, 7), 3.0)):
+        assert product.singular_values()[0] > 0
+        assert set(Spectrum.of(product).measures().values()) == {0}
+    assert Spectrum.of(Kronecker(LowRank(normal(6, 2), normal(2, 7)), other)).nonzero == 2 * min(
+        4, other.nominal_rank or 4
+    )
+
+
+def test_the_precisions_of_kronecker_factors_add() -> None:
+    W = Dense(normal(4, 5))
+    product = Kronecker(W, W)
+    assert relative_precision(product, float(product.singular_values()[0])) == 2 * W.eps
 
 
 ZOO: dict[str, Update] = {

@@ -13,7 +13,7 @@ from adapters import PREFIX, linear, normal, write_adapter
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rankscope.errors import ConfigError, FormatError, RankscopeError, ShapeError
+from rankscope.errors import ConfigError, FormatError, NonFiniteError, RankscopeError, ShapeError
 from rankscope.formats.store import open as open_store
 from rankscope.surgery.algebra import average, merge_adapters, subtract
 from rankscope.surgery.truncate import Budget, Energy, Rank
@@ -225,6 +225,47 @@ def test_what_is_the_same_in_both_falls_out_of_a_difference(tmp_path: Path) -> N
     assert config_of(tmp_path / "out")["modules_to_save"] is None
     assert {one.name for one in result.skipped} == {f"{PREFIX}score.weight", f"{PREFIX}q.base_layer.bias"}
     torch.testing.assert_close(tensors_of(tmp_path / "out")[f"{PREFIX}q.lora_B.bias"], torch.full((5,), 1.0))
+
+
+@pytest.mark.parametrize("other", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_eight_bit_floats_are_averaged_in_float32(tmp_path: Path, other: torch.dtype) -> None:
+    """torch promotes float8 with no other dtype."""
+    folders = []
+    for name, value, dtype in (("1", 1.0, torch.float8_e4m3fn), ("2", 2.0, other)):
+        tensors = {
+            f"{PREFIX}score.weight": torch.full((2, 3), value),
+            f"{PREFIX}q.lora_B.bias": torch.full((5,), value),
+        }
+        tensors = {**linear("q"), **{key: tensor.to(dtype) for key, tensor in tensors.items()}}
+        folders.append(write_adapter(tmp_path / name, tensors, modules_to_save=["score"], lora_bias=True))
+    average(folders, tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert torch.equal(found[f"{PREFIX}score.weight"], torch.full((2, 3), 1.5))
+    assert torch.equal(found[f"{PREFIX}q.lora_B.bias"], torch.full((5,), 6.0))
+    same = subtract(folders[0], folders[0], tmp_path / "same")
+    assert [one.name for one in same.skipped] == [f"{PREFIX}score.weight"]
+
+
+def test_sums_that_overflow_are_refused(tmp_path: Path) -> None:
+    folders = []
+    for name, value in (("1", 6e4), ("2", -6e4)):
+        whole = {key: tensor.half() for key, tensor in linear("q").items()}
+        whole[f"{PREFIX}score.weight"] = torch.full((2, 3), value, dtype=torch.float16)
+        folders.append(write_adapter(tmp_path / name, whole, modules_to_save=["score"]))
+    with pytest.raises(NonFiniteError, match=r"score\.weight: the sum in float16 .* holds 6 values"):
+        average(folders, tmp_path / "out", [3, -1])
+    folders = [
+        write_adapter(
+            tmp_path / f"b{i}",
+            {**linear("q"), f"{PREFIX}q.lora_B.bias": torch.full((5,), sign * 2e38)},
+            lora_bias=True,
+            lora_alpha=2,
+        )
+        for i, sign in enumerate((1, -1))
+    ]
+    with pytest.raises(NonFiniteError, match=r"q: the sum of lora_B\.bias"):
+        subtract(*folders, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_base_weight_saved_along_stays(tmp_path: Path) -> None:

@@ -350,3 +350,27 @@ def test_what_cannot_be_extracted(tmp_path: Path, name: str) -> None:
 def test_an_adapter_is_no_full_fine_tuning(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="is no full fine-tuning"):
         extract(write_adapter(tmp_path / "a"), Rank(1), tmp_path / "out")
+
+
+@pytest.mark.parametrize("shapes", [((), ()), ((), (3,)), ((3,), ()), ((), (3, 2))])
+def test_weights_that_are_single_numbers(tmp_path: Path, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """Such as the learned temperature of a CLIP: they have no rows, and go along whole."""
+    base, tuned = (
+        write_checkpoint(tmp_path / name, {"q.weight": normal(5, 7, seed=i), "t.weight": normal(*shape, seed=i)})
+        for i, (name, shape) in enumerate(zip(("base.safetensors", "tuned.safetensors"), shapes, strict=True))
+    )
+    result = extract(tuned, Rank(1), tmp_path / "out", base)
+    assert result.carried == (f"{PREFIX}t.weight",)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_eight_bit_weights_go_along_where_they_changed(tmp_path: Path, same: bool) -> None:
+    base, tuned = (
+        write_checkpoint(
+            tmp_path / f"{i}.safetensors",
+            {"q.weight": normal(5, 7, seed=i), "k.weight": normal(3, 2, seed=0 if same else i).to(torch.float8_e4m3fn)},
+        )
+        for i in range(2)
+    )
+    result = extract(tuned, Rank(1), tmp_path / "out", base)
+    assert result.carried == (() if same else (f"{PREFIX}k.weight",))

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from rankscope.errors import ConfigError, FormatError, NonFiniteError, RankscopeError
 from rankscope.formats.checkpoint import Checkpoint
+from rankscope.surgery.algebra import average, subtract
+from rankscope.surgery.extract import extract
 from rankscope.surgery.merge import merge, unmerge
 from rankscope.surgery.result import Surgery
+from rankscope.surgery.truncate import Rank
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -117,6 +120,24 @@ def test_pickled_weights_become_safetensors(tmp_path: Path, adapter: Path, shard
     assert ("model-00003-of-00005.safetensors" if sharded else "model.safetensors") in written
     assert ("model.safetensors.index.json" in written) == sharded
     assert read(tmp_path / "out").keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(
+    "shards", [("model-1.safetensors", "pytorch_model-1.bin"), ("pytorch_model-1.bin", "model-1.pt"), ("x.bin", "x.pt")]
+)
+def test_shards_that_would_overwrite_each_other_are_refused(tmp_path: Path, adapter: Path, shards: Any) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    tensors = base_tensors()
+    parts = [{name: tensors[name] for name in tensors if (".q." in name) == here} for here in (True, False)]
+    for shard, part in zip(shards, parts, strict=True):
+        (save_file if shard.endswith("safetensors") else torch.save)(part, base / shard)
+    where = {name: shard for shard, part in zip(shards, parts, strict=True) for name in part}
+    (base / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    name = shards[0].replace("pytorch_", "").partition(".")[0]
+    with pytest.raises(FormatError, match=rf"index\.json: two of its shards would both be written as {name}\.safetens"):
+        merge(base / "pytorch_model.bin.index.json", [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_beside_the_weights_are_copied(tmp_path: Path, adapter: Path) -> None:
@@ -280,6 +301,102 @@ def test_the_bias_of_b_is_added_with_its_scale(tmp_path: Path) -> None:
     bare = write_checkpoint(tmp_path / "bare.safetensors", {"q.weight": normal(5, 7)})
     with pytest.raises(FormatError, match="has no bias for q"):
         merge(bare, [adapter], tmp_path / "again")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5, 1), (6,)])
+def test_a_bias_in_the_base_that_does_not_fit_that_of_b(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    base = write_checkpoint(tmp_path / "base.safetensors", {"q.weight": normal(5, 7), "q.bias": normal(*shape)})
+    adapter = write_adapter(tmp_path / "a", {**linear("q"), f"{PREFIX}q.lora_B.bias": normal(5)}, lora_bias=True)
+    with pytest.raises(FormatError, match=r"q\.bias is .*, where the adapter changes \(5,\) floating"):
+        merge(base, [adapter], tmp_path / "out")
+
+
+def test_a_bias_that_overflows(tmp_path: Path) -> None:
+    tensors = {"q.weight": normal(5, 7).half(), "q.bias": torch.full((5,), 6e4, dtype=torch.float16)}
+    base = write_checkpoint(tmp_path / "base.safetensors", tensors)
+    bias = {f"{PREFIX}q.lora_B.bias": torch.full((5,), 1e4)}
+    adapter = write_adapter(tmp_path / "a", {**linear("q"), **bias}, lora_bias=True)
+    with pytest.raises(NonFiniteError, match=r"q\.bias: the sum in float16"):
+        merge(base, [adapter], tmp_path / "out")
+
+
+WHOLE_SHAPES = [((), (5, 7)), ((7,), (5, 7)), ((5, 7, 1), (5, 7)), ((5, 7), ()), ((5, 7), (7,)), ((), (7,)), ((7,), ())]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), WHOLE_SHAPES)
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "score.weight"])
+def test_a_whole_tensor_of_another_dimension_is_refused(tmp_path: Path, name: str, ours: Any, theirs: Any) -> None:
+    base = write_checkpoint(tmp_path / "base.safetensors", {"q.weight": normal(5, 7), name: normal(*theirs)})
+    whole = {**linear("q"), f"{PREFIX}{name}": normal(*ours)}
+    adapter = write_adapter(tmp_path / "a", whole, modules_to_save=[name.partition(".")[0]])
+    with pytest.raises(FormatError, match=rf"{name} is .*, which cannot replace"):
+        merge(base, [adapter], tmp_path / "out")
+
+
+@pytest.mark.parametrize("shape", [(), (6,)])
+def test_a_head_saved_whole_that_is_no_matrix(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """The output layer is not in the base, so no shape there speaks against it."""
+    base = write_checkpoint(tmp_path / "base" / "model.safetensors", EMBEDDING, TIED).parent
+    beside = {**linear("model.q"), f"{PREFIX}lm_head.base_layer.weight": normal(*shape)}
+    factors = {**beside, **linear("lm_head", out=11, n=6)}
+    for number, tensors in enumerate((beside, factors)):
+        adapter = write_adapter(tmp_path / str(number), tensors)
+        with pytest.raises(RankscopeError, match="lm_head"):
+            merge(base, [adapter], tmp_path / "out")
+
+
+@pytest.mark.parametrize("odd", [["gpt2"], {"gpt2": 1}, 3, None])
+def test_a_model_type_that_is_no_name(tmp_path: Path, odd: Any) -> None:
+    base = write_checkpoint(
+        tmp_path / "base" / "model.safetensors", {"h.c_proj.weight": normal(5, 7)}, {"model_type": odd}
+    )
+    merge(base.parent, [write_adapter(tmp_path / "a", linear("h.c_proj"))], tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_dtype_that_cannot_be_written(tmp_path: Path) -> None:
+    base = tmp_path / "base.bin"
+    torch.save({"q.weight": normal(5, 7), "odd": torch.zeros(2, dtype=torch.complex128)}, base)
+    with pytest.raises(
+        FormatError, match=r"base\.safetensors: odd is torch\.complex128, which safetensors cannot hold"
+    ):
+        merge(base, [write_adapter(tmp_path / "a", linear("q"))], tmp_path / "out")
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    base = tmp_path / "base.bin"
+    torch.save({"q.weight": normal(5, 7), "\udc80": normal(2)}, base)
+    with pytest.raises(FormatError, match=r"base\.safetensors: a name in it is no Unicode text"):
+        merge(base, [write_adapter(tmp_path / "a", linear("q"))], tmp_path / "out")
+
+
+def test_complex_numbers_are_not_taken_for_real_ones(tmp_path: Path) -> None:
+    turn, real = torch.complex(normal(3), normal(3, seed=1)), normal(3)
+    bases = [
+        write_checkpoint(tmp_path / f"{i}.safetensors", {"q.weight": normal(5, 7), "rope.weight": tensor})
+        for i, tensor in enumerate((turn, real))
+    ]
+    adapters = [
+        write_adapter(tmp_path / str(i), {**linear("q"), f"{PREFIX}rope.weight": tensor}, modules_to_save=["rope"])
+        for i, tensor in enumerate((2 * turn, 2 * real))
+    ]
+    for base, adapter in ((bases[0], adapters[1]), (bases[1], adapters[0])):
+        with pytest.raises(FormatError, match=r"rope\.weight is .*complex64.*is this the base"):
+            merge(base, [adapter], tmp_path / "out")
+    with pytest.raises(FormatError, match=r"rope\.weight: holds complex numbers, which are not added"):
+        merge(bases[0], [adapters[0]], tmp_path / "out", [0.5])
+    with pytest.raises(FormatError, match=r"rope\.weight: holds complex numbers, which are not added"):
+        average(adapters, tmp_path / "out")
+    with pytest.raises(FormatError, match=r"rope\.weight was trained whole"):
+        subtract(*adapters, tmp_path / "out")
+    merge(bases[0], [adapters[0]], tmp_path / "out")
+    assert torch.equal(read(tmp_path / "out" / "0.safetensors")["rope.weight"], 2 * turn)
+    assert extract(bases[1], Rank(1), tmp_path / "x", _shifted(bases[0])).carried == (f"{PREFIX}rope.weight",)
+
+
+def _shifted(path: Path) -> Path:
+    tensors = {name: value + 1 if value.ndim == 2 else value for name, value in load_file(path).items()}
+    return write_checkpoint(path.with_name("shifted.safetensors"), tensors)
 
 
 TIED = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, "vocab_size": 11}

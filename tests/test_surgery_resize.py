@@ -173,6 +173,30 @@ def test_the_bias_of_b_gets_the_scale_that_the_configuration_had(tmp_path: Path)
     torch.testing.assert_close(tensors_of(tmp_path / "out")[f"{PREFIX}q.lora_B.bias"], 3 * bias)
 
 
+def test_a_bias_of_b_that_its_scale_makes_too_large(tmp_path: Path) -> None:
+    tensors = {key: value.half() for key, value in linear("q").items()}
+    tensors[f"{PREFIX}q.lora_B.bias"] = torch.full((5,), 3e4, dtype=torch.float16)
+    resize(write_adapter(tmp_path / "fits", tensors, lora_bias=True, lora_alpha=4), Rank(1), tmp_path / "out")
+    large = write_adapter(tmp_path / "a", tensors, lora_bias=True, lora_alpha=8)
+    with pytest.raises(NonFiniteError, match=r"layer q: scale · lora_B\.bias \(5,\) holds 5 values"):
+        resize(large, Rank(1), tmp_path / "again")
+
+
+def test_a_bias_of_b_in_eight_bits(tmp_path: Path) -> None:
+    bias = torch.tensor([1.0, -2.0, 0.5, 4.0, 0.0])
+    tensors = {**linear("q"), f"{PREFIX}q.lora_B.bias": bias.to(torch.float8_e4m3fn)}
+    resize(write_adapter(tmp_path / "a", tensors, lora_bias=True), Rank(1), tmp_path / "out")
+    assert torch.equal(tensors_of(tmp_path / "out")[f"{PREFIX}q.lora_B.bias"], 4 * bias)
+
+
+@pytest.mark.parametrize("live", ["mine", "default"])
+def test_a_head_is_found_under_any_live_name(tmp_path: Path, live: str) -> None:
+    """The factors' keys name no adapter, so nothing but the reader's rule tells what ``mine`` is."""
+    tensors = {**linear("q"), f"{PREFIX}score.modules_to_save.{live}.dense.weight": normal(2, 5)}
+    adapter = write_adapter(tmp_path / "a", tensors, modules_to_save=["score"])
+    assert resize(adapter, Rank(1), tmp_path / "out").carried == (f"{PREFIX}score.dense.weight",)
+
+
 def test_names_of_a_live_model_become_those_of_a_saved_one(tmp_path: Path) -> None:
     tensors = {
         **{key.replace(".weight", ".mine.weight"): value for key, value in linear("q").items()},
@@ -248,6 +272,34 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "unknown factor": ({f"{PREFIX}block.q.lora_C.weight": normal(2, 2)}, {}, "lora_C.weight, which is not known"),
     "magnitude alone": ({f"{PREFIX}block.k.lora_magnitude_vector": normal(5)}, {"use_dora": True}, "layer block.k"),
     "not finite": ({f"{PREFIX}block.q.lora_A.weight": torch.full((2, 7), torch.nan)}, {}, "layer block.q.*14 values"),
+    "the bias of A": ({f"{PREFIX}block.q.lora_A.bias": normal(2)}, {}, "lora_A.bias, which is not known"),
+    "a factor without a leaf": ({f"{PREFIX}block.q.lora_A": normal(2, 7)}, {}, "q.lora_A, which is not known"),
+    "a head twice": (
+        {f"{PREFIX}score.weight": normal(2), f"{PREFIX}score.modules_to_save.default.weight": normal(2)},
+        {},
+        "score.* and .*score.*, which are one and the same",
+    ),
+    "a bias of B twice": (
+        {f"{PREFIX}block.q.lora_B.bias": normal(5), f"{PREFIX}block.q.lora_B.default.bias": normal(5)},
+        {},
+        "lora_B.*bias and .*, which are one and the same",
+    ),
+    "a bias of B that is too long": (
+        {f"{PREFIX}block.q.lora_B.bias": normal(7)},
+        {},
+        r"lora_B.bias is \(7,\) of float32, where floating-point numbers \(5,\) are needed",
+    ),
+    "a bias of B for all": ({f"{PREFIX}block.q.lora_B.bias": normal(1)}, {}, r"lora_B.bias is \(1,\)"),
+    "a bias of B in whole numbers": (
+        {f"{PREFIX}block.q.lora_B.bias": torch.ones(5, dtype=torch.int64)},
+        {},
+        r"lora_B.bias is \(5,\) of int64",
+    ),
+    "a bias of B that is none": (
+        {f"{PREFIX}block.q.lora_B.bias": torch.full((5,), torch.nan)},
+        {},
+        r"layer block.q: scale · lora_B.bias \(5,\) holds 5 values",
+    ),
     "half": ({f"{PREFIX}block.k.lora_A.weight": normal(2, 7)}, {}, "half of the pair is missing"),
 }
 
@@ -260,6 +312,13 @@ def test_what_is_refused_names_the_file_and_leaves_nothing(tmp_path: Path, name:
         resize(adapter, Rank(1), tmp_path / "out")
     assert str(adapter) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_configuration_that_json_cannot_hold(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "a", lora_dropout=float("nan"))
+    with pytest.raises(FormatError, match=r"out/adapter_config\.json: cannot be written as JSON \(.*\); correct what"):
+        resize(adapter, Rank(1), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from makers import MAKERS, float64, normal, planted, planted_dense
+from makers import MAKERS, float64, frame, normal, planted, planted_dense
 
 from rankscope.errors import ConfigError
 from rankscope.noise import noise_edge
 from rankscope.spectra import Spectrum
+from rankscope.structured import Hadamard
+from rankscope.surgery.addition import add
 from rankscope.surgery.truncate import (
     AboveNoise,
     Budget,
@@ -191,3 +193,21 @@ def test_what_cancels_is_zero_and_what_is_small_is_not() -> None:
     assert not is_zero(update * 1e-30, Spectrum.of(update * 1e-30))
     none = LowRank(torch.zeros(3, 1), torch.ones(1, 3))
     assert is_zero(none, Spectrum.of(none))
+
+
+def test_a_hadamard_product_of_factors_that_cancel_is_nothing() -> None:
+    x, turn = LowRank(normal(30, 2), normal(2, 20, seed=1)), frame(2, 2, seed=2)
+    update = Hadamard(x + -LowRank(x.B @ turn, turn.T @ x.A), planted((30, 20), [1.0]))
+    assert update.singular_values()[0] > 0
+    assert is_zero(update, Spectrum.of(update))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_updates_of_every_kind_are_added_in_the_working_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded once, to float64 here: a matrix made in float32 on the way would show. Blocks of a few rows."""
+    monkeypatch.setattr("rankscope.surgery.addition.CHUNK", 100)
+    update, weight = MAKERS[name].make(30, 20, 5), normal(30, 20, seed=9)
+    found, rounding = add(weight, [update], torch.float64)
+    truth = weight.numpy() + float64(update)
+    np.testing.assert_allclose(found.numpy(), truth, rtol=0, atol=1e-13 * np.abs(truth).max())
+    assert rounding.norm == pytest.approx(np.linalg.norm(float64(update)), rel=1e-12)

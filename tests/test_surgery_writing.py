@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import subprocess
@@ -25,6 +26,7 @@ from rankscope.surgery.algebra import average, merge_adapters, subtract
 from rankscope.surgery.extract import extract
 from rankscope.surgery.merge import merge, unmerge
 from rankscope.surgery.resize import resize
+from rankscope.surgery.result import Surgery
 from rankscope.surgery.truncate import Rank
 from rankscope.surgery.writing import copy_files, new_folder
 
@@ -137,6 +139,62 @@ def test_a_disk_that_is_really_full(small_disk: Path, sources: Path, name: str) 
         ACTS[name](sources, small_disk / "out")
     assert "\n" not in str(caught.value)
     assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_an_error_leaves_no_parents_and_names_the_place(
+    tmp_path: Path, sources: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    full_after(0, monkeypatch)
+    with pytest.raises(FormatError) as caught:
+        ACTS[name](sources, tmp_path / "there" / "deep" / "er" / "out")
+    assert ".tmp" not in str(caught.value)
+    assert "deep/er/out" in str(caught.value)
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_parents_that_others_use_meanwhile_stay(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        (tmp_path / "deep" / "theirs").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path / "deep" / "er" / "out", interrupt)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["theirs"]
+
+
+def test_a_parent_that_cannot_be_made_leaves_none(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="cannot be written"):
+        fill(tmp_path / "deep" / ("x" * 300) / "out", list)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory\nin two lines"), MemoryError(), OSError(5, "Input/output")])
+def test_a_tensor_that_cannot_be_computed_is_not_the_fault_of_the_disk(tmp_path: Path, error: Exception) -> None:
+    def fail() -> torch.Tensor:
+        raise error
+
+    with pytest.raises(FormatError, match=r"^x\.safetensors: a: cannot be computed \(.+\)$") as caught:
+        write_streamed(tmp_path / "x.safetensors", {"a": Pending(TensorInfo((2, 3), torch.float32), fail)})
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_a_place_whose_name_is_no_text(tmp_path: Path, sources: Path, name: str) -> None:
+    """A path of bytes that are no UTF-8, as Python gives it: written, and the record readable by any JSON reader."""
+    out = tmp_path / "caf\udce9"
+    result = ACTS[name](sources, out)
+    assert result.output.endswith("caf\\udce9")
+    (out / "rankscope.json").read_text().encode()
+    assert Surgery.from_json(json.loads((out / "rankscope.json").read_text())) == result
+
+
+def test_a_command_line_that_is_no_text(tmp_path: Path, sources: Path) -> None:
+    result = resize(sources / "a", Rank(2), tmp_path / "out", command="rankscope resize caf\udce9")
+    with safe_open(next((tmp_path / "out").glob("*.safetensors")), "pt") as file:
+        assert file.metadata()["rankscope_command"] == result.command == "rankscope resize caf\\udce9"
 
 
 def fill(out: Path, then: Callable[[], Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 from rankscope.errors import ConfigError
 from rankscope.formats.files import read_tensors
 from rankscope.train.config import StudyConfig, make_config
-from rankscope.train.loop import Group, InterruptedTrainingError, Silent
+from rankscope.train.loop import Group, InterruptedTrainingError, Silent, precision
 from rankscope.train.runs import Run
 from rankscope.train.study import Study, run_study
 from rankscope.train.sweep import Sweep
@@ -411,6 +411,15 @@ def test_an_overflow_in_float16_skips_the_step_of_its_own_run_alone(
     assert [moved for moved, _ in scales[4][1:]] == [True, True]
     assert scales[1] == [(True, 65536.0)] * 3
     assert all(record.status == "done" for record in study.records)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_tf32_is_as_asked_for_on_cuda(wanted: bool) -> None:
+    """The switches exist without a GPU."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    with precision(torch.device("cuda"), small(tf32=wanted)):
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == wanted
+    assert torch.backends.cuda.matmul.allow_tf32 == before
 
 
 def test_tf32_is_only_for_cuda(tmp_path: Path) -> None:

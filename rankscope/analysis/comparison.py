@@ -12,13 +12,14 @@ from typing import Any, ClassVar, Literal, get_args
 import msgspec
 import torch
 
+from rankscope.analysis.matching import Matched, Renames, match
 from rankscope.analysis.pairs import MOST_DIRECTIONS, LayerComparison, Of, compare_layers, cosine
 from rankscope.analysis.sources import Readable, Source, Track, fits
 from rankscope.analysis.text import html_table, short_name
 from rankscope.analysis.workers import spread
 from rankscope.errors import ConfigError, RankscopeError, ShapeError, located
 from rankscope.formats.interface import Skipped, examples
-from rankscope.formats.names import Pairing, pair
+from rankscope.formats.names import Pairing
 from rankscope.result import Result
 from rankscope.updates import Update
 
@@ -139,6 +140,8 @@ def compare(
     of: Of = "update",
     device: torch.device | str = "cpu",
     track: Track = iter,
+    rename: Renames = (),
+    alpha: float | None = None,
     workers: int | None = None,
 ) -> CompareResult:
     """Overlap, principal angles and distances of two sources of updates, layer by layer.
@@ -153,7 +156,12 @@ def compare(
             paper; "B" the left ones of B.
         device: where the decompositions run.
         track: wraps the list of pairs and may show progress.
+        rename: (from, to): parts of the names in a, and what they are read as.
+        alpha: α of a path's layers where the file has none.
         workers: threads that pairs of thin factors are shared out over, as for ``spectrum``.
+
+    A fused projection (``qkv_proj``, ``c_attn``, …) is compared by its blocks of rows, ``NAME:q`` …, where the other
+    side has q, k and v of their own.
 
     Raises:
         RankscopeError: no layer in common, none that can be compared, or one that holds NaN or infinity.
@@ -163,13 +171,15 @@ def compare(
     if of not in get_args(Of):
         raise ConfigError(f"of = {of!r}: compare 'update', 'A' or 'B'")
     patterns = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
-    left, right = Source.of(a, base, device, "a"), Source.of(b, base, device, "b")
-    pairing = _paired(left, right, patterns)
-    found, skipped = _compared(left, right, pairing.pairs, top, of, track, workers)
+    left, right = Source.of(a, base, device, "a", alpha), Source.of(b, base, device, "b", alpha)
+    matched = match(left, right, rename)
+    pairing = _chosen(matched, patterns)
+    found, skipped = _compared(matched.a, matched.b, pairing.pairs, top, of, track, workers)
     if not found:
         raise RankscopeError(
             f"{left.label} and {right.label}: no layer can be compared; {skipped[0].name}: {skipped[0].reason}"
         )
+    skipped += matched.skipped
     skipped += [Skipped(one.name, f"in {s}: {one.reason}") for s, x in (("a", left), ("b", right)) for one in x.skipped]
     initial, unread = _initial(left, right, patterns) if of == "update" else (None, [])
     summary = _summary(found, initial)
@@ -185,14 +195,9 @@ def compare(
     )
 
 
-def _paired(a: Source, b: Source, patterns: list[str] | None) -> Pairing:
+def _chosen(matched: Matched, patterns: list[str] | None) -> Pairing:
     """Partners, as far as the patterns fit the name in a or in b."""
-    everything = pair(a.names(), b.names())
-    if not everything.pairs:
-        raise RankscopeError(
-            f"{a.label} and {b.label} have no layer in common; the one has {examples(a.names())}, "
-            f"the other {examples(b.names())}"
-        )
+    everything = matched.pairing
     if patterns is None:
         return everything
 
@@ -207,7 +212,7 @@ def _paired(a: Source, b: Source, patterns: list[str] | None) -> Pairing:
     if not kept.pairs:
         shared = [name for name, _ in everything.pairs]
         raise RankscopeError(
-            f"{a.label} and {b.label}: no layer in common fits {', '.join(map(repr, patterns))}; "
+            f"{matched.a.label} and {matched.b.label}: no layer in common fits {', '.join(map(repr, patterns))}; "
             f"they share {examples(shared)}"
         )
     return kept

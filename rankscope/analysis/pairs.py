@@ -244,11 +244,12 @@ def cosine(inner: float, norm_a: float, norm_b: float) -> float:
 def difference(a: Update, b: Update, inner: float, norms: tuple[float, float]) -> float:
     """‖a − b‖_F without forming a product, from ⟨a, b⟩ and both norms.
 
-    Where those cancel, two products are subtracted exactly, as factors of rank r₁ + r₂; anything else is known to about
-    1e-8 of the larger norm, and float32 does not carry more.
+    Where those cancel, two thin products are subtracted exactly, as factors of rank r₁ + r₂; anything else is known to
+    about 1e-8 of the larger norm, and float32 does not carry more.
     """
     squared = norms[0] ** 2 + norms[1] ** 2 - 2 * inner
-    if squared < CANCELLING * max(norms) ** 2 and isinstance(a, LowRank) and isinstance(b, LowRank):
-        values = (a + b * -1.0).singular_values()
+    one, two = a.product, b.product
+    if squared < CANCELLING * max(norms) ** 2 and one is not None and two is not None:
+        values = (one + two * -1.0).singular_values()
         return float(torch.linalg.vector_norm(values))
     return math.sqrt(max(0.0, squared))

@@ -41,8 +41,9 @@ class Source:
         base: str | os.PathLike[str] | None = None,
         device: torch.device | str = "cpu",
         label: str = "updates",
+        alpha: float | None = None,
     ) -> Source:
-        """Open a path, or take what is open already (``base`` then has no say); reads no tensor.
+        """Open a path, or take what is open already (``base`` and ``alpha`` then have no say); reads no tensor.
 
         Raises:
             FormatError: the path holds nothing that is known.
@@ -50,7 +51,7 @@ class Source:
         """
         if isinstance(readable, str | os.PathLike):
             label = str(readable)
-            readable = open_store(readable, base, device)
+            readable = open_store(readable, base, device, alpha=alpha)
             return cls._of_store(readable, readable.device, label)
         place = usable_device(device)
         if isinstance(readable, Store):
@@ -78,13 +79,16 @@ class Source:
         with located(self.where(name)):
             return self.updates[name].to(self.device)
 
+    def info(self, name: str) -> UpdateInfo | None:
+        """What the headers tell of one update; None of a mapping, which has none."""
+        return self.updates.info(name) if isinstance(self.updates, Store) else None
+
     def kind_of(self, name: str) -> Hashable | None:
         """Shape and rank where an update has thin factors, from the header; None for any other (``workers.spread``)."""
-        if isinstance(self.updates, Store):
-            of: UpdateInfo | Update = self.updates.info(name)
-        elif isinstance(self.updates, dict):
+        of: UpdateInfo | Update | None = self.info(name)
+        if isinstance(self.updates, dict):
             of = self.updates[name]
-        else:  # a mapping may make its updates when asked, and not be made for several threads
+        if of is None:  # a mapping may make its updates when asked, and not be made for several threads
             return None
         thin = of.nominal_rank is not None and of.nominal_rank < min(of.shape)
         return (of.shape, of.nominal_rank) if thin else None

@@ -27,7 +27,7 @@ from rankscope.spectra import (
     noise_measures,
     rounding_floor,
 )
-from rankscope.updates import LowRank, Update
+from rankscope.updates import Update
 
 SCHEMA = "rankscope.spectrum/1"
 Measures = dict[str, float | int]
@@ -132,6 +132,7 @@ def spectrum(
     top: int | None = None,
     device: torch.device | str = "cpu",
     track: Track = iter,
+    alpha: float | None = None,
     workers: int | None = None,
 ) -> SpectrumResult:
     """Singular values and effective ranks of every layer.
@@ -144,6 +145,7 @@ def spectrum(
         top: how many singular values of each layer the result keeps; the measures are of all.
         device: where the decompositions run.
         track: wraps the list of names and may show progress.
+        alpha: α of a path's layers where the file has none.
         workers: threads that layers with thin factors are shared out over, each of which computes with one; None
             takes as many as torch would use. The result is the same to the bit.
 
@@ -152,7 +154,7 @@ def spectrum(
     """
     if top is not None and top < 1:
         raise ConfigError(f"top = {top}: keep at least one singular value")
-    opened = Source.of(source, base, device)
+    opened = Source.of(source, base, device, alpha=alpha)
     names = select(opened.names(), layers, opened.label)
 
     def one(name: str, updates: Sequence[Update]) -> LayerSpectrum:
@@ -167,14 +169,15 @@ def spectrum(
 
 
 def _layer(source: Source, name: str, update: Update, top: int | None) -> LayerSpectrum:
+    info = source.info(name)
     with located(source.where(name)):
         found = Spectrum.of(update)
     return LayerSpectrum(
         name=name,
         shape=found.shape,
         nominal_rank=found.nominal_rank,
-        scale=update.scale if isinstance(update, LowRank) else 1.0,
-        dtype=found.stored,
+        scale=info.scale if info else getattr(update, "scale", 1.0),
+        dtype=str(info.dtype).removeprefix("torch.") if info else found.stored,
         energy=found.energy,
         singular_values=tuple(found.values[:top].tolist()),
         count=len(found.values),

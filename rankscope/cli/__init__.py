@@ -17,8 +17,10 @@ COMMANDS = {
     "train": "Train LoRA at many ranks, and full fine-tuning beside it.",
     "spectrum": "Singular spectra and effective ranks of adapters or of a tuned checkpoint.",
     "compare": "Overlap, angles and distance of two adapters or updates, with chance levels.",
+    "inspect": "What a file or folder is: format, method, ranks, targets, what cannot be read.",
     "report": "The hypothesis tested on a study, along eight lines of evidence, as one page.",
     "resize": "Shrink an adapter: the same update at lower rank.",
+    "convert": "An adapter in the format of another tool: PEFT, kohya, diffusers.",
     "extract": "A LoRA adapter from a full fine-tune.",
     "merge": "Adapters into their base, or into one adapter.",
     "unmerge": "Take adapters out of a merged model.",
@@ -56,6 +58,7 @@ def cli() -> None:
       rankscope train                           the embedded task, ranks 1 to 64 and full fine-tuning
       rankscope spectrum study                  what rank each run's update really has
       rankscope compare adapterA adapterB       do two adapters learn the same directions?
+      rankscope inspect lora.safetensors        what is in this file?
       rankscope report study                    how much rank does the task need? one page
     """
 

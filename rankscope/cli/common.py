@@ -52,8 +52,10 @@ def _page_path(context: click.Context, parameter: click.Parameter, value: str | 
     return value
 
 
+alpha_option = click.option("--alpha", type=float, metavar="α", help="LoRA's α where the file has none (loralib).")
 reading_options = grouped(
     click.option("--base", metavar="PATH", help="Pre-trained checkpoint that full weights were tuned from."),
+    alpha_option,
     click.option(
         "--layers",
         multiple=True,

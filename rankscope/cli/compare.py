@@ -45,6 +45,12 @@ DISTANCES = ("projection", "geodesic", "chordal", "fubini_study", "procrustes")
     show_default=True,
     help="Which matrices: ΔW, the factors A (right side, as in the LoRA paper), or the factors B (left side).",
 )
+@click.option(
+    "--rename",
+    multiple=True,
+    metavar="FROM=TO",
+    help="Read FROM in the names of A as TO; with nothing before =, put TO in front. Repeatable, in this order.",
+)
 @click.option("--layer", metavar="NAME", help="The layer that --plot and --report draw [the median].")
 @workers_option
 @output_options
@@ -52,10 +58,12 @@ def command(
     a: str,
     b: str,
     base: str | None,
+    alpha: float | None,
     layers: tuple[str, ...],
     device: str,
     top: int | None,
     of: Literal["update", "A", "B"],
+    rename: tuple[str, ...],
     layer: str | None,
     workers: int | None,
     as_json: bool,
@@ -68,13 +76,16 @@ def command(
 ) -> None:
     """Overlap, angles and distance of two sets of updates.
 
-    A and B are PEFT adapters, runs, or checkpoints (with --base). Left is the output space, right the input space. φ
+    A and B are adapters (PEFT, kohya, LyCORIS, diffusers, loralib), runs, or checkpoints (with --base). Layers are
+    paired by name, across the conventions of these tools; a fused qkv projection is split where the other side has q,
+    k and v. Left is the output space, right the input space. φ
     is the overlap of the top k directions of each, k the smaller number of the two, with the overlap of random
     directions in brackets; z and p say how far from random it is. --json has φ for every pair of cuts.
 
     \b
     Examples:
       rankscope compare adapterA adapterB
+      rankscope compare adapter lora.safetensors --rename base.=model.
       rankscope compare study/runs/lora-r8-lr0.007-s0 study/runs/full-lr0.002-s0 --plot overlap.png
     """
     from rankscope.analysis.comparison import compare
@@ -82,7 +93,8 @@ def command(
     one_format(as_json, as_csv)
     if layer and not plot and not report:
         raise click.UsageError("--layer says what --plot and --report draw; give --plot FILE or --report FILE too")
-    result = compare(a, b, base, layers or None, top, of, device, tracker(quiet, "layers"), workers)
+    renames = [parsed_rename(text) for text in rename]
+    result = compare(a, b, base, layers or None, top, of, device, tracker(quiet, "layers"), renames, alpha, workers)
     say(quiet, [*result.notes, *unmatched_lines(result, verbose), *skipped_lines(result.skipped, verbose)])
     # Drawn first: a --layer that is not there is said before the table, not after it.
     if plot:
@@ -99,6 +111,18 @@ def command(
         print_csv(csv_header(), csv_rows(result))
     else:
         print_result(result)
+
+
+def parsed_rename(text: str) -> tuple[str, str]:
+    """``FROM=TO`` as a pair.
+
+    Raises:
+        UsageError: there is no "=" in it, or nothing beside it.
+    """
+    old, equals, new = text.partition("=")
+    if not equals or old == new:
+        raise click.UsageError(f"--rename takes FROM=TO, not {text!r}")
+    return old, new
 
 
 def unmatched_lines(result: CompareResult, verbose: bool) -> Iterator[str]:

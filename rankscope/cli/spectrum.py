@@ -46,6 +46,7 @@ NOISE = {"noise k90": "k90", "MP": "mp_count", "GD": "gd_count"}
 def command(
     paths: tuple[str, ...],
     base: str | None,
+    alpha: float | None,
     layers: tuple[str, ...],
     device: str,
     top: int | None,
@@ -60,7 +61,8 @@ def command(
 ) -> None:
     """Singular spectra and effective ranks.
 
-    PATH is a PEFT adapter, a run, a checkpoint (with --base), or a study, which stands for each of its runs. Updates
+    PATH is an adapter (PEFT, kohya, LyCORIS, diffusers, loralib), a run, a checkpoint (with --base), or a study, which
+    stands for each of its runs. Updates
     that are no product of thin factors have beside them k90 of a noise matrix of their shape, and how many singular
     values noise does not explain (MP, GD). --json gives one object for one PATH, and {"results": [...]} for several
     or a study; --top shortens its lists, and the curves of --plot.
@@ -75,7 +77,7 @@ def command(
     one_format(as_json, as_csv)
     places, several = expand(paths)
     results = [
-        spectrum(place, base, layers or None, top, device, tracker(quiet, Path(place).name), workers)
+        spectrum(place, base, layers or None, top, device, tracker(quiet, Path(place).name), alpha, workers)
         for place in places
     ]
     for result in results:

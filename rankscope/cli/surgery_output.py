@@ -120,7 +120,9 @@ def parsed_dtype(name: str) -> torch.dtype:
 
 def command_line() -> str:
     """What was typed, for the record."""
-    return shlex.join(["rankscope", *sys.argv[1:]])
+    from rankscope.formats.files import as_text
+
+    return as_text(shlex.join(["rankscope", *sys.argv[1:]]))
 
 
 def show(result: Surgery, as_json: bool, verbose: bool, quiet: bool) -> None:

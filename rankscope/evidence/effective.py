@@ -108,10 +108,10 @@ def effective(material: Material) -> Effective:
     """The effective rank of every run of a study against its score.
 
     Raises:
-        MissingEvidenceError: no LoRA run is done.
+        MissingEvidenceError: no LoRA run is done, or the weights of one at a best rate are gone.
     """
     found = performance(material)
-    best = by_rank(material.lora())
+    best = by_rank(material.kept(material.lora()))
     random = {rank: random_measures(_products(rows[0])) for rank, rows in best.items()}
     curve = tuple(_needed(entry, best[entry.rank], random[entry.rank]) for entry in found.curve if entry.rank)
     points = tuple(_point(row) for row in material.rows if row.ranks and row.score is not None)

@@ -104,8 +104,24 @@ class Material:
         return self.task.heads
 
     def store(self, row: Row) -> Store:
-        """The updates that a run learned."""
-        return self.study.store(row.record.run)
+        """The updates that a run learned.
+
+        Raises:
+            MissingEvidenceError: its weights were deleted.
+        """
+        return self.study.store(self.kept([row])[0].record.run)
+
+    def kept(self, found: Sequence[Row]) -> Sequence[Row]:
+        """The same runs, all of them with what they learned.
+
+        Raises:
+            MissingEvidenceError: the weights of one were deleted.
+        """
+        gone = [row.record.run.name for row in found if not self.study.keeps(row.record.run)]
+        if gone:
+            more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+            raise MissingEvidenceError(f"the weights of {gone[0]}{more} are gone; put them back, or train it again")
+        return found
 
     @cached_property
     def task(self) -> Task:

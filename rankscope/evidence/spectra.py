@@ -133,7 +133,8 @@ class _Method:
         self.edge: Edge = rows[0].choice.edge if rows[0].choice else None
         spectra = [{layer.name: layer for layer in row.spectra.layers} for row in rows if row.spectra is not None]
         self.seeds = len(spectra)
-        self.layers = {name: [found[name] for found in spectra] for name in names if all(name in s for s in spectra)}
+        shared = [name for name in names if spectra and all(name in found for found in spectra)]
+        self.layers = {name: [found[name] for found in spectra] for name in shared}
 
     def energy(self, name: str) -> float:
         return statistics.fmean(layer.energy for layer in self.layers[name])
@@ -143,11 +144,11 @@ def spectra(material: Material) -> Spectra:
     """What the runs' spectra say, gathered: nothing is decomposed again.
 
     Raises:
-        MissingEvidenceError: neither full fine-tuning nor LoRA is done.
+        MissingEvidenceError: neither full fine-tuning nor LoRA is done, or no weights are left.
     """
     methods = [method for method in _methods(material) if method.layers]
     if not methods:
-        raise MissingEvidenceError("no run is done that changes a matrix; train LoRA or full fine-tuning")
+        raise MissingEvidenceError("the weights of no LoRA run and of no full fine-tuning are there; train some")
     layers = [_layer(method, name) for method in methods for name in method.layers]
     return Spectra(
         layers=tuple(layers),

@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from rankscope.errors import FormatError
 from rankscope.formats.files import TensorFile, TensorInfo, read_json
+from rankscope.formats.hub import local_path
 from rankscope.formats.interface import examples
 from rankscope.formats.names import WEIGHT, pair
 from rankscope.formats.peft_keys import OLD_WEIGHTS_NAME, WEIGHTS_NAME
 from rankscope.formats.pickled import PickledFile, open_tensors
 
 INDEX_SUFFIX = ".index.json"
+MODEL_CONFIG = "config.json"
 UPDATES_NAME = "update.safetensors"
 NOT_CHECKPOINTS = {WEIGHTS_NAME, OLD_WEIGHTS_NAME, UPDATES_NAME}
 # In the order transformers prefers them; then whatever single file or index the folder has (diffusers' names).
@@ -44,6 +47,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path) -> None:
+        path = local_path(path)
         self.path = path
         self.infos: dict[str, TensorInfo] = {}
         self._files: dict[str, TensorFile | PickledFile] = {}
@@ -53,7 +57,12 @@ class Checkpoint:
             self._files.update(dict.fromkeys(file.infos, file))
         if not self.infos:
             raise FormatError(f"{path}: holds no tensors")
-        self.conv1d = _stores_conv1d(self.infos, source.parent / "config.json")
+        self.conv1d = _stores_conv1d(self.infos, source.parent)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that the tensors lie in."""
+        return tuple(sorted({file.path for file in self._files.values()}))
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored: (rows, columns, …), stored dtype."""
@@ -206,7 +215,17 @@ def _inside(index: Path, shard: str) -> Path:
     return folder / shard
 
 
-def _stores_conv1d(infos: dict[str, TensorInfo], config: Path) -> bool | None:
+def model_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the model in a folder, empty where there is none.
+
+    Raises:
+        FormatError: there is one, but it cannot be read.
+    """
+    file = folder / MODEL_CONFIG
+    return read_json(file) if file.is_file() else {}
+
+
+def _stores_conv1d(infos: dict[str, TensorInfo], folder: Path) -> bool | None:
     """Whether the projections that Conv1D is used for are stored (in, out).
 
     c_attn and c_fc always widen, so their shape tells, whatever the configuration says: nanoGPT uses the
@@ -215,6 +234,6 @@ def _stores_conv1d(infos: dict[str, TensorInfo], config: Path) -> bool | None:
     for name, info in infos.items():
         if CONV1D_WIDENS.search(name) and len(info.shape) == 2 and info.shape[0] != info.shape[1]:
             return info.shape[1] > info.shape[0]
-    if config.is_file() and any(CONV1D_NAME.search(name) for name in infos):
-        return True if read_json(config).get("model_type") in CONV1D_TYPES else None
+    if any(CONV1D_NAME.search(name) for name in infos):
+        return True if str(model_config(folder).get("model_type")) in CONV1D_TYPES else None
     return None

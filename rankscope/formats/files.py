@@ -150,9 +150,21 @@ def umask() -> int:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented, atomically. NaN and infinity are refused: JSON has none."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    """Write a JSON object, indented, atomically.
+
+    Raises:
+        FormatError: it cannot be written, or holds NaN or infinity, which JSON does not have.
+    """
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: cannot be written as JSON ({error}); correct what it is made of") from error
     write_atomic(path, lambda target: _write_text(target, text))
+
+
+def as_text(text: str) -> str:
+    """A path or a command line as text: what is no UTF-8 in it (surrogates to Python) is written ``\\udcff``."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -100,10 +100,10 @@ def lycoris_recipe(headers: Headers, alpha: float | None) -> Recipe:
     if family == (FULL,):
         return _full(present)
     if family == LOHA:
-        return loha_recipe(present, _over_rank(alpha, _rank(LOHA[0], present)))
+        return loha_recipe(present, over_rank(alpha, loha_rank(present)))
     if family == LOKR:
-        return lokr_recipe(present, _over_rank(alpha, lokr_rank(present)))
-    return _locon(present, _over_rank(alpha, _rank(LOCON, present)))
+        return lokr_recipe(present, over_rank(alpha, lokr_rank(present)))
+    return _locon(present, over_rank(alpha, _rank(LOCON, present)))
 
 
 def _family(present: Headers) -> tuple[Leaves, ...]:
@@ -176,6 +176,11 @@ def lokr_recipe(headers: Headers, scale: float) -> Recipe:
     return Recipe(info, tuple(headers), build)
 
 
+def loha_rank(headers: Headers) -> int | None:
+    """The r of LoHa's first factor, which its scale is divided by; None where that is missing."""
+    return _rank(LOHA[0], headers)
+
+
 def lokr_rank(headers: Headers) -> int | None:
     """The r of LoKr's factors; None where both are whole."""
     ranks = (_rank(leaves, headers) for leaves in LOKR)
@@ -199,7 +204,8 @@ def _full(headers: Headers) -> Recipe:
     return Recipe(info, (FULL.whole,), build)
 
 
-def _over_rank(alpha: float | None, rank: int | None) -> float:
+def over_rank(alpha: float | None, rank: int | None) -> float:
+    """α/r; 1 where one of the two is not known."""
     return 1.0 if alpha is None or rank is None else alpha / rank
 
 

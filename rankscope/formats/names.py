@@ -7,7 +7,11 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from rankscope.formats.aliases import alias_pairs
+
 WEIGHT = ".weight"
+PARTS = ("q", "k", "v")
+"""What the parts of a fused projection are called: ``NAME:q`` …"""
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -42,6 +46,7 @@ def pair(names_a: Iterable[str], names_b: Iterable[str]) -> Pairing:
     Equal names are partners. Among the rest, one wrapper in front of one side (``bert.``,
     ``transformer.``, ``base_model.model.``) is found: the prefix that pairs most names. Where two prefixes
     pair equally many, as ``encoder.`` and ``decoder.`` would, nothing says which is meant and neither is used.
+    What is left is paired across the conventions of tools (``aliases.py``) where that is unambiguous.
     """
     a, b = set(names_a), set(names_b)
     pairs = [(name, name) for name in a & b]
@@ -59,6 +64,10 @@ def pair(names_a: Iterable[str], names_b: Iterable[str]) -> Pairing:
         pairs += found
     rest_a -= {one for one, _ in pairs}
     rest_b -= {other for _, other in pairs}
+    known = alias_pairs(rest_a, rest_b)
+    pairs += known
+    rest_a -= {one for one, _ in known}
+    rest_b -= {other for _, other in known}
     pairs.sort(key=lambda names: natural_key(names[0]))
     return Pairing(pairs, sorted(rest_a, key=natural_key), sorted(rest_b, key=natural_key))
 

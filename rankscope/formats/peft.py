@@ -101,7 +101,7 @@ class PeftStore(AdapterStore):
         self.notes += self.config.notes()
         self._factors: dict[str, _Factors] = {}
         self._claims: list[tuple[str, int, int]] = []
-        layers = [_Layer(module, keys) for module, keys in self._gather(_factor).items()]
+        layers = [_Layer(module, keys) for module, keys in self._gather(factor_of).items()]
         origin = Origin(base, self._names_in_base(layers)) if base is not None else None
         self._initial = self._open_initial(initial or _find_initial(path, self.config.moves_base))
         self._add_layers(layers, origin)
@@ -272,7 +272,7 @@ def _find_initial(folder: Path, init: str | None) -> Path | None:
     return next((place for place in places if (place / CONFIG_NAME).is_file() and place != folder), None)
 
 
-def _factor(key: str) -> ParsedKey | None:
+def factor_of(key: str) -> ParsedKey | None:
     """What a factor's key says; None for all else, the bias of B among it."""
     parsed = parse_key(key)
     if parsed is None:

@@ -12,7 +12,7 @@ import torch
 
 from rankscope.errors import FormatError
 from rankscope.formats.interface import UpdateInfo
-from rankscope.formats.lycoris import LOKR, loha_recipe, lokr_rank, lokr_recipe, matrix
+from rankscope.formats.lycoris import LOKR, loha_rank, loha_recipe, lokr_rank, lokr_recipe, matrix, over_rank
 from rankscope.formats.recipes import (
     BASE,
     NOT_TOLD,
@@ -24,6 +24,7 @@ from rankscope.formats.recipes import (
     check_base,
     check_complete,
     check_floating,
+    check_places,
     check_shapes,
     exact,
     floats,
@@ -54,11 +55,8 @@ def adalora(module: Module) -> Recipe:
 
 def loha(module: Module) -> Recipe:
     """α/r · (w1_a·w1_b) ∘ (w2_a·w2_b); r is that of the tensors."""
-    check_complete(module.headers, ("hada_w1_b", "hada_w2_b"))
-    rank = module.headers["hada_w1_b"].shape[:1]
-    if not rank or not rank[0]:
-        raise FormatError(f"hada_w1_b {module.headers['hada_w1_b'].shape} has an empty side")
-    recipe = loha_recipe(module.headers, module.config.alpha_of(module.name) / rank[0])
+    alpha = module.config.alpha_of(module.name)
+    recipe = loha_recipe(module.headers, over_rank(alpha, loha_rank(module.headers)))
     check_base(module, recipe.info.shape)
     return recipe
 
@@ -117,7 +115,7 @@ def gralora(module: Module) -> Recipe:
     if "gralora_A_general" in headers or "gralora_B_general" in headers:
         check_complete(headers, ("gralora_A_general", "gralora_B_general"))
         parts += ["gralora_A_general", "gralora_B_general"]
-        hybrid = headers["gralora_A_general"].shape[0]
+        hybrid, _ = matrix_sides(module, "gralora_A_general")
     check_floating(headers)
     if len(headers["gralora_A"].shape) != 3:
         raise FormatError(f"gralora_A is {headers['gralora_A'].shape}; expected (k, in/k, r)")
@@ -233,6 +231,7 @@ def shira(module: Module) -> Recipe:
     parts = "shira_weight", "shira_indices"
     check_complete(module.headers, parts)
     check_floating({"shira_weight": module.headers["shira_weight"]})
+    check_places(module.headers, "shira_indices")
     check_shapes(module.headers, shira_weight=(None,))
     check_shapes(module.headers, shira_indices=(2, module.headers["shira_weight"].shape[0]))
 

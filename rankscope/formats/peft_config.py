@@ -19,6 +19,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 # Initialisations that move the base weight as well (PEFT's LoraLayer.*_init): B·A then contains the start.
 MOVES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+LARGEST_RANK = 2**31
 # Variants of LoRA in which B·A is not the change of the weight at all.
 NOT_A_PRODUCT = {
     "use_qalora": "QA-LoRA averages the inputs before A",
@@ -96,6 +97,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
             raise FormatError(f"{path}: {key} is set: {reason}; this variant is not read")
     config = _typed(path, raw, AdapterConfig)
     _check_numbers(path, {"lora_alpha": config.lora_alpha, **(config.alpha_pattern or {})})
+    _check_ranks(path, {"r": config.r, **(config.rank_pattern or {})})
     _check_patterns(path, *(config.rank_pattern or ()), *(config.alpha_pattern or ()))
     return config
 
@@ -169,6 +171,7 @@ def read_method_config(path: Path) -> MethodConfig:
     config = _typed(path, {**raw, "peft_type": peft_type(path, raw)}, MethodConfig)
     scales = {key: getattr(config, key) or 0.0 for key in ("alpha", "lora_alpha", "randlora_alpha", "scaling")}
     _check_numbers(path, {**scales, **(config.alpha_pattern or {})})
+    _check_ranks(path, {"r": config.r, "init_r": config.init_r, **(config.rank_pattern or {})})
     _check_patterns(path, *(config.rank_pattern or ()), *(config.alpha_pattern or ()))
     return config
 
@@ -196,6 +199,12 @@ def _check_numbers(path: Path, alphas: Mapping[str, float]) -> None:
     for key, alpha in alphas.items():
         if not math.isfinite(alpha):
             raise FormatError(f"{path}: α of {key} is {alpha}; correct the configuration")
+
+
+def _check_ranks(path: Path, ranks: Mapping[str, Any]) -> None:
+    for key, rank in ranks.items():
+        if isinstance(rank, int) and abs(rank) > LARGEST_RANK:
+            raise FormatError(f"{path}: the rank of {key} is larger than any matrix; correct the configuration")
 
 
 def _check_patterns(path: Path, *patterns: str) -> None:

@@ -124,7 +124,7 @@ class AdapterStore(Store):
 
     def _other_names(self) -> set[str]:
         """Names in the base of what the adapter holds besides factors."""
-        found = {_whole_name(key) for key in self._others}
+        found = {whole_name(key) for key in self._others}
         return found | {_token_module(key) + WEIGHT for key in self._others if _TOKENS.search(key)}
 
     def _add_others(self, origin: Origin | None, indices: object) -> None:
@@ -142,7 +142,7 @@ class AdapterStore(Store):
 
     def _add_whole(self, key: str, origin: Origin) -> str | None:
         """Tuned − base of a module that was trained whole, or the reason why there is none."""
-        name, info = _whole_name(key), self._file.infos[key]
+        name, info = whole_name(key), self._file.infos[key]
         found = origin.info(name)
         if found is None:
             return f"{SAVED_WHOLE}; the base has no {name}"
@@ -207,8 +207,8 @@ def _reason(key: str) -> str:
     return next((reason for pattern, reason in OTHER_KEYS if pattern.search(key)), "unknown key")
 
 
-def _whole_name(key: str) -> str:
-    """The name in the base of a tensor that was saved whole."""
+def whole_name(key: str) -> str:
+    """The name in the base of a tensor that was saved whole, under whatever live adapter name."""
     return _SAVED.sub("", bare_module(key))
 
 

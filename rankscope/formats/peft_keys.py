@@ -37,6 +37,11 @@ def magnitude_key(module: str) -> str:
     return f"{PREFIX}{module}.lora_magnitude_vector"
 
 
+def factor_bias_key(module: str) -> str:
+    """Key of the bias that ``lora_bias`` gives B."""
+    return f"{PREFIX}{module}.lora_B.bias"
+
+
 class ParsedKey(NamedTuple):
     """A factor's key taken apart: module path, part (``lora_A`` …), adapter name or "", leaf or ""."""
 

@@ -167,7 +167,8 @@ def oft(module: Module) -> Recipe:
     count, entries = module.headers["oft_R"].shape
     side = round((1 + (1 + 8 * entries) ** 0.5) / 2)
     blocks = shape[1] // side if config.block_share else count
-    if side * (side - 1) // 2 != entries or blocks * side != shape[1]:
+    shared_by_all = bool(config.block_share) and count == 1
+    if side * (side - 1) // 2 != entries or blocks * side != shape[1] or not (blocks == count or shared_by_all):
         raise FormatError(f"oft_R is {(count, entries)}, which does not fit the weight {shape}")
     terms = config.need("num_cayley_neumann_terms") if config.use_cayley_neumann else None
     if terms is not None and not 1 <= terms <= MOST_TERMS:

@@ -19,6 +19,7 @@ from rankscope.formats.recipes import (
     check_base,
     check_complete,
     check_floating,
+    check_places,
     check_shapes,
     exact,
     matrix_sides,
@@ -109,6 +110,7 @@ def vblora(module: Module) -> Recipe:
     if len(headers[bank].shape) != 2 or any(len(found) != 3 for found in shapes) or shapes[0][0] != shapes[1][1]:
         raise FormatError(f"{sides[0]} {shapes[0]} and {sides[1]} {shapes[1]} do not multiply")
     check_floating({part: headers[part] for part in (*parts, bank) if not part.endswith("_indices")})
+    check_places(headers, *(part for part in parts if part.endswith("_indices")))
     for side, found in zip(sides, shapes, strict=True):
         if stored_top and headers[f"{side}_topk_weights"].shape != (*found[:2], found[2] - 1):
             raise FormatError(f"{side} has {found} places and {headers[f'{side}_topk_weights'].shape} weights")

@@ -12,6 +12,7 @@ from rankscope.errors import FormatError
 from rankscope.formats.files import TensorFile, TensorInfo
 
 SUFFIXES = (".bin", ".pt", ".pth")
+WRAPPERS = ("state_dict", "model_state_dict")  # what training scripts keep a state dict under
 
 
 class PickledFile:
@@ -28,8 +29,9 @@ class PickledFile:
         self.path = path
         self.metadata: dict[str, str] = {}
         state = _load(path)
-        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-            state = state["state_dict"]
+        for wrapper in WRAPPERS:
+            if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+                state = state[wrapper]
         if not isinstance(state, dict) or not all(_is_plain_tensor(value) for value in state.values()):
             raise FormatError(f"{path}: not a flat dictionary of tensors; save the model's state_dict as safetensors")
         self._tensors: dict[str, Tensor] = {str(name): value.detach() for name, value in state.items()}

@@ -64,6 +64,11 @@ def header(tensor: Tensor) -> TensorInfo:
     return TensorInfo(tuple(tensor.shape), tensor.dtype)
 
 
+def float_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for eight-bit floats, which no other dtype is promoted with; all else as it is."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize == 1 else dtype
+
+
 def floats(tensor: Tensor) -> Tensor:
     """Eight-bit floats, which torch can hardly compute with, to float32; all else as stored."""
     return tensor.float() if tensor.dtype.itemsize == 1 else tensor
@@ -77,6 +82,15 @@ def check_floating(headers: Headers) -> None:
             raise FormatError(f"{name} is stored as {stored}; factors are floating-point numbers")
         if 0 in info.shape:
             raise FormatError(f"{name} {info.shape} has an empty side")
+
+
+def check_places(headers: Headers, *names: str) -> None:
+    """Raise FormatError where what must be indices holds no whole numbers."""
+    for name in names:
+        dtype = headers[name].dtype
+        if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+            stored = str(dtype).removeprefix("torch.")
+            raise FormatError(f"{name} is stored as {stored}; places are whole numbers")
 
 
 def check_complete(headers: Headers, needed: Iterable[str]) -> None:

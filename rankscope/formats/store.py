@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from rankscope.errors import ConfigError, FormatError
-from rankscope.formats.checkpoint import INDEX_SUFFIX, UPDATES_NAME, has_checkpoint
+from rankscope.errors import ConfigError, FormatError, RankscopeError
+from rankscope.formats.adapter_file import FileStore
+from rankscope.formats.checkpoint import INDEX_SUFFIX, UPDATES_NAME, checkpoint_file, has_checkpoint
+from rankscope.formats.diffusers import DiffusersStore, is_diffusers
 from rankscope.formats.files import TensorFile, read_json
+from rankscope.formats.hub import local_path
 from rankscope.formats.interface import Skipped, Store, UnknownLayerError, UpdateInfo
+from rankscope.formats.kohya import KohyaStore, is_kohya
+from rankscope.formats.loralib import LoralibStore, is_loralib
 from rankscope.formats.peft import PeftStore
 from rankscope.formats.peft_config import peft_type
-from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME, parse_key
+from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, PREFIX, WEIGHTS_NAME, parse_key
 from rankscope.formats.peft_methods import MethodStore
-from rankscope.formats.pickled import SUFFIXES
+from rankscope.formats.pickled import SUFFIXES, PickledFile, open_tensors
 from rankscope.formats.tuned import CheckpointStore, UpdateStore, is_updates, write_updates
 
 __all__ = [
@@ -37,91 +46,154 @@ LOOKED_FOR = (
 )
 
 
+class NoBaseError(FormatError):
+    """Full weights, whose update is not known without their base."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What ``open`` was asked for beside the path."""
+
+    base: Path | None
+    device: torch.device | str
+    initial: Path | None
+    alpha: float | None
+
+
 def open(
     path: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
     device: torch.device | str = "cpu",
     initial: str | os.PathLike[str] | None = None,
+    alpha: float | None = None,
 ) -> Store:
     """Open a source of updates by what is in it; reads headers, no tensors.
 
-    A PEFT adapter of any method (its folder or its weights file), a run of ours, a file of updates, or full weights
-    (file, folder or shards), which become the tuned weights minus ``base``.
+    An adapter (a folder of PEFT's, of any method; a file of kohya's scripts, LyCORIS, diffusers or loralib), a run of
+    ours, a file of updates, or full weights (file, folder or shards), which become the tuned weights minus ``base``.
 
     Args:
-        path: file or folder.
-        base: checkpoint of the pre-trained model: required for full weights and for methods that act through it, used
+        path: file or folder; or an id of the hub (``org/name``), where nothing lies at that path.
+        base: checkpoint of the pre-trained model, alike; by default the folder that a PEFT adapter's configuration
+            names, where there is one. It is required for full weights and for methods that act through it, used
             for DoRA, for modules that an adapter holds whole, and for ``Store.weight``.
         device: where updates are put.
         initial: a LoRA adapter as it was before training, where its initialisation moved the base (PiSSA and others)
             and it is not beside the adapter.
+        alpha: α where the file has none: loralib's never do.
 
     Raises:
         FormatError: nothing there, nothing that is known, damaged, or full weights without a base.
-        ConfigError: the device cannot be used, or ``initial`` for something else than a LoRA adapter.
+        ConfigError: the device cannot be used, α is not finite, or ``initial`` for something else than a LoRA adapter.
     """
-    place = Path(path).expanduser()
-    origin = Path(base).expanduser() if base is not None else None
+    place = local_path(path)
     start = Path(initial).expanduser() if initial is not None else None
+    if alpha is not None and not math.isfinite(alpha):
+        raise ConfigError(f"alpha = {alpha}: α is a finite number")
+    asked = _Asked(local_path(base) if base is not None else None, device, start, alpha)
     try:
-        found = (
-            _open_folder(place, origin, device, start) if place.is_dir() else _open_file(place, origin, device, start)
-        )
+        found = _open_folder(place, asked) if place.is_dir() else _open_file(place, asked)
     except OSError as error:  # no permission to look; a name too long
         raise FormatError(f"{place}: cannot be read ({error.strerror or error})") from error
     if start is not None and not isinstance(found, PeftStore):
         raise ConfigError(f"{place}: is no LoRA adapter, so an initial adapter ({start}) means nothing for it")
+    if alpha is not None and not (isinstance(found, FileStore) and found.given):
+        found.notes.append(f"its scale is known from the file; the given α = {alpha:g} is not used")
     return found
 
 
-def _open_folder(folder: Path, base: Path | None, device: torch.device | str, initial: Path | None) -> Store:
+def _open_folder(folder: Path, asked: _Asked) -> Store:
     for adapter in (folder, folder / ADAPTER_FOLDER):
         if (adapter / CONFIG_NAME).exists():
-            return _open_adapter(adapter, base, device, initial)
+            return _open_adapter(adapter, asked)
     if (folder / UPDATES_NAME).exists():
-        return UpdateStore(folder / UPDATES_NAME, base, device)
-    if (folder / WEIGHTS_NAME).exists() or (folder / OLD_WEIGHTS_NAME).exists():
-        raise FormatError(f"{folder}: has an adapter's weights but no {CONFIG_NAME}, which holds its scale; add it")
+        return UpdateStore(folder / UPDATES_NAME, asked.base, asked.device)
+    for weights in (folder / WEIGHTS_NAME, folder / OLD_WEIGHTS_NAME):
+        if weights.exists() and adapter_kind(open_tensors(weights)) is None:
+            raise FormatError(f"{folder}: has an adapter's weights but no {CONFIG_NAME}, which holds its scale; add it")
+        if weights.exists():
+            return _open_file(weights, asked)
     if (folder / "study.json").exists():
         raise FormatError(f"{folder}: is a study; give one of its runs, such as {_first_run(folder)}")
     if has_checkpoint(folder):
-        return _minus_base(folder, base, device)
+        return _open_weights(folder, checkpoint_file(folder), asked)
     if not any(folder.iterdir()):
         raise FormatError(f"{folder}: is empty; {LOOKED_FOR}")
     raise FormatError(f"{folder}: holds nothing that is known; {LOOKED_FOR}")
 
 
-def _open_file(file: Path, base: Path | None, device: torch.device | str, initial: Path | None) -> Store:
+def _open_file(file: Path, asked: _Asked) -> Store:
     if not file.exists():
         raise FormatError(f"{file}: no such file or folder")
-    if file.name in (WEIGHTS_NAME, OLD_WEIGHTS_NAME, CONFIG_NAME):
-        return _open_adapter(file.parent, base, device, initial)
-    if file.suffix == ".safetensors":
-        header = TensorFile(file)
-        if is_updates(header):
-            return UpdateStore(file, base, device)
-        if any(parse_key(key) for key in header.infos):
-            raise FormatError(
-                f"{file}: holds the factors of an adapter, but not its scale; name it {WEIGHTS_NAME} and put its "
-                f"{CONFIG_NAME} beside it"
-            )
-        return _minus_base(file, base, device)
-    if file.name.endswith(INDEX_SUFFIX) or file.suffix in SUFFIXES:
-        return _minus_base(file, base, device)
+    names = (WEIGHTS_NAME, OLD_WEIGHTS_NAME, CONFIG_NAME)
+    if file.name in names and (file.parent / CONFIG_NAME).exists():
+        return _open_adapter(file.parent, asked)
+    if file.suffix in (".safetensors", *SUFFIXES) or file.name.endswith(INDEX_SUFFIX):
+        return _open_weights(file, file, asked)
     raise FormatError(f"{file}: not a kind of file that is read; give an adapter's folder or .safetensors weights")
 
 
-def _open_adapter(folder: Path, base: Path | None, device: torch.device | str, initial: Path | None) -> Store:
-    config = folder / CONFIG_NAME
-    if peft_type(config, read_json(config)) == "LORA":
-        return PeftStore(folder, base, device, initial)
-    return MethodStore(folder, base, device)
+def _open_weights(path: Path, file: Path, asked: _Asked) -> Store:
+    """A file of tensors by what they are called."""
+    if file.name.endswith(INDEX_SUFFIX):
+        return _minus_base(path, asked)
+    header = open_tensors(file)
+    if isinstance(header, TensorFile) and is_updates(header):
+        return UpdateStore(file, asked.base, asked.device)
+    kind = adapter_kind(header)
+    if kind is not None:
+        return kind(path, header, asked.base, asked.device, asked.alpha)
+    if any(key.startswith(PREFIX) or parse_key(key) for key in header.infos):
+        raise FormatError(
+            f"{file}: holds the factors of an adapter, but not its scale; name it {WEIGHTS_NAME} and put its "
+            f"{CONFIG_NAME} beside it"
+        )
+    return _minus_base(path, asked)
 
 
-def _minus_base(path: Path, base: Path | None, device: torch.device | str) -> Store:
-    if base is None:
-        raise FormatError(f"{path}: holds full weights; say with --base which model they were tuned from")
-    return CheckpointStore(path, base, device)
+def adapter_kind(header: TensorFile | PickledFile) -> type[FileStore] | None:
+    """How an adapter that is one file is read; None for what is no such adapter."""
+    if is_kohya(header.infos):
+        return KohyaStore
+    if is_diffusers(header.infos, header.metadata):
+        return DiffusersStore
+    return LoralibStore if is_loralib(header.infos) else None
+
+
+def _open_adapter(folder: Path, asked: _Asked) -> Store:
+    """A PEFT adapter, with the base that its configuration names where none was given and it lies on disk."""
+    config = read_json(folder / CONFIG_NAME)
+    named = config.get("base_model_name_or_path")
+    own = Path(named).expanduser() if isinstance(named, str) and named else None
+    ours = (folder.parent / "run.json").is_file()  # a run's base is its study's, wherever this is called
+    if asked.base is not None or own is None or ours or not _is_folder(own):
+        return _peft_store(folder, config, asked)
+    try:
+        found = _peft_store(folder, config, replace(asked, base=own))
+        found.notes.append(f"its base was found where its configuration says: {own}")
+    except RankscopeError as error:
+        found = _peft_store(folder, config, asked)
+        found.notes.append(f"its base, {own}, could not be used ({error})")
+    return found
+
+
+def _peft_store(folder: Path, config: Mapping[str, Any], asked: _Asked) -> Store:
+    if peft_type(folder / CONFIG_NAME, config) == "LORA":
+        return PeftStore(folder, asked.base, asked.device, asked.initial)
+    return MethodStore(folder, asked.base, asked.device)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _minus_base(path: Path, asked: _Asked) -> Store:
+    if asked.base is None:
+        raise NoBaseError(f"{path}: holds full weights; say with --base which model they were tuned from")
+    return CheckpointStore(path, asked.base, asked.device)
 
 
 def _first_run(study: Path) -> Path:

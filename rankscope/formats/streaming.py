@@ -43,7 +43,8 @@ def write_streamed(path: Path, tensors: Mapping[str, Pending], metadata: Mapping
     The order is that of the safetensors library, wider dtypes first, so that every tensor is aligned.
 
     Raises:
-        FormatError: the file cannot be written, or a tensor is not what its header says.
+        FormatError: the file cannot be written, a tensor cannot be made, is not what its header says, or is of a dtype
+            that safetensors does not have.
     """
     ordered = sorted(tensors, key=lambda name: (-tensors[name].info.dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -51,22 +52,31 @@ def write_streamed(path: Path, tensors: Mapping[str, Pending], metadata: Mapping
     for name in ordered:
         start, end = end, end + tensors[name].size
         info = tensors[name].info
+        if info.dtype not in NAMES:
+            raise FormatError(f"{path.name}: {name} is {info.dtype}, which safetensors cannot hold; convert it")
         header[name] = {"dtype": NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    try:
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair, which a pickle can hold
+        raise FormatError(f"{path.name}: a name in it is no Unicode text ({error.reason}); rename it") from error
     text += b" " * (-len(text) % ALIGNMENT)
 
     def write(target: Path) -> None:
         with target.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for name in ordered:
-                with located(f"{path}: {name}"):
+                with located(f"{path.name}: {name}"):
                     _write_one(file, tensors[name])
 
     write_atomic(path, write)
 
 
 def _write_one(file: BinaryIO, pending: Pending) -> None:
-    tensor = pending.read().detach().to("cpu").contiguous()
+    try:
+        tensor = pending.read().detach().to("cpu").contiguous()
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:  # not the fault of the place it is written to
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise FormatError(f"cannot be computed ({reason})") from error
     found = TensorInfo(tuple(tensor.shape), tensor.dtype)
     if found != pending.info:
         raise FormatError(f"is {found}, where {pending.info} was announced; has the file changed meanwhile?")

@@ -10,12 +10,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rankscope.errors import ConfigError, located
+from rankscope.formats.peft_write import exact_targets
 from rankscope.lora.kinds import Conv1DLayer
 from rankscope.lora.layer import AdapterLayer, Half, Pair
 from rankscope.lora.leaves import Leaves
 from rankscope.lora.merging import put, restore
 from rankscope.lora.routing import BASE, Route, Rows
-from rankscope.lora.saving import exact_targets, peft_tensors, write_adapter
+from rankscope.lora.saving import peft_tensors, write_adapter
 from rankscope.lora.spec import AdapterSpec, Slot
 from rankscope.lora.swap import Swap
 from rankscope.lora.targets import check_bank, find_saved, find_targets, layer_class

@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from rankscope.formats.peft_keys import PREFIX, factor_keys
-from rankscope.formats.peft_write import exact_targets as exact_targets
 from rankscope.formats.peft_write import whole_number, write_folder
 from rankscope.formats.streaming import Pending
 from rankscope.lora.layer import AdapterLayer, Pair

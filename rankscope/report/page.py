@@ -10,7 +10,6 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Mapping
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +20,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+import rankscope
 from rankscope.errors import ConfigError, FormatError
 from rankscope.formats.files import write_atomic
 from rankscope.plots import save
@@ -97,7 +97,7 @@ def page(document: Document) -> str:
             # The page's own script and no other: text that slipped through the escaping could not run either.
             policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
             "base-uri 'none'; form-action 'none'",
-            version=version("rankscope"),
+            version=rankscope.__version__,
         )
     )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
+import rankscope
 from rankscope.evidence.hypothesis import LINES, Hypothesis
 from rankscope.evidence.verdict import GAIN, LOW, MARGIN, Line
 from rankscope.report.document import Document, Section
@@ -35,7 +35,7 @@ def document(found: Hypothesis, command: str = "") -> Document:
         lead=found.sentence,
         sections=[*_sections(found), _method()],
         facts=_facts(found),
-        provenance={"report": command, "rankscope": version("rankscope"), **found.made_by},
+        provenance={"report": command, "rankscope": rankscope.__version__, **found.made_by},
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,16 +11,24 @@ import torch
 from torch import Tensor
 
 from rankscope.errors import FormatError, located
-from rankscope.formats.files import TensorFile, read_json
+from rankscope.formats.adapter_file import FileStore
+from rankscope.formats.files import TensorFile, TensorInfo, read_json
 from rankscope.formats.interface import Store, UpdateInfo
+from rankscope.formats.loralib import NoAlphaError
+from rankscope.formats.peft import factor_of
 from rankscope.formats.peft_config import MOVES_BASE
-from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, PREFIX, WEIGHTS_NAME, bare_module, parse_key
+from rankscope.formats.peft_folder import weights_file, whole_name
+from rankscope.formats.peft_keys import CONFIG_NAME, PREFIX, factor_bias_key, magnitude_key, parse_key
 from rankscope.formats.peft_write import Place, rank_settings
 from rankscope.formats.pickled import PickledFile, open_tensors
+from rankscope.formats.recipes import float_dtype, floats
 from rankscope.formats.store import open as open_store
 from rankscope.formats.streaming import Pending
-from rankscope.updates import LowRank
+from rankscope.updates import LowRank, check_finite
 
+Readable = str | os.PathLike[str] | Store
+
+TO_PEFT = "convert it first: rankscope convert {} --to peft -o NEW"
 BIASES = ("none", "lora_only", "all")  # each trains what the one before does, and more
 # Settings of ways to start, which mean nothing beside finished factors (PEFT warns of some).
 STARTS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
@@ -49,7 +56,7 @@ class Adapter:
     @classmethod
     def open(
         cls,
-        source: str | os.PathLike[str] | Store,
+        source: Readable,
         base: str | os.PathLike[str] | None = None,
         device: torch.device | str = "cpu",
     ) -> Adapter:
@@ -58,42 +65,46 @@ class Adapter:
         Raises:
             FormatError: not such an adapter, or one that means more than base + scale·B·A where it is attached.
         """
-        store = source if isinstance(source, Store) else open_store(source, base, device)
+        try:
+            store = source if isinstance(source, Store) else open_store(source, base, device)
+        except NoAlphaError as error:
+            raise FormatError(f"{source}: is a loralib file; {TO_PEFT.format(source)} --alpha α") from error
+        if isinstance(store, FileStore):
+            raise FormatError(f"{store.path}: is a {store.kind} file; {TO_PEFT.format(store.path)}")
         if store.kind != "peft":
             raise FormatError(f"{source}: is no adapter in PEFT's layout; convert it, or extract one from full weights")
         folder = store.path
         config = read_json(folder / CONFIG_NAME)
         with located(folder / CONFIG_NAME):
             _check_config(config)
-        new = folder / WEIGHTS_NAME
-        opened = cls(str(folder), store, open_tensors(new if new.exists() else folder / OLD_WEIGHTS_NAME), config)
+        opened = cls(str(folder), store, open_tensors(weights_file(folder)), config)
         with located(opened.file.path):
             opened._sort()
         return opened
 
     def _sort(self) -> None:
-        live = {parsed.adapter for key in self.file.infos if (parsed := parse_key(key)) and parsed.adapter}
-        inner = re.compile(rf"\.modules_to_save\.(?:{'|'.join(map(re.escape, sorted({'default', *live})))})\.")
         shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         for key, info in self.file.infos.items():
-            parsed = parse_key(key)
             if ".original_module." in key:
                 continue  # the untrained copy of a module that was trained whole
-            if parsed is None:
-                if ".lora_" in key:
-                    raise FormatError(f"holds {key}, which is not known; nothing is changed that is not understood")
-                self.whole[PREFIX + bare_module(inner.sub(".", key))] = key
+            parsed, factor = parse_key(key), factor_of(key)
+            if parsed is None and ".lora_" not in key:
+                _take(self.whole, PREFIX + whole_name(key), key)
+            elif parsed is None or (factor is None and (parsed.part, parsed.leaf) != ("lora_B", "bias")):
+                raise FormatError(f"holds {key}, which is not known; nothing is changed that is not understood")
             elif parsed.module not in self.store:
                 reasons = {one.name: one.reason for one in self.store.skipped}
                 raise FormatError(f"layer {parsed.module} cannot be handled: {reasons.get(parsed.module, 'not read')}")
-            elif parsed.part == "lora_magnitude_vector":
-                self.magnitudes[parsed.module] = key
-            elif parsed.leaf == "bias":
-                self.factor_biases[parsed.module] = key
+            elif factor is None:
+                _take(self.factor_biases, parsed.module, key)
+            elif factor.part == "lora_magnitude_vector":
+                self.magnitudes[factor.module] = key
             else:
-                shapes.setdefault(parsed.module, {})[parsed.part] = info.shape
+                shapes.setdefault(factor.module, {})[factor.part] = info.shape
         self.places = {module: _place(parts) for module, parts in shapes.items()}
         self.ranks = {module: next(iter(_halves(parts)))[0] for module, parts in shapes.items()}
+        for module, key in self.factor_biases.items():
+            _check_factor_bias(key, self.file.infos[key], self.info(module).shape[0])
         _check_start(self.config, all(self.info(name).nominal_rank != r for name, r in self.ranks.items()))
 
     def names(self) -> list[str]:
@@ -121,13 +132,19 @@ class Adapter:
 
     def dtype(self, name: str) -> torch.dtype:
         """What a layer's factors are stored in; float32 for eight-bit ones, which only hold what was rounded."""
-        stored = self.info(name).dtype
-        return torch.float32 if stored.itemsize == 1 else stored
+        return float_dtype(self.info(name).dtype)
 
     def factor_bias(self, name: str) -> Tensor:
-        """What a layer's ``lora_B.bias`` adds to its output: scale · bias."""
-        bias = self.file.read(self.factor_biases[name])
-        return (bias.double() * self.info(name).scale).to(torch.promote_types(bias.dtype, self.dtype(name)))
+        """What a layer's ``lora_B.bias`` adds to its output: scale · bias, (out,).
+
+        Raises:
+            NonFiniteError: it holds NaN or infinity, or the scale makes it too large for its dtype.
+        """
+        bias = floats(self.file.read(self.factor_biases[name]))
+        scaled = (bias.double() * self.info(name).scale).to(torch.promote_types(bias.dtype, self.dtype(name)))
+        with located(f"{self.label}: layer {name}"):
+            check_finite(scaled, "scale · lora_B.bias")
+        return scaled
 
     def pending(self, key: str) -> Pending:
         """A tensor of the file, to be copied."""
@@ -135,12 +152,28 @@ class Adapter:
 
     def carried(self) -> dict[str, Pending]:
         """What goes along unchanged when every layer stays: magnitudes, and what was trained whole."""
-        found = {f"{PREFIX}{name}.lora_magnitude_vector": self.pending(key) for name, key in self.magnitudes.items()}
+        found = {magnitude_key(name): self.pending(key) for name, key in self.magnitudes.items()}
         return found | {key: self.pending(stored) for key, stored in self.whole.items()}
 
     def biases(self) -> dict[str, Pending]:
         """``lora_B.bias`` of each layer, with the scale in it."""
-        return {f"{PREFIX}{name}.lora_B.bias": Pending.of(self.factor_bias(name)) for name in self.factor_biases}
+        return {factor_bias_key(name): Pending.of(self.factor_bias(name)) for name in self.factor_biases}
+
+
+def _take(slots: dict[str, str], name: str, key: str) -> None:
+    """Note that ``key`` holds what ``name`` stands for.
+
+    Raises:
+        FormatError: another key does.
+    """
+    if slots.setdefault(name, key) != key:
+        raise FormatError(f"holds {slots[name]} and {key}, which are one and the same; save one adapter only")
+
+
+def _check_factor_bias(key: str, info: TensorInfo, out: int) -> None:
+    if info.shape != (out,) or not info.dtype.is_floating_point:
+        stored = str(info.dtype).removeprefix("torch.")
+        raise FormatError(f"{key} is {info.shape} of {stored}, where floating-point numbers ({out},) are needed")
 
 
 def _halves(shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rankscope.errors import ShapeError
+from rankscope.errors import FormatError, ShapeError
 from rankscope.linalg import ulp, working_dtype
 from rankscope.surgery.truncate import CHUNK
-from rankscope.updates import LowRank, Update, check_finite
+from rankscope.updates import Dense, Update, check_finite
 
 
 class Rounding(NamedTuple):
@@ -54,11 +54,23 @@ def add(stored: Tensor, updates: Sequence[Update], dtype: torch.dtype) -> tuple[
 
 
 def _rows(update: Update, working: torch.dtype) -> Callable[[slice], Tensor]:
-    if isinstance(update, LowRank):
-        left, right = update.left, update.right
+    thin = update.product
+    if thin is not None:
+        left, right = thin.left, thin.right
         return lambda rows: left[rows] @ right
-    matrix = update.dense()
+    matrix = update.dense() if isinstance(update, Dense) else update.working_matrix
     return lambda rows: matrix[rows].to(working)
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """The same numbers, to be summed.
+
+    Raises:
+        FormatError: they are complex, which no update is.
+    """
+    if tensor.is_complex():
+        raise FormatError("holds complex numbers, which are not added here")
+    return tensor.double()
 
 
 def left_by_rounding(merged: Tensor, back: Tensor) -> float:

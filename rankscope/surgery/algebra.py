@@ -14,19 +14,20 @@ from torch import Tensor
 
 from rankscope.errors import ConfigError, FormatError, ShapeError, located
 from rankscope.formats.files import TensorInfo
-from rankscope.formats.interface import Skipped, Store, examples
+from rankscope.formats.interface import Skipped, examples
 from rankscope.formats.names import natural_key, pair
-from rankscope.formats.peft_keys import PREFIX, bare_module
+from rankscope.formats.peft_keys import bare_module, factor_bias_key
 from rankscope.formats.peft_write import exact_targets, stored_factors, write_folder
+from rankscope.formats.recipes import float_dtype
 from rankscope.formats.streaming import Pending
-from rankscope.surgery.adapter import BIASES, Adapter, renewed
+from rankscope.surgery.adapter import BIASES, Adapter, Readable, renewed
+from rankscope.surgery.addition import in_float64
 from rankscope.surgery.result import Surgery, counted, zero_note
 from rankscope.surgery.shrink import Layer, Track, shrink
 from rankscope.surgery.truncate import Choice
 from rankscope.surgery.writing import copy_tokenizer, new_folder, record, tags
-from rankscope.updates import LowRank
+from rankscope.updates import LowRank, check_finite
 
-Readable = str | os.PathLike[str] | Store
 SAME = 1e-12  # sums of weights closer than this are equal
 # What a sum of updates means depends on these, so they must agree.
 MUST_AGREE = ("layer_replication", "alora_invocation_tokens", "trainable_token_indices")
@@ -243,7 +244,8 @@ def _whole(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[dict[
 
 def _equal(key: str, holders: Sequence[Adapter]) -> bool:
     first, *others = (holder.file.read(holder.whole[key]) for holder in holders)
-    return all(first.shape == other.shape and torch.equal(first, other.to(first.dtype)) for other in others)
+    alike = all(one.shape == first.shape and one.is_complex() == first.is_complex() for one in others)
+    return alike and all(torch.equal(first, other.to(first.dtype)) for other in others)
 
 
 def _mean(key: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> Pending:
@@ -251,11 +253,13 @@ def _mean(key: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> Pe
     if len({info.shape for info in infos}) > 1:
         shapes = ", ".join(str(info.shape) for info in infos)
         raise ShapeError(f"{bare_module(key)} has the shapes {shapes}; are the adapters of the same model?")
-    dtype = reduce(torch.promote_types, (info.dtype for info in infos))
+    dtype = reduce(torch.promote_types, (float_dtype(info.dtype) for info in infos))
 
     def read() -> Tensor:
-        parts = (a.file.read(a.whole[key]).double() * weight for a, weight in zip(adapters, weights, strict=True))
-        return reduce(torch.add, parts).to(dtype)
+        parts = (in_float64(a.file.read(a.whole[key])) * weight for a, weight in zip(adapters, weights, strict=True))
+        mean = reduce(torch.add, parts).to(dtype)
+        check_finite(mean, f"the sum in {str(dtype).removeprefix('torch.')}")
+        return mean
 
     return Pending(TensorInfo(infos[0].shape, dtype), read)
 
@@ -271,7 +275,8 @@ def _factor_biases(names: Sequence[str], adapters: Sequence[Adapter], weights: S
         parts = [a.factor_bias(name) * w for a, w in holders if name in a.factor_biases]
         size = first.info(name).shape[0]
         total = reduce(torch.add, parts) if parts else torch.zeros(size, dtype=first.dtype(name))
-        found[f"{PREFIX}{name}.lora_B.bias"] = Pending.of(total)
+        check_finite(total, f"{name}: the sum of lora_B.bias")
+        found[factor_bias_key(name)] = Pending.of(total)
     return found
 
 

@@ -20,11 +20,11 @@ from rankscope.formats.peft import WHOLE
 from rankscope.formats.peft_keys import bare_module
 from rankscope.formats.streaming import Pending
 from rankscope.surgery.adapter import Adapter
-from rankscope.surgery.addition import Rounding, add
+from rankscope.surgery.addition import Rounding, add, in_float64
 from rankscope.surgery.result import LayerChange, relative
 from rankscope.surgery.shrink import Track
 from rankscope.surgery.tying import EMBEDDING, HEAD, embedding_of, has_head, is_tied, untied
-from rankscope.updates import Update
+from rankscope.updates import Update, check_finite
 
 BESIDE = ".base_layer.weight"  # the base's own weight, which PEFT saves beside the factors of embeddings and heads
 
@@ -108,7 +108,14 @@ class Changes:
         for name in adapter.factor_biases:
             if f"{name}.bias" not in self._theirs:
                 raise FormatError(f"{self.checkpoint.path} has no bias for {name}, which the adapter changes")
-            self._of(f"{name}.bias").biases.append(_Part(adapter, name, weight))
+            change = self._of(f"{name}.bias")
+            change.biases.append(_Part(adapter, name, weight))
+            found, wanted = self._info(change), (adapter.info(name).shape[0],)
+            if found.shape != wanted or not found.dtype.is_floating_point:
+                raise FormatError(
+                    f"{self.checkpoint.path}: {name}.bias is {_told(found)}, where the adapter changes {wanted} "
+                    "floating-point numbers"
+                )
 
     def _of(self, tensor: str) -> _Change:
         """The change of a tensor by its name in the adapters."""
@@ -126,6 +133,8 @@ class Changes:
         if change.stored is None and not change.whole:  # an output layer that is its embedding
             with located(self.checkpoint.path):
                 change.stored = embedding_of(self.checkpoint.infos, shape)
+        if change.whole and len(self._info(change).shape) < 2:
+            raise FormatError(f"{name}{WEIGHT} is {self._info(change).shape}, to which no update can be added")
         if change.stored is not None and not change.whole:
             change.turned = self._turned(change.stored, name, shape, bool(adapter.config.get("fan_in_fan_out")))
 
@@ -152,6 +161,7 @@ class Changes:
         elif tensor not in self._theirs and not any(f".{name}." in f".{tensor}" for name in saved):
             raise FormatError(f"{self.checkpoint.path} has no {tensor}, which the adapter replaces")
         change = self._of(tensor)
+        self._check_fits(tensor, change, adapter.file.infos[place])
         change.whole.append(_Part(adapter, place, weight))
         shapes = {part.adapter.file.infos[part.key].shape for part in change.whole}
         if change.stored is not None:
@@ -159,9 +169,22 @@ class Changes:
         if (len(change.whole) > 1 or weight != 1) and (change.stored is None or len(shapes) > 1):
             raise FormatError(f"{tensor} is new or of another size than the base's: only one adapter can give it")
 
+    def _check_fits(self, tensor: str, change: _Change, info: TensorInfo) -> None:
+        """Refuse what cannot stand where the base has its tensor: only sizes may differ."""
+        if change.stored is None:
+            if tensor == HEAD and len(info.shape) != 2:
+                raise FormatError(f"{tensor} is {info.shape}, no weight of an output layer")
+            return
+        stored = self.checkpoint.infos[change.stored]
+        if len(stored.shape) != len(info.shape) or stored.dtype.is_complex != info.dtype.is_complex:
+            raise FormatError(
+                f"{tensor} is {_told(info)}, which cannot replace {_told(stored)} of {self.checkpoint.path}; "
+                "is this the base that was tuned?"
+            )
+
     def _is_embedding(self, weight: Tensor) -> bool:
         """Whether a weight is that of the embedding which the output layer is tied to."""
-        infos, shape = self.checkpoint.infos, (weight.shape[0], weight.shape[1])
+        infos, shape = self.checkpoint.infos, tuple(weight.shape)
         tied = [name for name, info in infos.items() if EMBEDDING.search(name) and tuple(info.shape) == shape]
         return len(tied) == 1 and torch.equal(weight, self.checkpoint.read(tied[0]).to(weight.dtype))
 
@@ -211,9 +234,12 @@ class Changes:
         start = self._start(change)
         if change.biases:
             parts = [part.adapter.factor_bias(part.key).double() * part.weight for part in change.biases]
-            start = start.double() + reduce(torch.add, parts)
+            start = in_float64(start) + reduce(torch.add, parts)
         if not change.updates:
-            return start.to(info.dtype)
+            made = start.to(info.dtype)
+            if change.biases or len(change.whole) > 1 or any(part.weight != 1 for part in change.whole):
+                check_finite(made, f"the sum in {str(info.dtype).removeprefix('torch.')}")
+            return made
         next(self._progress, None)
         flat = start.reshape(start.shape[0], -1).to(change.updates[0].adapter.store.device)
         result, self._rounding[name] = add(flat, [_oriented(p, change.turned) for p in change.updates], info.dtype)
@@ -229,8 +255,8 @@ class Changes:
         stored = self.checkpoint.read(change.stored)
         if not parts:
             return stored
-        exact = stored.double()
-        return exact + sum((weight * (tensor.double() - exact) for tensor, weight in parts), torch.zeros_like(exact))
+        exact = in_float64(stored)
+        return exact + sum((weight * (in_float64(tensor) - exact) for tensor, weight in parts), torch.zeros_like(exact))
 
     def layers(self, unmerged: bool) -> tuple[LayerChange, ...]:
         """The record of each layer, after everything was written."""
@@ -254,6 +280,10 @@ def _renamed(tensor: str, pairing: Pairing) -> str:
                 return tensor.removeprefix(ours.removesuffix(theirs))
             return theirs.removesuffix(ours) + tensor
     return tensor
+
+
+def _told(info: TensorInfo) -> str:
+    return f"{info.shape} of {str(info.dtype).removeprefix('torch.')}"
 
 
 def _oriented(part: _Part, turned: bool) -> Update:

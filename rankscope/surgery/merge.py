@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from rankscope.errors import ConfigError, FormatError
-from rankscope.formats.checkpoint import Checkpoint
-from rankscope.formats.files import read_json, write_json
-from rankscope.formats.interface import Store
+from rankscope.formats.checkpoint import MODEL_CONFIG, Checkpoint, model_config
+from rankscope.formats.files import write_json
+from rankscope.formats.hub import local_path
 from rankscope.formats.peft import WHOLE
 from rankscope.formats.peft_keys import CONFIG_NAME, bare_module
-from rankscope.surgery.adapter import Adapter
+from rankscope.surgery.adapter import Adapter, Readable
 from rankscope.surgery.algebra import check_weights
 from rankscope.surgery.changes import Changes
 from rankscope.surgery.result import Surgery
@@ -22,8 +22,6 @@ from rankscope.surgery.shards import Shards
 from rankscope.surgery.shrink import Track
 from rankscope.surgery.writing import copy_files, copy_tokenizer, new_folder, record, tags
 
-Readable = str | os.PathLike[str] | Store
-CONFIG = "config.json"
 # An adapter with one of these means another model than base + update.
 NOT_MERGED = {
     "layer_replication": "the model repeats layers of the base",
@@ -97,13 +95,13 @@ def _write(
     if not sources:
         raise ConfigError("give at least one adapter")
     factors = check_weights(weights if weights is not None else [1.0] * len(sources), len(sources))
-    place = Path(base).expanduser()
+    place = local_path(base)
     if (place / CONFIG_NAME).is_file():
         raise FormatError(f"{base}: is an adapter, where a base model comes first; --as-adapter adds adapters alone")
     with new_folder(out) as folder:
         checkpoint = Checkpoint(place)
         adapters = [_open(source, place, device, operation) for source in sources]
-        config = read_json(place / CONFIG) if (place / CONFIG).is_file() else {}
+        config = model_config(place)
         signs = factors if operation == "merge" else [-factor for factor in factors]
         changes = Changes(checkpoint, config, adapters, signs, track)
         if operation == "unmerge" and changes.added:
@@ -115,7 +113,7 @@ def _write(
             if len(adapters) == 1:
                 copy_tokenizer(adapters[0].store.path, folder)
             if config != changes.config:
-                write_json(folder / CONFIG, changes.config)
+                write_json(folder / MODEL_CONFIG, changes.config)
         return record(
             folder,
             operation,

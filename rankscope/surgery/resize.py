@@ -7,10 +7,9 @@ import os
 import torch
 
 from rankscope.errors import located
-from rankscope.formats.interface import Store
 from rankscope.formats.peft_write import stored_factors, write_folder
 from rankscope.formats.streaming import Pending
-from rankscope.surgery.adapter import Adapter, renewed
+from rankscope.surgery.adapter import Adapter, Readable, renewed
 from rankscope.surgery.result import Surgery, counted, zero_note
 from rankscope.surgery.shrink import Layer, Shrunk, Track, shrink
 from rankscope.surgery.truncate import Choice
@@ -18,7 +17,7 @@ from rankscope.surgery.writing import copy_tokenizer, new_folder, record, tags
 
 
 def resize(
-    adapter: str | os.PathLike[str] | Store,
+    adapter: Readable,
     choice: Choice,
     out: str | os.PathLike[str],
     *,

@@ -11,7 +11,8 @@ import msgspec
 from rankscope.formats.interface import Skipped
 from rankscope.result import Result
 
-SCHEMAS = {name: f"rankscope.{name}/1" for name in ("resize", "extract", "merge", "unmerge", "subtract", "average")}
+OPERATIONS = ("resize", "extract", "merge", "unmerge", "subtract", "average", "convert")
+SCHEMAS = {name: f"rankscope.{name}/1" for name in OPERATIONS}
 
 
 class LayerChange(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rankscope.errors import FormatError
 from rankscope.formats.checkpoint import INDEX_SUFFIX, checkpoint_file
 from rankscope.formats.files import TensorFile, read_json, write_json
 from rankscope.formats.pickled import PickledFile, open_tensors
@@ -16,6 +17,9 @@ class Shards:
     """The files of a checkpoint that ``Checkpoint`` has opened and found sound.
 
     ``files``: each file of weights by the name that it is written under; pickles become safetensors.
+
+    Raises:
+        FormatError: two shards would be written under one name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -25,8 +29,11 @@ class Shards:
         self.files: dict[str, TensorFile | PickledFile] = {}
         if source.name.endswith(INDEX_SUFFIX):
             self.index = read_json(source)
-            shards = sorted(set(self.index["weight_map"].values()))
-            self.files = {_safe(shard): open_tensors(source.parent / shard) for shard in shards}
+            for shard in sorted(set(self.index["weight_map"].values())):
+                name = _safe(shard)
+                if name in self.files:
+                    raise FormatError(f"{source}: two of its shards would both be written as {name}; rename one")
+                self.files[name] = open_tensors(source.parent / shard)
         else:
             self.files = {self.name: open_tensors(source)}
 
@@ -68,5 +75,5 @@ def _safe(name: str) -> str:
     """The name of a file of weights as safetensors, as transformers looks for it."""
     path = Path(name)
     if path.suffix == ".safetensors":
-        return name
+        return str(path)
     return str(path.with_name(path.stem.replace("pytorch_model", "model") + ".safetensors"))

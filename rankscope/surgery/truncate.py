@@ -189,7 +189,7 @@ def is_zero(update: Update, spectrum: Spectrum) -> bool:
 
     A product of r terms is computed to a small multiple of max(out, in)·eps·max_l ‖b_l‖‖a_l‖.
     """
-    cancelled = isinstance(update, LowRank) and CANCELLED * max(spectrum.shape) * spectrum.eps >= 1
+    cancelled = update.product is not None and CANCELLED * max(spectrum.shape) * spectrum.eps >= 1
     return cancelled or not spectrum.values[0]
 
 

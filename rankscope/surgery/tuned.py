@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from rankscope.errors import FormatError
-from rankscope.formats.checkpoint import CONV1D_NAME, Checkpoint
-from rankscope.formats.files import TensorFile, TensorInfo, read_json
+from rankscope.formats.checkpoint import CONV1D_NAME, Checkpoint, model_config
+from rankscope.formats.files import TensorFile, TensorInfo
 from rankscope.formats.interface import Store
 from rankscope.formats.names import WEIGHT, pair
 from rankscope.formats.peft_write import Place
 from rankscope.formats.store import open as open_store
 from rankscope.formats.streaming import Pending
+from rankscope.surgery.addition import in_float64
 from rankscope.surgery.tying import HEAD, has_head
 
-CONFIG = "config.json"
 WRAPPERS = {"gpt2": "transformer", "openai-gpt": "transformer", "bloom": "transformer"}
 # Last parts of the paths of embeddings, and of linear layers that are named after one.
 EMBEDDED = re.compile(r"emb|wte|wpe|^shared$|^tokens$|relative_attention_bias", re.IGNORECASE)
@@ -62,7 +62,7 @@ class Tuned:
             tuned = Checkpoint(store.path)
             partners = dict(pair(tuned.infos, origin.infos).pairs)
             conv1d = tuned.conv1d if tuned.conv1d is not None else origin.conv1d
-            return cls(store, dict(tuned.infos), conv1d, _config(store.path), origin, tuned, partners)
+            return cls(store, dict(tuned.infos), conv1d, model_config(store.path), origin, tuned, partners)
         if store.kind != "update":
             raise FormatError(f"{path}: is no full fine-tuning, from which an adapter could be extracted")
         changes = TensorFile(store.path)
@@ -73,7 +73,7 @@ class Tuned:
         back = {theirs: ours for ours, theirs in partners.items()}
         infos = {back.get(name, name): info for name, info in origin.infos.items()}
         partners |= {name: name for name in origin.infos if name not in back}
-        return cls(store, infos, origin.conv1d, _config(origin.path), origin, changes, partners)
+        return cls(store, infos, origin.conv1d, model_config(origin.path), origin, changes, partners)
 
     def place(self, layer: str) -> Place:
         """How PEFT would store the factors of a layer."""
@@ -100,6 +100,8 @@ class Tuned:
         partner = self.base.infos.get(self._partners.get(layer + WEIGHT, "")) if self.base else None
         if partner is None or layer + WEIGHT not in self.infos:
             return None
+        if not (self.infos[layer + WEIGHT].shape and partner.shape):
+            return None  # a single number has no rows
         rows = self.infos[layer + WEIGHT].shape[0], partner.shape[0]
         return rows if rows[0] != rows[1] else None
 
@@ -126,7 +128,8 @@ class Tuned:
         if self.base is None or name not in self._partners:
             return True
         ours, theirs = self._tuned.read(name), self.base.read(self._partners[name])
-        return ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype))
+        alike = ours.shape == theirs.shape and ours.is_complex() == theirs.is_complex()
+        return not alike or not torch.equal(ours, theirs.to(ours.dtype))
 
     def pending(self, name: str) -> Pending:
         """A tuned tensor, to be copied."""
@@ -139,7 +142,7 @@ class Tuned:
         if change is None:
             return stored
         # Only embeddings, norms and the like come here: what Conv1D stores transposed is low-rank.
-        return (stored.double() + self._tuned.read(change).reshape(stored.shape).double()).to(stored.dtype)
+        return (in_float64(stored) + in_float64(self._tuned.read(change)).reshape(stored.shape)).to(stored.dtype)
 
     def _change_of(self, name: str) -> str | None:
         """The name, in a file of updates, of a parameter's update."""
@@ -150,8 +153,3 @@ class Tuned:
 def _parameter(name: str, info: TensorInfo) -> str:
     """The parameter behind an entry of a file of updates: matrices stand under their module's path."""
     return name + WEIGHT if len(info.shape) > 1 and not name.endswith(WEIGHT) else name
-
-
-def _config(path: Path) -> dict[str, Any]:
-    file = path / CONFIG
-    return read_json(file) if file.is_file() else {}

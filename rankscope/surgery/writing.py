@@ -6,13 +6,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from rankscope.errors import ConfigError, FormatError
-from rankscope.formats.files import umask, write_json
+from rankscope.errors import ConfigError, FormatError, RankscopeError
+from rankscope.formats.files import as_text, umask, write_json
 from rankscope.surgery.result import SCHEMAS, LayerChange, Surgery, Total
 
 RECORD = "rankscope.json"
@@ -33,24 +33,57 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         ConfigError: ``out`` exists and is not an empty folder.
         FormatError: it cannot be written.
     """
-    place = Path(os.path.realpath(Path(out).expanduser()))
-    _check_free(place, out)
+    place = free_place(out)
+    try:
+        with _parents(place), _neighbour(place, out) as made:
+            yield made
+            os.chmod(made, 0o777 & ~umask())
+            _check_free(place, out)
+            if place.exists():
+                place.rmdir()
+            os.replace(made, place)
+    except OSError as error:
+        raise FormatError(f"{out}: cannot be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def _parents(place: Path) -> Iterator[None]:
+    """Make the folders above ``place``; on any error those that were made go again."""
+    made = [folder for folder in place.parents if not folder.exists()]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.", suffix=".tmp"))
-    except OSError as error:
-        raise FormatError(f"{out}: cannot be written ({error.strerror or error})") from error
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # not there, or another process has put something into it
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def _neighbour(place: Path, out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside ``place``, gone at the end; errors that name it name ``out`` instead."""
+    made = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.", suffix=".tmp"))
     try:
         yield made
-        os.chmod(made, 0o777 & ~umask())
-        _check_free(place, out)
-        if place.exists():
-            place.rmdir()
-        os.replace(made, place)
-    except OSError as error:
-        raise FormatError(f"{out}: cannot be written ({error.strerror or error})") from error
+    except RankscopeError as error:
+        if str(made) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(made), str(out))) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def free_place(out: str | os.PathLike[str]) -> Path:
+    """Where the output goes.
+
+    Raises:
+        ConfigError: ``out`` exists and is not an empty folder.
+        FormatError: it cannot be looked at.
+    """
+    place = Path(os.path.realpath(Path(out).expanduser()))
+    _check_free(place, out)
+    return place
 
 
 def _check_free(place: Path, out: str | os.PathLike[str]) -> None:
@@ -85,7 +118,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 def tags(operation: str, command: str | None) -> dict[str, str]:
     """Metadata of the safetensors files that an operation wrote."""
-    return {"rankscope": operation, **({"rankscope_command": command} if command else {})}
+    return {"rankscope": operation, **({"rankscope_command": as_text(command)} if command else {})}
 
 
 def record(
@@ -96,7 +129,19 @@ def record(
     Args:
         fields: the others of ``Surgery``.
     """
-    total = Total.of(layers)
-    result = Surgery(schema=SCHEMAS[operation], output=str(out), layers=layers, total=total, **fields)
+    result = told(operation, out, layers, **fields)
     write_json(folder / RECORD, result.to_json())
     return result
+
+
+def told(operation: str, out: str | os.PathLike[str], layers: tuple[LayerChange, ...], **fields: Any) -> Surgery:
+    """What was done; ``fields`` are the others of ``Surgery``."""
+    texts = {name: _texts(value) for name, value in {"output": str(out), **fields}.items()}
+    return Surgery(schema=SCHEMAS[operation], layers=layers, total=Total.of(layers), **texts)
+
+
+def _texts(value: Any) -> Any:
+    """A field of the record, whose paths and names may be no text."""
+    if isinstance(value, tuple):
+        return tuple(_texts(one) for one in value)
+    return as_text(value) if isinstance(value, str) else value

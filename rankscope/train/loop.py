@@ -298,9 +298,9 @@ def precision(device: torch.device, config: StudyConfig) -> Iterator[None]:
         raise ConfigError(f"tf32 = true: only CUDA has it, and the device is {device}; leave it out")
     with ExitStack() as stack:
         if config.compile:
-            import torch._dynamo
+            from torch._dynamo import config as dynamo
 
-            stack.enter_context(torch._dynamo.config.patch(force_parameter_static_shapes=False))
+            stack.enter_context(dynamo.patch(force_parameter_static_shapes=False))
         if device.type == "cuda":
             backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
             for backend in backends:

@@ -20,8 +20,8 @@ MEASURE = "entropy_rank"
 class Row:
     """One run: ``score`` is the study's metric on the test split, ``chosen_by`` the same on the validation split.
 
-    ``spectra`` are those of its update, None for the base and for a run that diverged; ``ranks`` each measure of
-    ``MEASURES``, the median over the layers that every run has.
+    ``spectra`` are those of its update, None for the base, for a run that diverged and for one whose weights were
+    deleted; ``ranks`` each measure of ``MEASURES``, the median over the layers that every run has.
     """
 
     record: Record
@@ -69,7 +69,7 @@ def rows(study: Study) -> list[Row]:
 def _row(study: Study, record: Record, choice: Choice | None, layers: set[str]) -> Row:
     if record.status != "done":
         return Row(record, None, None, {}, None, None)
-    spectra = spectrum(study.store(record.run)) if has_matrices(record.run) else None
+    spectra = spectrum(study.store(record.run)) if has_matrices(record.run) and study.keeps(record.run) else None
     ranks = effective_ranks(spectra, layers) if spectra else {}
     chosen = choice if choice is not None and choice.lr == record.run.lr else None
     return Row(record, study.score(record), study.score(record, "validation"), ranks, spectra, chosen)
@@ -82,7 +82,7 @@ def has_matrices(run: Run) -> bool:
 
 def adapted_layers(study: Study) -> set[str]:
     """The layers that some adapter of the study has: full fine-tuning, which changes more, is measured on these."""
-    stores = [study.store(record.run) for record in study.done() if record.run.is_lora]
+    stores = [study.store(r.run) for r in study.done() if r.run.is_lora and study.keeps(r.run)]
     return {name for store in stores for name in store.names()}
 
 

@@ -8,13 +8,14 @@ import statistics
 import sys
 from collections.abc import Callable
 from html import escape
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import msgspec
+import numpy as np
 import torch
 
+import rankscope
 from rankscope.errors import ConfigError, FormatError
 from rankscope.formats.files import read_json, write_json
 from rankscope.formats.interface import Store
@@ -129,6 +130,10 @@ class Study:
     def store(self, run: Run) -> Store:
         """The updates that a run learned: its adapter, or the update of full fine-tuning."""
         return open_store(self.path(run))
+
+    def keeps(self, run: Run) -> bool:
+        """Whether what a run learned is still there; weights are large, and people delete those they need no more."""
+        return any((self.path(run) / name).exists() for name in ("adapter", "update.safetensors"))
 
     def check_fingerprint(self, task: Task) -> None:
         """See that a task has the base and the data that the study was begun with.
@@ -291,7 +296,12 @@ def _check_same(study: Study, config: StudyConfig) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what computes the numbers."""
-    return {name: version(name) for name in ("rankscope", "torch", "numpy")} | {"python": platform.python_version()}
+    return {
+        "rankscope": rankscope.__version__,
+        "torch": torch.__version__.split("+")[0],
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def machine(device: torch.device) -> dict[str, Any]:

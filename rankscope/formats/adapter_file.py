@@ -1,0 +1,223 @@
+"""Adapters that are one file: each module's tensors, by what the tool calls them, as LyCORIS's parts of an update.
+
+What differs between the tools is how a key names module and part and where α is; ``FileStore`` does the rest. See
+``kohya.py``, ``diffusers.py`` and ``loralib.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rankscope.errors import FormatError, located
+from rankscope.formats.checkpoint import BaseWeights
+from rankscope.formats.files import TensorFile
+from rankscope.formats.interface import Store, UpdateInfo
+from rankscope.formats.lycoris import FULL, LOCON, MAGNITUDE, NOT_READ, SCALE, lycoris_recipe, lycoris_whole
+from rankscope.formats.names import natural_key
+from rankscope.formats.peft_write import Place
+from rankscope.formats.pickled import PickledFile
+from rankscope.formats.recipes import Recipe
+from rankscope.updates import Update
+
+WHOLE = ":whole"
+BIAS = "bias of B"  # the part that a parser calls a bias beside the factors
+# Keys that name no part of an update; the first pattern that is found gives the reason.
+OTHER_KEYS = (
+    (
+        re.compile(r"^(?:bundle_)?emb"),
+        "an embedding bundled with the adapter (textual inversion), no change of a weight",
+    ),
+    (re.compile(r"lora_embedding_[AB]"), "factors of an embedding, which are read in PEFT's layout only"),
+    (re.compile(r"\.bias$"), "a bias: one-dimensional, no spectrum"),
+    (re.compile(r"\.weight$"), "a full weight, no low-rank update"),
+)
+
+
+class Part(NamedTuple):
+    """What a key says: the module as the file calls it, and the part by LyCORIS's name (``lycoris.LEAVES``)."""
+
+    module: str
+    leaf: str
+
+
+@dataclass(frozen=True)
+class FileLayer:
+    """One module: ``keys`` in the file by part, α (None where neither the file nor the caller gives one), and the
+    recipe of its update. ``kernel`` is that of a convolution, () of any other layer."""
+
+    keys: Mapping[str, str]
+    alpha: float | None
+    recipe: Recipe
+    kernel: tuple[int, ...]
+    embedding: bool = False
+
+    @property
+    def place(self) -> Place:
+        """How PEFT stores such factors."""
+        return Place("embedding") if self.embedding else Place("conv", self.kernel) if self.kernel else Place()
+
+    @property
+    def magnitude(self) -> str | None:
+        """Key of DoRA's magnitude."""
+        return self.keys.get(MAGNITUDE)
+
+    @property
+    def rank(self) -> int | None:
+        """r of a product of two factors; None for what is none."""
+        return self.recipe.info.nominal_rank if set(self.recipe.reads) <= set(LOCON[:4]) else None
+
+
+class FileStore(Store):
+    """The updates of one adapter in one file.
+
+    Args:
+        path: what was opened.
+        file: the tensors.
+        base: the base model's checkpoint; needed for DoRA's whole updates and ``weight(name)``.
+        device: where updates are put.
+        alpha: α of layers that the file gives none for.
+
+    ``layers`` holds what the names of updates stand for; ``given``: how many layers took ``alpha``.
+
+    Raises:
+        FormatError: a damaged file, a pair with one half, factors that do not multiply, or nothing that is read.
+    """
+
+    kind: ClassVar[str] = "adapter file"
+
+    def __init__(
+        self,
+        path: Path,
+        file: TensorFile | PickledFile,
+        base: Path | None = None,
+        device: torch.device | str = "cpu",
+        alpha: float | None = None,
+    ) -> None:
+        super().__init__(path, device)
+        self.file = file
+        self.layers: dict[str, FileLayer] = {}
+        self.given = 0
+        self._alpha = alpha
+        self._weights: BaseWeights | None = None
+        for module, keys in self._gather().items():
+            with located(f"{file.path}: layer {module}"):
+                self._add(module, keys)
+        if not self._infos:
+            seen = f"; skipped {self.skipped[0].name}: {self.skipped[0].reason}" if self.skipped else ""
+            raise FormatError(f"{file.path}: holds no layer that can be read{seen}")
+        if self.given:
+            self.notes.append(f"α = {alpha:g}, as given, in {self.given} of {len(self.layers)} layers")
+        self._note_oddities()
+        shapes = {name: self._infos[name].shape for name in self.layers if ":" not in name}  # parts have rows of one
+        if base is not None and shapes:
+            self._weights = BaseWeights(base, shapes)
+        self._add_wholes()
+
+    @abstractmethod
+    def _parse(self, key: str) -> Part | None:
+        """What a key says; None where it is no part of an update."""
+
+    def _scale_alpha(self, module: str, rank: int | None) -> float | None:
+        """α of a layer that has no tensor of its own for it; None makes the scale 1."""
+        return None
+
+    def _gather(self) -> dict[str, dict[str, str]]:
+        """Keys by module and part; all else is listed."""
+        found: dict[str, dict[str, str]] = {}
+        for key in sorted(self.file.infos, key=natural_key):
+            part = self._parse(key)
+            reason = _reason(key) if part is None else NOT_READ.get(part.leaf)
+            if part is None or reason is not None:
+                self._skip(key, reason or "unknown key")
+            elif part.leaf == BIAS:
+                self._skip(key, "lora_bias: the bias of B changes the layer's bias, not its weight")
+            elif found.setdefault(part.module, {}).setdefault(part.leaf, key) != key:
+                other = found[part.module][part.leaf]
+                raise FormatError(f"{self.file.path}: {part.module} has {part.leaf} twice, as {other} and {key}")
+        return found
+
+    def _add(self, module: str, keys: Mapping[str, str]) -> None:
+        parts = {leaf: self.file.infos[key] for leaf, key in keys.items()}
+        if not set(parts) - {SCALE, MAGNITUDE}:
+            for key in keys.values():
+                self._skip(key, "no factors are beside it")
+            return
+        if FULL.whole in parts and len(parts[FULL.whole].shape) < 2:
+            self._skip(keys[FULL.whole], "a change of a vector: one-dimensional, no spectrum")
+            return
+        rank = next((info.shape[0] for leaf, info in parts.items() if leaf == LOCON.b and info.shape), None)
+        alpha = self._read_alpha(keys[SCALE]) if SCALE in keys else self._scale_alpha(module, rank)
+        if alpha is None and self._alpha is not None:
+            alpha = self._alpha
+            self.given += 1
+        recipe = lycoris_recipe(parts, alpha)
+        kernels = [parts[leaf].shape[2:] for leaf in (LOCON.core, LOCON.b) if leaf in parts]
+        layer = FileLayer(keys, alpha, recipe, kernels[0] if kernels else ())
+        self._put(module, layer)
+
+    def _put(self, name: str, layer: FileLayer) -> None:
+        info = layer.recipe.info
+        if layer.magnitude is not None:
+            if not self.file.infos[layer.magnitude].dtype.is_floating_point:
+                raise FormatError(f"{layer.magnitude} is no floating-point tensor")
+            info = replace(info, method="dora-product")
+        self.layers[name], self._infos[name] = layer, info
+
+    def _read_alpha(self, key: str) -> float:
+        """α, the one number of a tensor that is read at once: without it no header tells the scale."""
+        info = self.file.infos[key]
+        if math.prod(info.shape) != 1 or info.dtype.is_complex:
+            raise FormatError(f"{key} is {info.shape}; α is one number")
+        alpha = float(self.file.read(key))
+        if not math.isfinite(alpha):
+            raise FormatError(f"{key} is {alpha}; without a finite α the scale is not known")
+        return alpha
+
+    def _note_oddities(self) -> None:
+        """Notes on what was found."""
+
+    def _add_wholes(self) -> None:
+        """The whole update of every DoRA layer, or the reason why there is none."""
+        dora = [name for name, layer in self.layers.items() if layer.magnitude is not None]
+        for name in dora:
+            if self._weights is None:
+                self._skip(name + WHOLE, "DoRA: the whole update needs --base")
+            elif name not in self._weights:
+                self._skip(name + WHOLE, "DoRA: the base has no weight for it")
+            else:
+                self._infos[name + WHOLE] = UpdateInfo(self._infos[name].shape, None, 1.0, torch.float32, "dora")
+        if dora:
+            self.notes.append(f"DoRA in {len(dora)} layers: NAME is the product, NAME{WHOLE} the whole update")
+
+    def magnitude(self, name: str) -> Tensor | None:
+        """DoRA's magnitude of a layer as stored, None without one."""
+        key = self.layers[name].magnitude
+        return None if key is None else self.file.read(key)
+
+    def _read(self, name: str) -> Update:
+        module = name.removesuffix(WHOLE) if name not in self.layers else name
+        layer = self.layers[module]
+        product = layer.recipe.build({leaf: self.file.read(layer.keys[leaf]) for leaf in layer.recipe.reads})
+        if name == module:
+            return product.to(self.device)
+        magnitude, weight = self.magnitude(module), self._read_weight(module)
+        if magnitude is None or weight is None:
+            raise FormatError("has no whole update")
+        return lycoris_whole(product.to(self.device), magnitude.to(self.device), weight.to(self.device))
+
+    def _read_weight(self, name: str) -> Tensor | None:
+        module = name.removesuffix(WHOLE) if name not in self.layers else name
+        return self._weights.matrix(module) if self._weights else None
+
+
+def _reason(key: str) -> str:
+    return next((reason for pattern, reason in OTHER_KEYS if pattern.search(key)), "unknown key")

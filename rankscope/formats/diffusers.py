@@ -1,0 +1,156 @@
+"""Files of diffusers: PEFT's or its own older names behind ``unet.``, ``transformer.``, ``text_encoder.``.
+
+``unet.….to_q.lora_A.weight``, older ``….to_q.lora.down.weight`` and ``….processor.to_q_lora.down.weight``. α is in the
+metadata (``lora_adapter_metadata``: PEFT's configuration, keys behind the component's name), or in ``.alpha`` tensors,
+or nowhere, and is then r. Layouts: github.com/huggingface/diffusers, loaders/lora_base.py, utils/state_dict_utils.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+from torch import Tensor
+
+from rankscope.errors import FormatError
+from rankscope.formats.adapter_file import BIAS, FileStore, Part
+from rankscope.formats.files import TensorFile
+from rankscope.formats.lycoris import LOCON, MAGNITUDE, SCALE
+from rankscope.formats.peft_config import by_pattern
+from rankscope.formats.peft_keys import PREFIX, parse_key
+from rankscope.formats.pickled import PickledFile
+
+CONFIGURATION = "lora_adapter_metadata"
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+COMPONENTS = re.compile(
+    r"(?P<component>unet|transformer(?:_\d)?|text_encoder(?:_\d)?|prior|controlnet|diffusion_model|model\.diffusion_model)"
+    r"\.(?P<module>.+)"
+)
+_OLD = re.compile(r"(?P<module>.+)\.lora\.(?P<half>down|up)\.weight")
+_OLDEST = re.compile(
+    r"(?P<module>.+?)(?:\.processor)?\.(?P<name>to_q|to_k|to_v|to_out)_lora\.(?P<half>down|up)\.weight"
+)
+_OWN = re.compile(r"(?P<module>.+)\.(?P<leaf>alpha|diff|diff_b)")  # of trainers that write PEFT's names
+_LEAVES = {"lora_A": LOCON.b, "lora_B": LOCON.a, "down": LOCON.b, "up": LOCON.a, "lora_magnitude_vector": MAGNITUDE}
+
+
+class ComponentConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The keys of PEFT's configuration that decide the scale."""
+
+    lora_alpha: float
+    use_rslora: bool | None = False
+    alpha_pattern: dict[str, float] | None = None
+
+    def alpha(self, module: str, rank: int) -> float:
+        """α of a layer such that its scale is α/r."""
+        alpha: float = by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return alpha * math.sqrt(rank) if self.use_rslora else alpha
+
+
+def parse(key: str) -> Part | None:
+    """What a key says; None where it is no part of an update."""
+    if found := _OLD.fullmatch(key):
+        return Part(found["module"], _LEAVES[found["half"]])
+    if found := _OLDEST.fullmatch(key):
+        name = found["name"] + (".0" if found["name"] == "to_out" else "")
+        return Part(f"{found['module']}.{name}", _LEAVES[found["half"]])
+    if found := _OWN.fullmatch(key):
+        return Part(found["module"], found["leaf"])
+    parsed = parse_key(key)
+    if parsed is None or parsed.part not in _LEAVES or parsed.leaf not in ("weight", "bias", ""):
+        return None
+    if parsed.leaf == "bias":
+        return Part(parsed.module, BIAS)
+    if parsed.leaf == "" and parsed.part != "lora_magnitude_vector":  # loralib's
+        return None
+    return Part(parsed.module, _LEAVES[parsed.part])
+
+
+def is_diffusers(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
+    """Whether keys are those of diffusers: its older names, or PEFT's behind a component or with its metadata."""
+    factors = [key for key in keys if (part := parse(key)) is not None and part.leaf in (LOCON.a, LOCON.b)]
+    plain = [key for key in factors if not key.startswith(PREFIX)]
+    old = any(_OLD.fullmatch(key) or _OLDEST.fullmatch(key) for key in plain)
+    return bool(plain) and (old or CONFIGURATION in metadata or any(COMPONENTS.match(key) for key in plain))
+
+
+def component_of(name: str) -> tuple[str, str]:
+    """(component, path within it) of a layer's name; the component is "" where the name has none."""
+    found = COMPONENTS.fullmatch(name)
+    return (found["component"], found["module"]) if found else ("", name)
+
+
+class DiffusersStore(FileStore):
+    """An adapter that diffusers saved, or one in its layout."""
+
+    kind: ClassVar[str] = "diffusers"
+
+    def __init__(self, path: Path, file: TensorFile | PickledFile, *options: Any, **others: Any) -> None:
+        self._configs: dict[str, ComponentConfig | None] = {}
+        super().__init__(path, file, *options, **others)
+
+    def _parse(self, key: str) -> Part | None:
+        return parse(key)
+
+    def _scale_alpha(self, module: str, rank: int | None) -> float | None:
+        component, inner = component_of(module)
+        if component not in self._configs:
+            self._configs[component] = read_config(self.file.metadata, component)
+        config = self._configs[component]
+        if rank is None:
+            return None
+        if config is not None:
+            return config.alpha(inner, rank)
+        return None if self._alpha is not None else float(rank)
+
+    def magnitude(self, name: str) -> Tensor | None:
+        """As of every file; (out,) also of a convolution, where PEFT stores (1, out, 1, 1)."""
+        found = super().magnitude(name)
+        return None if found is None else found.flatten()
+
+    def _note_oddities(self) -> None:
+        own = SCALE in {leaf for layer in self.layers.values() for leaf in layer.keys}
+        if not own and not self.given and not any(self._configs.values()):
+            self.notes.append("the file gives no α; diffusers then takes α = r, so the scale is 1")
+
+
+def read_config(metadata: Mapping[str, str], component: str) -> ComponentConfig | None:
+    """The configuration of one component in a file's metadata; None where there is none.
+
+    Raises:
+        FormatError: it is no JSON object, or a value is of a wrong type or not finite.
+    """
+    if CONFIGURATION not in metadata:
+        return None
+    values = configuration(metadata, component)
+    if values.get("lora_alpha") is None:
+        return None
+    try:
+        config = msgspec.convert(values, ComponentConfig)
+        alphas = (config.lora_alpha, *(config.alpha_pattern or {}).values())
+        if not all(math.isfinite(alpha) for alpha in alphas):
+            raise ValueError("an α is not finite")
+        for pattern in config.alpha_pattern or ():
+            re.compile(rf"(.*\.)?({pattern})$")
+    except (msgspec.ValidationError, ValueError, OverflowError, RecursionError, re.error) as error:
+        raise FormatError(f"its metadata {CONFIGURATION}: {error}") from error
+    return config
+
+
+def configuration(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
+    """PEFT's configuration of a component: its keys behind the component's name, in an object of that name, or bare."""
+    try:
+        raw = json.loads(metadata.get(CONFIGURATION, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"its metadata {CONFIGURATION} is not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise FormatError(f"its metadata {CONFIGURATION} is no JSON object")
+    if isinstance(raw.get(component), dict):
+        return dict(raw[component])
+    behind = {key.removeprefix(f"{component}."): value for key, value in raw.items() if key.startswith(f"{component}.")}
+    return behind or raw

@@ -1,0 +1,74 @@
+"""Names of the Hugging Face hub (``org/name``) as folders on disk: the cache first, then a download."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from rankscope.errors import FormatError
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".pth")
+SAFE = ("*.safetensors", "*.json")  # what is fetched, and, where it holds no weights, what instead
+PICKLED = ("*.bin", "*.json")
+LEFT = ("original/*", "consolidated*")  # the same weights once more, in their authors' format
+
+
+def local_path(name: str | os.PathLike[str]) -> Path:
+    """The path itself, with ``~`` resolved; or, where nothing is there and it can be one, the folder of a hub id.
+
+    ``./org/name`` is never an id, nor is ``org/name`` where there is a folder ``org``.
+
+    Raises:
+        FormatError: neither: it is not in the cache and cannot be fetched.
+    """
+    text, place = os.fspath(name), Path(name).expanduser()
+    if text.startswith("."):
+        return Path(os.path.abspath(place)) if not _exists(place) else place
+    if not HUB_ID.fullmatch(text) or text.endswith(SUFFIXES) or _exists(place) or _exists(place.parent):
+        return place
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise FormatError(
+            f'{text}: no such file or folder; if it is a model of the hub, pip install "rankscope[hf]"'
+        ) from error
+    return _cached(hub, text) or _fetched(hub, text)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have: what opens it says so
+        return True
+
+
+def _cached(hub: Any, name: str) -> Path | None:
+    """The folder in the cache, None where it is not there or without weights."""
+    try:
+        folder = Path(hub.snapshot_download(name, local_files_only=True))
+    except Exception:  # each release of the library has its own classes for "not there"
+        return None
+    return folder if _has_weights(folder) else None
+
+
+def _fetched(hub: Any, name: str) -> Path:
+    if hub.constants.HF_HUB_OFFLINE:
+        raise FormatError(f"{name}: no such file or folder, and not in the hub's cache (HF_HUB_OFFLINE is set)")
+    try:
+        for patterns in (SAFE, PICKLED):
+            folder = Path(hub.snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(LEFT)))
+            if _has_weights(folder):
+                return folder
+    except Exception as error:  # no network, no such repository, a gated one: dozens of classes
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        why = " ".join(lines[0].split()).rstrip(".")
+        raise FormatError(f"{name}: no such file or folder, and it cannot be fetched from the hub ({why})") from error
+    raise FormatError(f"{name}: the hub has it, without weights that are read (.safetensors, .bin)")
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(next(folder.rglob(pattern), None) is not None for pattern in ("*.safetensors", "*.bin"))

@@ -1,0 +1,69 @@
+"""Files of kohya's scripts and of LyCORIS: names with underscores, ``lora_down``/``lora_up``, a scalar ``alpha``.
+
+``lora_unet_down_blocks_0_attn_to_q.lora_down.weight``: the way back to dots is ambiguous, so updates keep the raw
+name. A layer without α has the scale 1 (sd-scripts takes r for α). Layouts: github.com/kohya-ss/sd-scripts,
+networks/lora.py; LyCORIS's stand in ``lycoris.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
+
+import msgspec
+
+from rankscope.formats.adapter_file import FileStore, Part
+from rankscope.formats.lycoris import LEAVES
+from rankscope.formats.peft_keys import PREFIX
+
+NAMES = "rankscope_names"
+"""Metadata of files that we wrote: a JSON object of [part of the pipeline or "", dotted path] by the raw names."""
+RANK, ALPHA, MODULE = "ss_network_dim", "ss_network_alpha", "ss_network_module"
+
+_LEAF = re.compile("|".join(re.escape(leaf) for leaf in sorted(LEAVES, key=len, reverse=True)))
+_KEY = re.compile(rf"(?P<module>.+?)\.(?P<leaf>{_LEAF.pattern})")
+# Parts that no other file has; the others (diff, alpha, rescale) tell only behind kohya's prefixes.
+_TELLING = re.compile(r"\.(?:lora_(?:up|down|mid)\.weight|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|oft_\w+)$")
+_PREFIXED = re.compile(r"^(?:lora|lycoris)_[^.]+\.")
+
+
+def is_kohya(keys: Iterable[str]) -> bool:
+    """Whether keys are those of kohya's scripts or LyCORIS."""
+    own = [key for key in keys if not key.startswith(PREFIX)]  # PEFT's LoHa and LoKr have the same parts
+    return any(_TELLING.search(key) or (_PREFIXED.match(key) and _KEY.fullmatch(key)) for key in own)
+
+
+class KohyaStore(FileStore):
+    """An adapter of kohya's scripts or of LyCORIS."""
+
+    kind: ClassVar[str] = "kohya"
+
+    def _parse(self, key: str) -> Part | None:
+        found = _KEY.fullmatch(key)
+        return Part(found["module"], found["leaf"]) if found else None
+
+    def _note_oddities(self) -> None:
+        self._note_claim()
+        if zero := [name for name, layer in self.layers.items() if layer.alpha == 0]:
+            self.notes.append(f"α is 0 in {len(zero)} layers (first {zero[0]}), so their update is zero")
+
+    def _note_claim(self) -> None:
+        """Where the metadata gives another rank than the tensors; convolutions have one of their own."""
+        claimed = self.file.metadata.get(RANK, "")
+        ranks = {name: layer.rank for name, layer in self.layers.items() if layer.rank and not layer.kernel}
+        differ = {name: rank for name, rank in ranks.items() if claimed.isdecimal() and str(rank) != claimed}
+        if differ:
+            name, rank = next(iter(differ.items()))
+            self.notes.append(
+                f"the metadata gives another rank than the tensors in {len(differ)} of {len(ranks)} layers (first "
+                f"{name}: {claimed[:20]}, in fact {rank}); the tensors are trusted, also for the scale"
+            )
+
+
+def dotted_names(metadata: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """(part of the pipeline, dotted path) by raw name as the metadata says it; empty where it says none."""
+    try:
+        return msgspec.json.decode(metadata.get(NAMES, "{}"), type=dict[str, tuple[str, str]])
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return {}
