@@ -253,9 +253,9 @@ class LowRank(Update):
         return LowRank(torch.cat((self.left, other.left), dim=1), torch.cat((self.right, other.right), dim=0))
 
     def to(self, device: torch.device | str) -> LowRank:
-        if self.device == torch.device(device) == self.A.device:  # and its entries are not looked through again
-            return self
-        return LowRank(self.B.to(device), self.A.to(device), self.scale)
+        B, A = self.B.to(device), self.A.to(device)
+        # What is there already is not looked through again.
+        return self if B is self.B and A is self.A else LowRank(B, A, self.scale)
 
     def __repr__(self) -> str:
         return f"LowRank({self.shape[0]} × {self.shape[1]}, r={self.nominal_rank}, scale={self.scale:g})"

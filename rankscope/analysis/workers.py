@@ -60,6 +60,8 @@ def spread(
         ConfigError: fewer than one worker.
     """
     count = worker_count(workers, device)
+    if device.type == "cuda":  # torch loads this part when it is first used, and not from two threads at once
+        torch.linalg.qr(torch.eye(2, device=device))
 
     def work(batch: Sequence[T]) -> list[V]:
         updates = [read(item) for item in batch]
