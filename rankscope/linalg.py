@@ -6,10 +6,16 @@ float32 or bfloat16 factors is never added to by the analysis itself.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+GRAM_FROM = 17
+"""Columns from which Cholesky of a Gram matrix is worth its certificate; up to here Householder's QR is as fast."""
+SMALLEST_SQUARE = 1e-280
+"""Below this, and above its inverse, squares and their sums begin to lose digits."""
 
 
 class SVD(NamedTuple):
@@ -34,26 +40,157 @@ def may_copy_ahead(device: torch.device) -> bool:
     return device.type != "mps"
 
 
-def product_core(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Q_L, core, Q_R with left · right = Q_L · core · Q_Rᵀ; left (out, r), right (r, in).
+class Basis(NamedTuple):
+    """Orthonormal columns (d, k) kept as ``tall`` · ``small``, (d, r) and (r, k); ``small`` None is the identity."""
 
-    The core is min(out, r) × min(in, r): every singular value of the product is one of the core's.
+    tall: Tensor
+    small: Tensor | None = None
+
+    def top(self, k: int) -> Basis:
+        """The first k columns."""
+        return Basis(self.tall[:, :k]) if self.small is None else Basis(self.tall, self.small[:, :k])
+
+    def formed(self) -> Tensor:
+        """The columns, multiplied out."""
+        return self.tall if self.small is None else self.tall @ self.small
+
+    def times(self, other: Tensor) -> Tensor:
+        """basis · other, other (k, n): (d, n)."""
+        return self.tall @ (other if self.small is None else self.small @ other)
+
+    def coordinates(self, other: Basis) -> Tensor:
+        """selfᵀ · other, (k, l): one product of the tall factors, all else is small."""
+        product = self.tall.T @ other.tall
+        product = product if self.small is None else self.small.T @ product
+        return product if other.small is None else product @ other.small
+
+
+class FactoredSVD(NamedTuple):
+    """M = U · diag(s) · Vᵀ, U (out, k) and V (in, k) as they were found, not multiplied out; s may be on the host."""
+
+    U: Basis
+    s: Tensor
+    V: Basis
+
+    def formed(self) -> SVD:
+        U = self.U.formed()
+        return SVD(U, self.s.to(U.device), self.V.formed().T)
+
+
+def gram(tall: Tensor) -> Tensor | None:
+    """MᵀM of M (…, d, r) where squares may do: in float64, r ≤ d, and on a CPU r ≥ ``GRAM_FROM``; else None."""
+    least = GRAM_FROM if tall.device.type == "cpu" else 1  # on a GPU a QR costs many times what the product does
+    if tall.dtype != torch.float64 or not least <= tall.shape[-1] <= tall.shape[-2]:
+        return None
+    product: Tensor = tall.mT @ tall
+    return product
+
+
+def triangle(tall: Tensor, squared: Tensor | None = None) -> Tensor:
+    """R (min(d, r), r) of M = Q · R for M (d, r), on the host: by Cholesky where proven as good, or by Householder.
+
+    The Gram matrix of columns of length 1 is wrong by at most √(d·r)/8·eps (measured: up to .11·√(d·r)·eps, for columns
+    of one sign, and a fifth of it for signs at random). With κ = ‖R⁻¹‖ for such columns, R is then exact for columns
+    that are off by √(d·r)/8·eps·κ of their length (Householder's: a few eps), and M·R⁻¹ is orthonormal to
+    √(d·r)/4·eps·κ². R⁻¹ itself bounds κ. Cholesky's R is taken while values cannot move by more than d·eps/2, half of
+    what ``Spectrum.cutoff`` calls zero: κ ≤ 4√(d/r); where vectors are made of it (``orthogonal``), κ² ≤ 4√(d/r).
+
+    Args:
+        squared: MᵀM, where it is known.
     """
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.T)
-    return q_left, r_left @ r_right.T, q_right
+    found = _certified(tall, squared)
+    if found is not None and found.condition <= _limit(tall):
+        return found.R
+    R: Tensor = torch.linalg.qr(tall, mode="r")[1].cpu()
+    return R
+
+
+def orthogonal(tall: Tensor, squared: Tensor | None = None) -> tuple[Basis, Tensor]:
+    """Q, where M is, and R, on the host: as ``triangle``.
+
+    Between the two limits Householder's R serves, with which M·R⁻¹ is orthonormal to a few eps·κ.
+    """
+    found = _certified(tall, squared)
+    if found is not None and found.condition <= _limit(tall):
+        R, inverse = found.R, found.inverse
+        if found.condition**2 > _limit(tall):
+            R = torch.linalg.qr(tall, mode="r")[1].cpu()
+            inverse = _inverse(R)[0]
+        return Basis(tall, inverse.to(tall.device)), R
+    Q, R = torch.linalg.qr(tall)
+    return Basis(Q), R.cpu()
+
+
+class _Certified(NamedTuple):
+    """Cholesky's R with R⁻¹ and a bound on κ (``triangle``)."""
+
+    R: Tensor
+    inverse: Tensor
+    condition: float
+
+
+def _limit(tall: Tensor) -> float:
+    d, r = tall.shape
+    return 4 * math.sqrt(d / r)
+
+
+def _certified(tall: Tensor, squared: Tensor | None) -> _Certified | None:
+    squared = gram(tall) if squared is None else squared
+    R = None if squared is None else _cholesky(squared.cpu())
+    return None if R is None else _Certified(R, *_inverse(R))
+
+
+def _cholesky(squared: Tensor) -> Tensor | None:
+    """R of RᵀR; None where it is not positive definite, or squares left the range in which they keep their digits."""
+    diagonal = squared.diagonal()
+    R, failed = torch.linalg.cholesky_ex(squared, upper=True)
+    in_range = bool((diagonal > SMALLEST_SQUARE).all() and (diagonal < 1 / SMALLEST_SQUARE).all())
+    return R if in_range and not failed else None
+
+
+def _inverse(R: Tensor) -> tuple[Tensor, float]:
+    """R⁻¹, and a bound on its norm for columns of length 1: D·R⁻¹ with D the lengths of R's columns.
+
+    (Σσ⁸)^⅛ is at least the largest σ, and at most r^⅛ times as large.
+    """
+    inverse = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype), upper=True)
+    scaled = inverse * torch.linalg.vector_norm(R, dim=0)[:, None]
+    fourth = torch.linalg.matrix_power(scaled @ scaled.T, 2)
+    return inverse, float(torch.linalg.matrix_norm(fourth)) ** 0.25
+
+
+def product_factors(
+    left: Tensor, right: Tensor, scale: float = 1.0, squared: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> tuple[FactoredSVD, tuple[Tensor, Tensor]]:
+    """Thin SVD of scale · left · right, left (out, r) and right (r, in), and both triangles that it came from.
+
+    O((out + in) r²); nothing of the product's size is formed, and U and V are left as factors. ``squared``: the Gram
+    matrices leftᵀ·left and right·rightᵀ, where they are known.
+    """
+    (q_left, r_left), (q_right, r_right) = orthogonal(left, squared[0]), orthogonal(right.T, squared[1])
+    u, s, vt = torch.linalg.svd(r_left @ r_right.T * scale, full_matrices=False)
+    return FactoredSVD(_rotated(q_left, u), s, _rotated(q_right, vt.T)), (r_left, r_right)
+
+
+def _rotated(basis: Basis, by: Tensor) -> Basis:
+    """The columns of basis · by."""
+    by = by.to(basis.tall.device)
+    return Basis(basis.tall, by if basis.small is None else basis.small @ by)
 
 
 def product_svd(left: Tensor, right: Tensor) -> SVD:
-    """Thin SVD of left · right without forming it: two QRs and an SVD of size r. O((out + in) r²)."""
-    q_left, core, q_right = product_core(left, right)
-    u, s, vt = torch.linalg.svd(core, full_matrices=False)
-    return SVD(q_left @ u, s, vt @ q_right.T)
+    """Thin SVD of left · right without forming it. O((out + in) r²)."""
+    return product_factors(left, right)[0].formed()
 
 
 def product_singular_values(left: Tensor, right: Tensor) -> Tensor:
-    """Singular values of left · right, largest first, min(out, r, in) of them."""
-    values: Tensor = torch.linalg.svdvals(product_core(left, right)[1])
+    """Singular values of left · right, largest first, min(out, r, in) of them, on the host."""
+    return core_singular_values(triangle(left), triangle(right.T))
+
+
+def core_singular_values(R_left: Tensor, R_right: Tensor, scale: float = 1.0) -> Tensor:
+    """Singular values of scale · R_L · R_Rᵀ, which are those of the product the triangles belong to."""
+    values: Tensor = torch.linalg.svdvals(R_left @ R_right.T * scale)
     return values
 
 

@@ -11,7 +11,6 @@ from operator import attrgetter
 import numpy as np
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from rankscope.errors import NonFiniteError, RankscopeError, ShapeError
 from rankscope.linalg import working_dtype
@@ -296,8 +295,7 @@ def _own_precision(factor: LowRank | Dense) -> float:
 def _terms(update: LowRank | Hadamard) -> Tensor:
     """‖b‖‖a‖ of the rank-one terms whose sum the update is."""
     if isinstance(update, LowRank):
-        sizes: Tensor = vector_norm(update.left, dim=0) * vector_norm(update.right, dim=1)
-        return sizes
+        return update.terms
     one, two = update.first, update.second
     left: Tensor = (one.left.square().T @ two.left.square()).sqrt()
     return left * (one.right.square() @ two.right.square().T).sqrt()

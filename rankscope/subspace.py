@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from functools import cached_property
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rankscope.errors import ShapeError
-from rankscope.linalg import SVD, working_dtype
+from rankscope.linalg import Basis, FactoredSVD, working_dtype
 from rankscope.noise import Array
 from rankscope.spectra import CLUSTER_GAP, Spectrum
 from rankscope.updates import Update
@@ -22,28 +23,40 @@ Side = Literal["left", "right"]
 class Subspace:
     """The top k singular directions of an update, in the output space (left) or the input space (right).
 
-    ``basis``: (d, k), orthonormal columns in the working precision, strongest direction first; the caller vouches
-    for orthonormality, ``of`` and ``pair`` see to it. ``gaps``: (k,), (σ_i − σ_{i+1})/σ_i at the cut after
-    direction i, NaN where it is not known.
+    ``vectors``: (d, k), orthonormal columns in the working precision, strongest direction first, as a matrix or as
+    factors that are not multiplied out; the caller vouches for orthonormality, ``of`` and ``pair`` see to it.
+    ``gaps``: (k,), (σ_i − σ_{i+1})/σ_i at the cut after direction i, NaN where it is not known.
 
     Raises:
         ShapeError: not a matrix with 1 ≤ k ≤ d, gaps that do not fit it, or an unknown side.
     """
 
-    basis: Tensor
+    vectors: Tensor | Basis
     side: Side
     gaps: Array = field(default_factory=lambda: np.empty(0))
 
     def __post_init__(self) -> None:
-        if self.basis.ndim != 2 or not 1 <= self.basis.shape[1] <= self.basis.shape[0]:
-            raise ShapeError(f"a basis is (d, k) with 1 ≤ k ≤ d, not {tuple(self.basis.shape)}")
+        if isinstance(self.vectors, Tensor):
+            object.__setattr__(self, "vectors", Basis(self.vectors.to(working_dtype(self.vectors.device))))
+        if any(part is not None and part.ndim != 2 for part in self.factors) or not 1 <= self.k <= self.dim:
+            shapes = " · ".join(str(tuple(part.shape)) for part in self.factors if part is not None)
+            raise ShapeError(f"a basis is (d, k) with 1 ≤ k ≤ d, not {shapes}")
         if self.side not in get_args(Side):
             raise ShapeError(f"a side is 'left' or 'right', not {self.side!r}")
         gaps = self.gaps if len(self.gaps) else np.full(self.k, np.nan)
         if gaps.shape != (self.k,):
             raise ShapeError(f"{self.k} directions have {self.k} cuts, not {gaps.shape}")
         object.__setattr__(self, "gaps", gaps)
-        object.__setattr__(self, "basis", self.basis.to(working_dtype(self.basis.device)))
+
+    @property
+    def factors(self) -> Basis:
+        """The directions as they were found."""
+        return cast(Basis, self.vectors)
+
+    @cached_property
+    def basis(self) -> Tensor:
+        """The directions as a matrix (d, k)."""
+        return self.factors.formed()
 
     @classmethod
     def of(cls, update: Update, side: Side, k: int | None = None) -> Subspace:
@@ -60,11 +73,11 @@ class Subspace:
     @classmethod
     def pair(cls, update: Update, k: int | None = None) -> tuple[Subspace, Subspace]:
         """Left and right directions from one SVD; as ``of``."""
-        svd = update.svd()
+        svd = update.factored_svd()
         return cls.of_svd(svd, Spectrum.from_values(update, svd.s), k)
 
     @classmethod
-    def of_svd(cls, svd: SVD, spectrum: Spectrum, k: int | None = None) -> tuple[Subspace, Subspace]:
+    def of_svd(cls, svd: FactoredSVD, spectrum: Spectrum, k: int | None = None) -> tuple[Subspace, Subspace]:
         """Left and right directions of what is decomposed already; as ``of``."""
         if k is not None and k < 1:
             raise ShapeError(f"a subspace has at least one direction, not {k}")
@@ -73,21 +86,23 @@ class Subspace:
             cause = "is zero" if not spectrum.values[0] else "does not rise above rounding"
             raise ShapeError(f"an update {spectrum.shape} that {cause} has no directions to compare")
         kept = min(k or rank, rank)
-        return cls._side(svd.U, "left", kept, spectrum), cls._side(svd.Vt.T, "right", kept, spectrum)
+        return cls._side(svd.U, "left", kept, spectrum), cls._side(svd.V, "right", kept, spectrum)
 
     @classmethod
-    def _side(cls, vectors: Tensor, side: Side, k: int, spectrum: Spectrum) -> Subspace:
-        return cls(orthonormal(vectors[:, :k]), side, spectrum.gaps[:k])
+    def _side(cls, vectors: Basis, side: Side, k: int, spectrum: Spectrum) -> Subspace:
+        kept = vectors.top(k)
+        return cls(kept if kept.small is not None else orthonormal(kept.tall), side, spectrum.gaps[:k])
 
     @property
     def dim(self) -> int:
         """The ambient dimension d."""
-        return self.basis.shape[0]
+        return self.factors.tall.shape[0]
 
     @property
     def k(self) -> int:
         """How many directions span it."""
-        return self.basis.shape[1]
+        tall, small = self.factors
+        return (tall if small is None else small).shape[-1]
 
     @property
     def in_cluster(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
@@ -103,7 +118,7 @@ class Subspace:
         """
         if k < 1:
             raise ShapeError(f"a subspace has at least one direction, not {k}")
-        return replace(self, basis=self.basis[:, :k], gaps=self.gaps[:k])
+        return replace(self, vectors=self.factors.top(k), gaps=self.gaps[:k])
 
     def __repr__(self) -> str:
         return f"Subspace({self.side}, k={self.k} of dimension {self.dim})"
@@ -129,14 +144,27 @@ def _check_pair(a: Subspace, b: Subspace) -> None:
         raise ShapeError(f"subspaces of dimension {a.dim} and {b.dim} cannot be compared; are they of the same weight?")
 
 
-def overlap(a: Subspace, b: Subspace) -> Array:
-    """φ(i, j) = ‖U_iᵀV_j‖²_F / min(i, j) in [0, 1] for all i ≤ k_a, j ≤ k_b: (k_a, k_b) (Hu et al. 2021, §7.2).
+def cosines(a: Subspace, b: Subspace) -> Tensor:
+    """UᵀV, (k_a, k_b), on the host: what ``overlap`` and ``angles`` are made of; U and V are not multiplied out.
 
     Raises:
         ShapeError: the sides or the ambient dimensions differ.
     """
     _check_pair(a, b)
-    squared = (a.basis.T @ b.basis).cpu().double().numpy() ** 2
+    return a.factors.coordinates(b.factors).cpu()
+
+
+def overlap(a: Subspace, b: Subspace, product: Tensor | None = None) -> Array:
+    """φ(i, j) = ‖U_iᵀV_j‖²_F / min(i, j) in [0, 1] for all i ≤ k_a, j ≤ k_b: (k_a, k_b) (Hu et al. 2021, §7.2).
+
+    Args:
+        product: UᵀV from ``cosines``, where it is known.
+
+    Raises:
+        ShapeError: the sides or the ambient dimensions differ.
+    """
+    product = cosines(a, b) if product is None else product
+    squared = product.double().numpy() ** 2
     sums = squared.cumsum(axis=0).cumsum(axis=1)
     grid: Array = np.minimum(sums / _smaller(*sums.shape), 1.0)
     return grid
@@ -148,36 +176,59 @@ def _smaller(i_max: int, j_max: int) -> Array:
     return smaller
 
 
-def angles(a: Subspace, b: Subspace) -> Array:
+def angles(a: Subspace, b: Subspace, product: Tensor | None = None) -> Array:
     """Principal angles in radians, ascending, min(k_a, k_b) of them (Björck & Golub 1973).
 
-    cos θ_l = σ_l(UᵀV) is blind below √eps; there θ comes from sin θ_l, the singular values of V − UUᵀV
+    cos θ_l = σ_l(UᵀV) is blind below √eps; up to 45° θ comes from sin θ_l, the singular values of V − UUᵀV
     (Knyazev & Argentati 2002), so that tiny angles are right to rounding.
+
+    Args:
+        product: UᵀV from ``cosines``, where it is known.
 
     Raises:
         ShapeError: the sides or the ambient dimensions differ.
     """
-    _check_pair(a, b)
-    U, V = (a.basis, b.basis) if a.k >= b.k else (b.basis, a.basis)
-    product = U.T @ V
-    cosines = torch.linalg.svdvals(product).clamp(max=1)
-    sines = torch.linalg.svdvals(V - U @ product).clamp(max=1).flip(0)
-    theta = torch.where(cosines.square() >= 0.5, sines.arcsin(), cosines.arccos())
-    found: Array = theta.cpu().double().numpy()
+    product = cosines(a, b) if product is None else product
+    if a.k < b.k:
+        a, b, product = b, a, product.T
+    cos = torch.linalg.svdvals(product)
+    small = int((cos.square() >= 0.5).sum())
+    theta = cos.clamp(max=1).arccos()
+    if small:
+        directions = torch.linalg.svd(product, full_matrices=False)[2][:small].T
+        theta[:small] = _sines(a.factors, b.factors, directions).clamp(max=1).arcsin()
+    found: Array = theta.double().numpy()
     return found
 
 
+def _sines(U: Basis, V: Basis, rotation: Tensor) -> Tensor:
+    """Singular values of (1 − UUᵀ)·V·rotation, ascending, on the host: the directions (k, m) with angles up to 45°.
+
+    Projecting twice leaves of U's own error of orthonormality no more than its square.
+    """
+    rest = V.times(rotation.to(V.tall.device))
+    for _ in range(2):
+        rest = rest - U.times(U.coordinates(Basis(rest)))
+    values: Tensor = torch.linalg.svdvals(torch.linalg.qr(rest, mode="r")[1].cpu())
+    return values.flip(0)
+
+
 def distances(a: Subspace, b: Subspace) -> dict[str, float]:
-    """Distances from the p = min(k_a, k_b) principal angles θ; 0 for equal subspaces, or one inside the other.
+    """The distances of ``angle_distances`` between two subspaces; 0 where they are equal, or one inside the other.
+
+    Raises:
+        ShapeError: the sides or the ambient dimensions differ.
+    """
+    return angle_distances(angles(a, b))
+
+
+def angle_distances(theta: Array) -> dict[str, float]:
+    """Distances from the p = min(k_a, k_b) principal angles θ.
 
     ``projection`` √(p − Σcos²θ); ``geodesic`` √Σθ²; ``chordal`` ‖sin θ‖, the same number as projection, by the
     name Conway, Hardin & Sloane 1996 give it; ``fubini_study`` arccos Πcos θ; ``procrustes`` √(2(p − ‖UᵀV‖_*)),
     which is the least ‖U − VQ‖_F over orthogonal Q where k_a = k_b (Edelman, Arias & Smith 1998 for all).
-
-    Raises:
-        ShapeError: the sides or the ambient dimensions differ.
     """
-    theta = angles(a, b)
     sin2 = np.sin(theta) ** 2
     with np.errstate(divide="ignore"):  # a right angle makes the product of cosines zero, its logarithm −∞
         log_cos2 = float(np.log1p(-sin2).sum())
@@ -221,21 +272,26 @@ def chance(grid: Array, d: int) -> Chance:
     Raises:
         ShapeError: not a grid, or more directions than dimensions.
     """
-    from scipy.special import betaincc
-
     if grid.ndim != 2 or not 1 <= max(grid.shape) <= d:
         raise ShapeError(f"a grid {grid.shape} of overlaps does not fit into dimension {d}")
-    i, j = np.arange(1.0, grid.shape[0] + 1)[:, None], np.arange(1.0, grid.shape[1] + 1)[None, :]
+    return chance_of_cells(np.arange(1.0, grid.shape[0] + 1)[:, None], np.arange(1.0, grid.shape[1] + 1), grid, d)
+
+
+def chance_of_cells(i: Array, j: Array, overlap: Array, d: int) -> Chance:
+    """``chance`` of the top i against the top j directions; i and j that broadcast to the shape of ``overlap``."""
+    from scipy.special import betaincc
+
+    i, j = np.broadcast_arrays(i, j)
     smaller = np.minimum(i, j)
     expected = np.maximum(i, j) / d
     # max(d − 1, 1): in one dimension the numerator is zero.
     variance = 2 * i * j * (d - i) * (d - j) / (d**2 * max(d - 1, 1) * (d + 2))
     free = variance > 0
     sd = np.sqrt(variance) / smaller
-    z = np.divide(grid - expected, sd, out=np.zeros_like(expected), where=free)
+    z = np.divide(overlap - expected, sd, out=np.zeros_like(expected), where=free)
     p = np.ones_like(expected)
     a, b, low, width = (x[free] for x in _beta(i, j, d, variance))
-    p[free] = betaincc(a, b, np.clip((grid[free] * smaller[free] - low) / width, 0.0, 1.0))
+    p[free] = betaincc(a, b, np.clip((overlap[free] * smaller[free] - low) / width, 0.0, 1.0))
     return Chance(expected, sd, z, p)
 
 

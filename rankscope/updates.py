@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +15,14 @@ from torch import Tensor
 from rankscope.errors import NonFiniteError, ShapeError
 from rankscope.linalg import (
     SVD,
+    Basis,
+    FactoredSVD,
+    core_singular_values,
     dense_singular_values,
     dense_svd,
-    product_singular_values,
-    product_svd,
+    gram,
+    product_factors,
+    triangle,
     ulp,
     working_dtype,
 )
@@ -53,6 +60,11 @@ class Update(ABC):
     @abstractmethod
     def svd(self) -> SVD:
         """Thin SVD (U, s, Vt)."""
+
+    def factored_svd(self) -> FactoredSVD:
+        """Thin SVD whose U and V are not multiplied out where the update has thin factors."""
+        U, s, Vt = self.svd()
+        return FactoredSVD(Basis(U), s, Basis(Vt.T))
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -179,11 +191,48 @@ class LowRank(Update):
         # tr(BᵀB · AAᵀ) would save the small SVD, and lose its digits where factors cancel.
         return float(self.singular_values().square().sum())
 
+    @property
+    def triangles(self) -> tuple[Tensor, Tensor]:
+        """R_L, R_R (small, on the host) with R_LᵀR_L = BᵀB and R_RᵀR_R = AAᵀ, without the scale; found once."""
+        found = self._recall("triangles")
+        if found is None:
+            working = working_dtype(self.device)
+            left, right = self._recall("squares") or (None, None)
+            found = triangle(self.B.to(working), left), triangle(self.A.to(working).T, right)
+            self._remember("triangles", found)
+        return found
+
+    def _remember(self, name: str, pair: tuple[Any, Any]) -> None:
+        self.__dict__[f"_{name}"] = (self._versions, pair)
+
+    def _recall(self, name: str) -> tuple[Any, Any] | None:
+        """What was remembered, unless a factor has been written to since, as training does."""
+        versions, pair = self.__dict__.get(f"_{name}", (None, None))
+        return pair if versions == self._versions else None
+
+    @property
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(-1 if factor.is_inference() else factor._version for factor in (self.B, self.A))
+
+    @property
+    def terms(self) -> Tensor:
+        """(r,): |scale|·‖b_l‖‖a_l‖, the norms of the rank-one terms that the update is the sum of; on the host."""
+        left, right = (torch.linalg.vector_norm(R, dim=0) for R in self.triangles)
+        norms: Tensor = left * right * abs(self.scale)
+        return norms
+
     def singular_values(self) -> Tensor:
-        return product_singular_values(self.left, self.right)
+        return core_singular_values(*self.triangles, self.scale).to(self.device)
 
     def svd(self) -> SVD:
-        return product_svd(self.left, self.right)
+        return self.factored_svd().formed()
+
+    def factored_svd(self) -> FactoredSVD:
+        working = working_dtype(self.device)
+        squares = self._recall("squares") or (None, None)
+        found, triangles = product_factors(self.B.to(working), self.A.to(working), self.scale, squares)
+        self._remember("triangles", triangles)
+        return found
 
     def dense(self) -> Tensor:
         return self.working_matrix.float()
@@ -204,7 +253,9 @@ class LowRank(Update):
         return LowRank(torch.cat((self.left, other.left), dim=1), torch.cat((self.right, other.right), dim=0))
 
     def to(self, device: torch.device | str) -> LowRank:
-        return LowRank(self.B.to(device), self.A.to(device), self.scale)
+        B, A = self.B.to(device), self.A.to(device)
+        # What is there already is not looked through again.
+        return self if B is self.B and A is self.A else LowRank(B, A, self.scale)
 
     def __repr__(self) -> str:
         return f"LowRank({self.shape[0]} × {self.shape[1]}, r={self.nominal_rank}, scale={self.scale:g})"
@@ -286,6 +337,24 @@ class Dense(Update):
 
     def __repr__(self) -> str:
         return f"Dense({self.shape[0]} × {self.shape[1]}, stored as {str(self.stored).removeprefix('torch.')})"
+
+
+def square_together(updates: Sequence[Update]) -> None:
+    """Find BᵀB and AAᵀ of all products in one multiplication per shape, for a GPU that single ones leave idle.
+
+    Each product remembers its own, on the host.
+    """
+    alike: dict[Hashable, list[LowRank]] = defaultdict(list)
+    for update in updates:
+        if isinstance(update, LowRank):
+            alike[update.B.shape, update.A.shape, update.B.dtype, update.A.dtype, update.device].append(update)
+    for group in alike.values():
+        working = working_dtype(group[0].device)
+        left = gram(torch.stack([update.B for update in group]).to(working))
+        right = gram(torch.stack([update.A for update in group]).to(working).mT)
+        lefts, rights = ([None] * len(group) if squares is None else squares.cpu() for squares in (left, right))
+        for update, *pair in zip(group, lefts, rights, strict=True):
+            update._remember("squares", (pair[0], pair[1]))
 
 
 def check_finite(tensor: Tensor, what: str) -> float:

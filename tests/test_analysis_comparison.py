@@ -380,4 +380,4 @@ def test_thin_products_of_any_kind_are_subtracted_exactly() -> None:
         (Hadamard(one, two), Hadamard(one * (1 + 1e-9), two)),
         (Kronecker(three, four), Kronecker(three, four * (1 + 1e-9))),
     ):
-        assert difference(a, b, a.inner(b)) == pytest.approx(1e-9 * a.norm, rel=1e-5)
+        assert difference(a, b, a.inner(b), (a.norm, b.norm)) == pytest.approx(1e-9 * a.norm, rel=1e-5)

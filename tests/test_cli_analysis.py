@@ -17,6 +17,7 @@ from makers import normal
 from torch import Tensor
 
 import rankscope
+from rankscope.analysis import workers
 from rankscope.cli import common, main
 from rankscope.train.config import StudyConfig
 from rankscope.train.study import run_study
@@ -123,6 +124,18 @@ def test_compare_json(adapter: Path, turned: Path, capsys: pytest.CaptureFixture
     assert factors_only["layers"][0]["left"] is None
 
 
+def test_the_number_of_workers_changes_nothing(
+    adapter: Path, turned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int | None] = []
+    count = workers.worker_count
+    monkeypatch.setattr(workers, "worker_count", lambda n, device: counts.append(n) or count(n, device))
+    for command in (["spectrum", adapter], ["compare", adapter, turned]):
+        one = run(capsys, *command, "--json", "--workers", 1)
+        assert run(capsys, *command, "--json", "--workers", 3) == run(capsys, *command, "--json") == one
+    assert counts == [1, 3, None] * 2
+
+
 def test_csv(adapter: Path, turned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = list(csv.DictReader(io.StringIO(run(capsys, "spectrum", adapter, turned, "--csv")[1])))
     assert [(row["path"], row["layer"]) for row in rows] == [
@@ -203,6 +216,7 @@ def test_a_study_without_runs(study: Path, tmp_path: Path, capsys: pytest.Captur
         ["spectrum", "ADAPTER", "--top", "0"],
         ["spectrum", "ADAPTER", "--plot", "x.jpg"],
         ["spectrum", "ADAPTER", "--nonsense"],
+        ["spectrum", "ADAPTER", "--workers", "0"],
         ["compare", "ADAPTER"],
         ["compare", "ADAPTER", "ADAPTER", "--json", "--csv"],
         ["compare", "ADAPTER", "ADAPTER", "--of", "C"],

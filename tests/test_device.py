@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rankscope import subspace, updates
 from rankscope.analysis import pairs
+from rankscope.analysis import workers as analysis_workers
 from rankscope.analysis.comparison import compare
 from rankscope.analysis.pairs import compare_layers
 from rankscope.analysis.spectra import spectrum
@@ -31,7 +32,7 @@ from rankscope.train.loop import Group, InterruptedTrainingError, Silent, move
 from rankscope.train.runs import grid
 from rankscope.train.study import run_study
 from rankscope.train.tasks import make_task
-from rankscope.updates import Dense, LowRank
+from rankscope.updates import Dense, LowRank, Update
 
 # The fake device computes with the CPU's kernels; only the order of sums may differ, with the layout of a tensor.
 FLOAT64, FLOAT32 = 1e-12, 1e-5
@@ -84,6 +85,41 @@ def test_stores_and_results_on_the_device(tmp_path: Path) -> None:
         assert b.left is not None
         assert close(a.left.overlap, b.left.overlap, FLOAT32)
         assert a.cosine == pytest.approx(b.cosine, rel=FLOAT32)
+
+
+@pytest.mark.parametrize("r", [3, 24])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_layers_of_one_shape_go_to_the_device_together(r: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of them with factors that only a QR on the device serves."""
+    together: list[int] = []
+    square = analysis_workers.square_together
+    monkeypatch.setattr(
+        analysis_workers, "square_together", lambda updates: together.append(len(updates)) or square(updates)
+    )
+
+    def made(seed: int) -> dict[str, Update]:
+        found: dict[str, Update] = {}
+        for i in range(9):
+            B = normal(120 if i % 2 else 90, r, seed=seed + i)
+            B[:, 1] = B[:, 2] if i in (3, 4) else B[:, 1]
+            found[f"layers.{i}"] = LowRank(B.bfloat16(), normal(r, 70, seed=seed + 20 + i).bfloat16(), -0.5)
+        return found
+
+    a, b = made(0), made(50)
+    here, there = (spectrum(a, device=device, workers=workers) for device in ("cpu", "fake"))
+    assert sorted(together) == [4, 5]  # one batch a shape
+    assert [layer.name for layer in there.layers] == list(a)
+    for mine, other in zip(here.layers, there.layers, strict=True):
+        assert close(mine.singular_values, other.singular_values, FLOAT64)
+        assert mine.measures == pytest.approx(other.measures, rel=1e-10)
+        assert mine.measures["numerical_rank"] == other.measures["numerical_rank"]
+    one, two = (compare(a, b, device=device, workers=workers) for device in ("cpu", "fake"))
+    for left, right in zip(one.layers, two.layers, strict=True):
+        for name, side in left.sides.items():
+            assert close(side.overlap, right.sides[name].overlap, 1e-10)
+            assert close(side.angles, right.sides[name].angles, 1e-9)
+        assert left.inner == pytest.approx(right.inner, rel=1e-9, abs=1e-9)
+        assert left.relative_difference == pytest.approx(right.relative_difference, rel=1e-10)
 
 
 def test_a_checkpoint_against_its_base_on_the_device() -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from makers import frame, normal
+from torch import Tensor
 
+from rankscope import linalg
 from rankscope.linalg import (
+    GRAM_FROM,
     dense_singular_values,
     dense_svd,
-    product_core,
+    orthogonal,
     product_singular_values,
     product_svd,
+    triangle,
     ulp,
     working_dtype,
 )
@@ -33,9 +40,10 @@ def test_svd_of_a_product(out: int, r: int, into: int) -> None:
     expected = np.linalg.svd(M, compute_uv=False)[:k]
     assert np.allclose(s.numpy(), expected, rtol=1e-12)
     assert np.allclose(product_singular_values(left, right).numpy(), expected, rtol=1e-12)
-    q_left, core, q_right = product_core(left, right)
-    assert core.shape == (min(out, r), min(into, r))
-    assert np.allclose((q_left @ core @ q_right.T).numpy(), M, atol=1e-12 * s[0].item(), rtol=0)
+    (q_left, r_left), (q_right, r_right) = orthogonal(left), orthogonal(right.T)
+    assert (r_left @ r_right.T).shape == (min(out, r), min(into, r))
+    product = q_left.formed() @ r_left @ r_right.T @ q_right.formed().T
+    assert np.allclose(product.numpy(), M, atol=1e-12 * s[0].item(), rtol=0)
 
 
 def test_small_singular_values_of_a_product_are_right() -> None:
@@ -43,6 +51,176 @@ def test_small_singular_values_of_a_product_are_right() -> None:
     sigma = 10.0 ** -np.arange(13)
     left, right = frame(60, 13) * torch.from_numpy(sigma), frame(40, 13, seed=1).T
     assert np.allclose(product_singular_values(left, right).numpy(), sigma, rtol=1e-3)
+
+
+# Cholesky's route, and what must not go along it
+
+EPS = 2.0**-52
+
+
+def mixed(d: int, r: int, condition: float, seed: int = 0) -> Tensor:
+    """Columns (d, r) of this condition, none of them short: the small directions are mixtures of all."""
+    Q = frame(r, r, seed=seed + 50)
+    return normal(d, r, seed=seed) @ (Q * torch.logspace(0, -math.log10(condition), r, dtype=torch.float64)) @ Q.T
+
+
+def edited(d: int, r: int, seed: int, edit: Callable[[Tensor], None]) -> Tensor:
+    L = normal(d, r, seed=seed)
+    edit(L)
+    return L
+
+
+def twice(L: Tensor) -> None:
+    L[:, 3] = L[:, 7]
+
+
+def nearly_twice(L: Tensor) -> None:
+    L[:, 3] = L[:, 7] * (1 + 1e-13)
+
+
+FACTORS: dict[str, tuple[bool, Callable[[int, int, int], Tensor]]] = {
+    # name: (whether Cholesky may serve, maker of (d, r, seed))
+    "normal": (True, lambda d, r, s: normal(d, r, seed=s)),
+    "of one sign": (True, lambda d, r, s: normal(d, r, seed=s).abs()),
+    "orthonormal": (True, lambda d, r, s: frame(d, r, seed=s)),
+    "bfloat16": (True, lambda d, r, s: normal(d, r, seed=s, dtype=torch.bfloat16).double()),
+    "columns of every size": (
+        True,
+        lambda d, r, s: normal(d, r, seed=s) * torch.logspace(-9, 9, r, dtype=torch.float64),
+    ),
+    "large": (True, lambda d, r, s: normal(d, r, seed=s) * 1e60),
+    "small": (True, lambda d, r, s: normal(d, r, seed=s) * 1e-60),
+    "squares underflow": (False, lambda d, r, s: normal(d, r, seed=s) * 1e-155),
+    "squares vanish": (False, lambda d, r, s: normal(d, r, seed=s) * 1e-170),
+    "some squares vanish": (False, lambda d, r, s: edited(d, r, s, lambda L: L[:, 2:5].mul_(1e-165))),
+    "condition 1e3": (False, lambda d, r, s: mixed(d, r, 1e3, s)),
+    "condition 1e8": (False, lambda d, r, s: mixed(d, r, 1e8, s)),
+    "condition 1e15": (False, lambda d, r, s: mixed(d, r, 1e15, s)),
+    "a column twice": (False, lambda d, r, s: edited(d, r, s, twice)),
+    "a column nearly twice": (False, lambda d, r, s: edited(d, r, s, nearly_twice)),
+    "a column of zeros": (False, lambda d, r, s: edited(d, r, s, lambda L: L[:, 5].zero_())),
+    "zero": (False, lambda d, r, s: torch.zeros(d, r, dtype=torch.float64)),
+    "rank one": (False, lambda d, r, s: normal(d, 1, seed=s) @ normal(1, r, seed=s + 1)),
+}
+
+
+def served(tall: Tensor) -> bool:
+    """Whether Cholesky's R is taken."""
+    found = linalg._certified(tall, None)
+    return found is not None and found.condition <= linalg._limit(tall)
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_which_factors_cholesky_serves(name: str) -> None:
+    expected, make = FACTORS[name]
+    assert served(make(300, 24, 0)) == expected
+    few = make(300, GRAM_FROM - 1, 0)
+    assert not served(few)
+
+
+@pytest.mark.parametrize("right", FACTORS)
+@pytest.mark.parametrize("left", FACTORS)
+def test_products_of_all_factors_against_a_dense_svd(left: str, right: str) -> None:
+    """Within the cutoff that ``Spectrum`` counts as zero, and orthonormal as far."""
+    L, R = FACTORS[left][1](300, 24, 0), FACTORS[right][1](200, 24, 30).T
+    # Products of very small columns are normalised first: dense entries would underflow.
+    size = [max(float(factor.abs().max()), 1e-300) for factor in (L, R)]
+    if L.any() and R.any() and size[0] * size[1] < 1e-290:
+        pytest.skip("the product itself underflows")
+    U, s, Vt = np.linalg.svd((L / size[0]).numpy() @ (R / size[1]).numpy(), full_matrices=False)
+    found = (product_singular_values(L, R) / size[0] / size[1]).numpy()
+    terms = float(((L / size[0]).norm(dim=0) * (R / size[1]).norm(dim=1)).max())
+    assert np.allclose(found, s[:24], rtol=0, atol=300 * EPS * max(terms, s[0]))
+    u, values, vt = product_svd(L, R)
+    assert np.allclose((values / size[0] / size[1]).numpy(), s[:24], rtol=0, atol=300 * EPS * max(terms, s[0]))
+    for basis in (u, vt.T):
+        assert np.allclose((basis.T @ basis).numpy(), np.eye(24), rtol=0, atol=300 * EPS)
+    rebuilt = (u * (values / size[0] / size[1]) @ vt).numpy()
+    assert np.allclose(rebuilt, U[:, :24] * s[:24] @ Vt[:24], rtol=0, atol=600 * EPS * max(terms, s[0]))
+
+
+@pytest.mark.parametrize("condition", [1.0, 3.0, 10.0, 100.0, 1e6])
+@pytest.mark.parametrize("d", [40, 300, 5000])
+def test_the_certificate_is_a_bound_and_a_close_one(condition: float, d: int) -> None:
+    L = mixed(d, 32, condition) * torch.logspace(-4, 4, 32, dtype=torch.float64)
+    found = linalg._certified(L, None)
+    assert found is not None
+    exact = 1 / float(torch.linalg.svdvals(L / L.norm(dim=0))[-1])
+    assert exact * (1 - 1e-6) <= found.condition <= 32 ** (1 / 8) * exact * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("sign", [False, True])
+@pytest.mark.parametrize(("d", "condition"), [(200, 1.0), (2000, 1.0), (2000, 8.0), (200, 4.0)])
+def test_cholesky_keeps_the_digits_that_it_promises(d: int, condition: float, sign: bool) -> None:
+    """Against Cholesky in extended precision, as the change of columns of length 1 that would explain it."""
+    L = mixed(d, 24, condition)
+    L = L.abs() if sign else L
+    L = L / L.norm(dim=0)
+    found = linalg._certified(L, None)
+    assert found is not None
+    exact = extended_cholesky(L.numpy().astype(np.longdouble))
+    change = np.linalg.norm((found.R.numpy() - exact).astype(float), axis=0).max()
+    assert change <= math.sqrt(d * 24) / 8 * EPS * found.condition
+
+
+def extended_cholesky(L: np.ndarray) -> np.ndarray:
+    """R of RᵀR = LᵀL in the precision of L, by definition."""
+    if np.finfo(L.dtype).eps > 1e-18:
+        pytest.skip("this machine has no extended precision")
+    rest, R = L.T @ L, np.zeros((L.shape[1],) * 2, dtype=L.dtype)
+    for j in range(len(R)):
+        R[j, j:] = rest[j, j:] / np.sqrt(rest[j, j])
+        rest -= np.outer(R[j], R[j])
+    return R
+
+
+@pytest.mark.parametrize("spectrum", ["flat", "cliff", "decay"])
+@pytest.mark.parametrize("square", [1.0, 5.0])
+def test_planted_spectra_come_back_along_every_route(spectrum: str, square: float) -> None:
+    """U·diag(s)·M times M⁻¹·Vᵀ: the factors share the condition of M, the product has the planted values."""
+    r = 32
+    sigma = {
+        "flat": np.ones(r),
+        "cliff": np.where(np.arange(r) < 5, 1.0, 1e-9),
+        "decay": 10.0 ** (-np.arange(r) / 4),
+    }[spectrum]
+    M = mixed(r, r, square, seed=4)
+    left = frame(2000, r) * torch.from_numpy(np.sqrt(sigma)) @ M
+    right = torch.linalg.inv(M) @ (torch.from_numpy(np.sqrt(sigma))[:, None] * frame(1500, r, seed=1).T)
+    spread = float((left.norm(dim=0) * right.norm(dim=1)).max())
+    assert np.allclose(product_singular_values(left, right).numpy(), sigma, rtol=0, atol=64 * EPS * spread)
+
+
+def test_factors_that_cancel_keep_what_is_left() -> None:
+    """x + (−x) + small: what is left is of the size of the small part, and Cholesky must not touch it."""
+    x, y, small = normal(400, 20), normal(20, 300, seed=1), 1e-9
+    left = torch.cat((x, -x, small * normal(400, 4, seed=2)), dim=1)
+    right = torch.cat((y, y, normal(4, 300, seed=3)))
+    expected = np.linalg.svd((left[:, 40:] @ right[40:]).numpy(), compute_uv=False)[:4]
+    assert np.allclose(product_singular_values(left, right)[:4].numpy(), expected, rtol=1e-5)
+
+
+def test_directions_are_orthonormal_between_the_limits_too() -> None:
+    """Where values may come from Cholesky's R, but M·R⁻¹ of it would not be orthonormal enough."""
+    L = mixed(5000, 32, 30.0)
+    found = linalg._certified(L, None)
+    assert found is not None
+    assert found.condition < linalg._limit(L) < found.condition**2
+    Q, R = orthogonal(L)
+    assert Q.small is not None
+    assert np.allclose((Q.formed().T @ Q.formed()).numpy(), np.eye(32), rtol=0, atol=1000 * EPS)
+    assert np.allclose((Q.formed() @ R).numpy(), L.numpy(), rtol=0, atol=1e-14 * float(L.norm()))
+
+
+def test_r_of_either_route_squares_to_the_gram_matrix() -> None:
+    for L in (normal(60, 24), normal(60, 8), normal(20, 30), mixed(60, 24, 1e5)):
+        R, (Q, same) = triangle(L), orthogonal(L)
+        for found in (R, same):
+            assert np.allclose(
+                (found.T @ found).numpy(), (L.T @ L).numpy(), rtol=0, atol=1e-12 * float(L.square().sum())
+            )
+            assert torch.equal(found, found.triu())
+        assert np.allclose((Q.formed() @ same).numpy(), L.numpy(), rtol=0, atol=1e-13 * float(L.norm()))
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6), (1, 7), (7, 1)])

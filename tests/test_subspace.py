@@ -185,6 +185,48 @@ def test_singular_vectors_in_float32_are_made_orthonormal_in_float64() -> None:
     assert orthonormal(frame(5, 2)).dtype == torch.float64
 
 
+def as_factors(basis: torch.Tensor, condition: float, seed: int) -> Subspace:
+    """A subspace found from factors that are neither orthonormal nor few, which are not multiplied out."""
+    k = basis.shape[1]
+    mixing = normal(k, k, seed=seed) if condition > 10 else torch.eye(k, dtype=torch.float64) + 0.05 * normal(k, k)
+    strengths = torch.linspace(2, 1, k, dtype=torch.float64)
+    update = LowRank(basis @ mixing, torch.linalg.solve(mixing, strengths[:, None] * frame(90, k, seed=seed + 9).T))
+    return Subspace.of(update, "left")
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3])
+def test_subspaces_kept_as_factors_give_what_bases_give(condition: float) -> None:
+    U, V = frame(400, 24), frame(400, 20, seed=1)
+    a, b = as_factors(U, condition, 3), as_factors(V, condition, 4)
+    assert a.factors.small is not None
+    assert (a.k, a.dim, a.top(5).k, a.top(5).basis.shape) == (24, 400, 5, (400, 5))
+    assert np.allclose(overlap(a, b), overlap(left(a.basis), left(b.basis)), rtol=0, atol=1e-13)
+    assert np.allclose(angles(a, b), np.sort(subspace_angles(U.numpy(), V.numpy())), rtol=0, atol=1e-12)
+    assert np.allclose(angles(a.top(3), b), angles(left(a.basis[:, :3]), left(b.basis)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3])
+def test_planted_angles_between_factors(condition: float) -> None:
+    """Tiny, middling and right angles at once; 24 directions, so that Cholesky may serve."""
+    tiny, large = torch.logspace(-12, -1, 16, dtype=torch.float64), torch.linspace(0.7, 1.5, 8, dtype=torch.float64)
+    theta = torch.cat((tiny, large))
+    Q = frame(400, 48)
+    turned = Q[:, :24] * theta.cos() + Q[:, 24:] * theta.sin()
+    found = angles(as_factors(Q[:, :24], condition, 3), as_factors(turned, condition, 4))
+    assert np.allclose(found, theta.numpy(), rtol=0, atol=1e-13 * (condition if condition > 10 else 1))
+    same = as_factors(Q[:, :24], condition, 3)
+    assert angles(same, same).max() < 1e-14
+
+
+def test_a_subspace_and_itself_though_its_factors_are_not_quite_orthonormal() -> None:
+    mixing = frame(24, 24, seed=5) * torch.linspace(1, 6, 24, dtype=torch.float64) @ frame(24, 24, seed=6)
+    side = Subspace.of(LowRank(normal(5000, 24).abs() @ mixing, frame(90, 24, seed=7).T), "left")
+    assert side.factors.small is not None
+    off = float((side.basis.T @ side.basis - torch.eye(24, dtype=torch.float64)).abs().max())
+    assert off > 3e-14  # what projecting once would read
+    assert angles(side, side).max() < 3e-15
+
+
 # Distances
 
 

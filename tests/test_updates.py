@@ -7,6 +7,7 @@ import pytest
 import torch
 from makers import MAKERS, concrete_kinds, float64, normal
 
+from rankscope import updates
 from rankscope.errors import NonFiniteError, RankscopeError, ShapeError
 from rankscope.linalg import ulp
 from rankscope.structured import Hadamard, Kronecker
@@ -300,3 +301,37 @@ def test_energy_of_factors_that_cancel(delta: float) -> None:
     expected = delta * float(b.norm() * d.norm())
     # what is left of δ after a + δ has been rounded
     assert update.norm == pytest.approx(expected, rel=1e-15 / delta)
+
+
+def test_what_was_found_once_is_not_found_again_unless_a_factor_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    triangle = updates.triangle
+    monkeypatch.setattr(updates, "triangle", lambda *given: found.append(1) or triangle(*given))
+    update = LowRank(normal(40, 5), normal(5, 30, seed=1), 2.0)
+    first, terms = update.singular_values(), update.terms
+    assert len(found) == 2
+    assert terms.numpy() == pytest.approx(2 * np.linalg.norm(update.B, axis=0) * np.linalg.norm(update.A, axis=1))
+    update.B.mul_(3.0)  # as an optimizer does
+    assert torch.allclose(update.singular_values(), 3 * first)
+    assert len(found) == 4
+    update.svd()
+    update.A.mul_(2.0)
+    assert torch.allclose(update.singular_values(), 6 * first)
+
+
+def test_squares_found_together_serve_each_its_own() -> None:
+    made = [LowRank(normal(50, 20, seed=s), normal(20, 40, seed=s + 9), 0.5) for s in range(3)]
+    made.append(LowRank(normal(60, 20), normal(20, 40, seed=5)))
+    expected = [update.singular_values() for update in made]
+    again = [update * 1.0 for update in made]
+    updates.square_together([*again, Dense(normal(4, 3))])
+    for update, values in zip(again, expected, strict=True):
+        left, right = update._recall("squares") or (None, None)
+        assert left is not None
+        assert right is not None
+        assert torch.allclose(left, update.B.T @ update.B)
+        assert torch.allclose(right, update.A @ update.A.T)
+        assert torch.allclose(update.singular_values(), values, rtol=1e-12)
+        assert torch.allclose(update.svd().s, values, rtol=1e-12)
+    again[0].B.mul_(2.0)
+    assert again[0]._recall("squares") is None

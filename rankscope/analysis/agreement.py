@@ -78,7 +78,7 @@ class Target:
         Raises:
             ShapeError: an update without a direction (zero, or rounding alone).
         """
-        svd = update.svd()
+        svd = update.factored_svd()
         spectrum = Spectrum.from_values(update, svd.s)
         return cls(update, spectrum, *Subspace.of_svd(svd, spectrum, top))
 
@@ -136,7 +136,7 @@ def agree(full: Update | Target, lora: LowRank, top: int = MOST_DIRECTIONS) -> L
         norm_lora=norm_lora,
         inner=inner,
         floor=floor,
-        achieved=difference(update, lora, inner) / norm_full,
+        achieved=difference(update, lora, inner, (norm_full, norm_lora)) / norm_full,
         # ‖F − cL‖² is least at c = ⟨F, L⟩/‖L‖², where it is ‖F‖²(1 − cos²).
         scaled=math.sqrt((1 - along) * (1 + along)),
         scale=max(inner, 0.0) / norm_lora**2,

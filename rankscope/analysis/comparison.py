@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import msgspec
 import torch
@@ -16,10 +16,12 @@ from rankscope.analysis.matching import Matched, Renames, match
 from rankscope.analysis.pairs import MOST_DIRECTIONS, LayerComparison, Of, compare_layers, cosine
 from rankscope.analysis.sources import Readable, Source, Track, fits
 from rankscope.analysis.text import html_table, short_name
+from rankscope.analysis.workers import spread
 from rankscope.errors import ConfigError, RankscopeError, ShapeError, located
 from rankscope.formats.interface import Skipped, examples
 from rankscope.formats.names import Pairing
 from rankscope.result import Result
+from rankscope.updates import Update
 
 SCHEMA = "rankscope.compare/1"
 INITIAL = "initial"
@@ -78,6 +80,14 @@ class CompareResult(Result, frozen=True, eq=False, kw_only=True):
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """As for every result; the grids have the chance level of each cell beside them."""
+        value = super().to_json()
+        for written, layer in zip(value["layers"], self.layers, strict=True):
+            for name, side in layer.sides.items():
+                written[name] |= {key: getattr(side, key).tolist() for key in ("expected", "z", "p")}
+        return value
+
     def __getitem__(self, name: str) -> LayerComparison:
         """The layer that a calls by this name.
 
@@ -132,6 +142,7 @@ def compare(
     track: Track = iter,
     rename: Renames = (),
     alpha: float | None = None,
+    workers: int | None = None,
 ) -> CompareResult:
     """Overlap, principal angles and distances of two sources of updates, layer by layer.
 
@@ -147,6 +158,7 @@ def compare(
         track: wraps the list of pairs and may show progress.
         rename: (from, to): parts of the names in a, and what they are read as.
         alpha: α of a path's layers where the file has none.
+        workers: threads that pairs of thin factors are shared out over, as for ``spectrum``.
 
     A fused projection (``qkv_proj``, ``c_attn``, …) is compared by its blocks of rows, ``NAME:q`` …, where the other
     side has q, k and v of their own.
@@ -162,7 +174,7 @@ def compare(
     left, right = Source.of(a, base, device, "a", alpha), Source.of(b, base, device, "b", alpha)
     matched = match(left, right, rename)
     pairing = _chosen(matched, patterns)
-    found, skipped = _compared(matched.a, matched.b, pairing, top, of, track)
+    found, skipped = _compared(matched.a, matched.b, pairing.pairs, top, of, track, workers)
     if not found:
         raise RankscopeError(
             f"{left.label} and {right.label}: no layer can be compared; {skipped[0].name}: {skipped[0].reason}"
@@ -207,18 +219,25 @@ def _chosen(matched: Matched, patterns: list[str] | None) -> Pairing:
 
 
 def _compared(
-    a: Source, b: Source, pairing: Pairing, top: int | None, of: Of, track: Track
+    a: Source, b: Source, pairs: list[tuple[str, str]], top: int | None, of: Of, track: Track, workers: int | None
 ) -> tuple[list[LayerComparison], list[Skipped]]:
-    found: list[LayerComparison] = []
-    skipped: list[Skipped] = []
-    for name, name_b in track(pairing.pairs):
-        one, other = a.read(name), b.read(name_b)
+    def kind(names: tuple[str, str]) -> Hashable | None:
+        kinds = a.kind_of(names[0]), b.kind_of(names[1])
+        return None if None in kinds else kinds
+
+    def read(names: tuple[str, str]) -> list[Update]:
+        return [a.read(names[0]), b.read(names[1])]
+
+    def one(names: tuple[str, str], updates: Sequence[Update]) -> LayerComparison | Skipped:
         try:
-            with located(f"{a.where(name)} against {b.label}"):
-                found.append(compare_layers(name, name_b, one, other, top, of))
+            with located(f"{a.where(names[0])} against {b.label}"):
+                return compare_layers(*names, updates[0], updates[1], top, of)
         except ShapeError as error:
-            skipped.append(Skipped(name, str(error.__cause__ or error)))
-    return found, skipped
+            return Skipped(names[0], str(error.__cause__ or error))
+
+    outcomes = spread(pairs, kind, read, one, a.device, workers, track)
+    found = [outcome for outcome in outcomes if isinstance(outcome, LayerComparison)]
+    return found, [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
 
 
 def _summary(layers: Sequence[LayerComparison], initial: SideSummary | None) -> Summary:
@@ -245,11 +264,14 @@ def _side(layers: Sequence[LayerComparison], side: Literal["left", "right"]) -> 
     found = [layer.sides[side] for layer in layers if side in layer.sides]
     if not found:
         return None
+    # Not by the cells, whose p nobody would look at.
+    sizes = [sorted(one.overlap.shape) for one in found]
+    square = [float(one.overlap[k - 1, k - 1]) for one, (k, _) in zip(found, sizes, strict=True)]
     return SideSummary(
-        overlap=statistics.median(one.square.overlap for one in found),
-        expected=statistics.median(one.square.expected for one in found),
-        whole=statistics.median(one.whole.overlap for one in found),
-        whole_expected=statistics.median(one.whole.expected for one in found),
+        overlap=statistics.median(square),
+        expected=statistics.median(k / one.d for one, (k, _) in zip(found, sizes, strict=True)),
+        whole=statistics.median(float(one.overlap[-1, -1]) for one in found),
+        whole_expected=statistics.median(k / one.d for one, (_, k) in zip(found, sizes, strict=True)),
     )
 
 

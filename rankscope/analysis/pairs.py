@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import msgspec
+import numpy as np
 import torch
+from torch import Tensor
 
 from rankscope.errors import ShapeError
-from rankscope.linalg import working_dtype
+from rankscope.linalg import FactoredSVD, working_dtype
 from rankscope.noise import Array
-from rankscope.spectra import SMALLEST_ENERGY
-from rankscope.subspace import Subspace, angles, chance, distances, overlap
+from rankscope.spectra import SMALLEST_ENERGY, Spectrum
+from rankscope.subspace import (
+    Chance,
+    Side,
+    Subspace,
+    angle_distances,
+    angles,
+    chance,
+    chance_of_cells,
+    cosines,
+    overlap,
+)
 from rankscope.updates import LowRank, Update, check_same_shape
 
 Of = Literal["update", "A", "B"]
+SIDES: dict[Of, tuple[Side, ...]] = {"update": ("left", "right"), "A": ("right",), "B": ("left",)}
+"""The sides that each kind of matrix has."""
+CANCELLING = 0.01
+"""‖a − b‖² below this share of the larger ‖·‖² has lost more than two digits as a difference of norms."""
 MOST_DIRECTIONS = 64
 """Directions of a full update that are compared unless more are asked for: most of the others are noise."""
 
@@ -31,20 +50,16 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     p: float
 
 
-class SideComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True):
+class SideComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
     """The top directions of a and b in one space of dimension ``d``.
 
-    ``overlap``, ``expected``, ``z``, ``p``: (k_a, k_b), row i − 1 and column j − 1 for the top i of a and the top j
-    of b (see ``rankscope.subspace.chance``). ``angles``: radians, ascending, between the whole spans, as are the
-    ``distance``s. ``gaps_a``: (k_a,), (σ_i − σ_{i+1})/σ_i; ``cluster_a`` marks cuts among values so close that the
-    span is arbitrary; b likewise.
+    ``overlap``: (k_a, k_b), row i − 1 and column j − 1 for the top i of a and the top j of b; ``chance`` stands beside
+    it. ``angles``: radians, ascending, between the whole spans, as are the ``distance``s. ``gaps_a``: (k_a,),
+    (σ_i − σ_{i+1})/σ_i; ``cluster_a`` marks cuts among values so close that the span is arbitrary; b likewise.
     """
 
     d: int
     overlap: Array
-    expected: Array
-    z: Array
-    p: Array
     angles: Array
     distance: dict[str, float]
     gaps_a: Array
@@ -53,28 +68,47 @@ class SideComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     cluster_b: tuple[bool, ...]
 
     @classmethod
-    def of(cls, a: Subspace, b: Subspace) -> SideComparison:
-        grid = overlap(a, b)
-        null = chance(grid, a.dim)
+    def of(cls, a: Subspace, b: Subspace, product: Tensor | None = None) -> SideComparison:
+        """``product``: UᵀV, where it is known (``rankscope.subspace.cosines``)."""
+        product = cosines(a, b) if product is None else product
+        grid, theta = overlap(a, b, product), angles(a, b, product)
         return cls(
             d=a.dim,
             overlap=grid,
-            expected=null.expected,
-            z=null.z,
-            p=null.p,
-            angles=angles(a, b),
-            distance=distances(a, b),
+            angles=theta,
+            distance=angle_distances(theta),
             gaps_a=a.gaps,
             gaps_b=b.gaps,
             cluster_a=tuple(a.in_cluster.tolist()),
             cluster_b=tuple(b.in_cluster.tolist()),
         )
 
+    @cached_property
+    def chance(self) -> Chance:
+        """What random directions would overlap, for every cell: found when first asked for, as p takes its time."""
+        return chance(self.overlap, self.d)
+
+    @property
+    def expected(self) -> Array:
+        """(k_a, k_b), the mean overlap of random directions."""
+        return self.chance.expected
+
+    @property
+    def z(self) -> Array:
+        """(k_a, k_b), how far the overlap is from ``expected``, in standard deviations of random directions."""
+        return self.chance.z
+
+    @property
+    def p(self) -> Array:
+        """(k_a, k_b), the probability that random directions overlap as much."""
+        return self.chance.p
+
     def at(self, i: int, j: int) -> Cell:
         """The cell of the top i of a and the top j of b, counted from 1."""
-        cell = (i - 1, j - 1)
-        numbers = (float(grid[cell]) for grid in (self.overlap, self.expected, self.z, self.p))
-        return Cell(i=i, j=j, **dict(zip(("overlap", "expected", "z", "p"), numbers, strict=True)))
+        overlap = self.overlap[i - 1 : i, j - 1]
+        null = chance_of_cells(np.array([float(i)]), np.array([float(j)]), overlap, self.d)
+        numbers = {"overlap": overlap, "expected": null.expected, "z": null.z, "p": null.p}
+        return Cell(i=i, j=j, **{name: float(number[0]) for name, number in numbers.items()})
 
     @property
     def square(self) -> Cell:
@@ -125,26 +159,67 @@ def compare_layers(name: str, name_b: str, a: Update, b: Update, top: int | None
     check_same_shape(a, b)
     shape, ranks = a.shape, (a.nominal_rank, b.nominal_rank)
     a, b = matrix_of(a, of), matrix_of(b, of)
-    left_a, right_a = Subspace.pair(a, _directions(a, top))
-    left_b, right_b = Subspace.pair(b, _directions(b, top))
-    inner = a.inner(b) if of == "update" else None
-    norms = a.norm, b.norm
+    one, two = _Decomposed.of(a, top), _Decomposed.of(b, top)
+    norms = math.sqrt(one.spectrum.energy), math.sqrt(two.spectrum.energy)
     if min(norms) ** 2 < SMALLEST_ENERGY:
         raise ShapeError(f"it is too small to compare: a norm of {min(norms):.3g} loses digits when it is squared")
+    products = {side: one.coordinates(two, side) for side in SIDES[of]}
+    compared = {side: one.against(two, side, product) for side, product in products.items()}
+    inner = _inner(one, two, products) if of == "update" else None
     return LayerComparison(
         name=name,
         name_b=name_b,
         shape=shape,
         nominal_rank_a=ranks[0],
         nominal_rank_b=ranks[1],
-        left=SideComparison.of(left_a, left_b) if of != "A" else None,
-        right=SideComparison.of(right_a, right_b) if of != "B" else None,
+        left=compared.get("left"),
+        right=compared.get("right"),
         norm_a=norms[0],
         norm_b=norms[1],
         inner=inner,
         cosine=None if inner is None else cosine(inner, *norms),
-        relative_difference=None if inner is None else difference(a, b, inner) / max(norms),
+        relative_difference=None if inner is None else difference(a, b, inner, norms) / max(norms),
     )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Decomposed:
+    """An update with its SVD, and the directions of each side that are compared."""
+
+    update: Update
+    svd: FactoredSVD
+    spectrum: Spectrum
+    sides: dict[Side, Subspace]
+
+    @classmethod
+    def of(cls, update: Update, top: int | None) -> _Decomposed:
+        svd = update.factored_svd()
+        spectrum = Spectrum.from_values(update, svd.s)
+        left, right = Subspace.of_svd(svd, spectrum, _directions(update, top))
+        return cls(update, svd, spectrum, {"left": left, "right": right})
+
+    @property
+    def thin(self) -> bool:
+        return isinstance(self.update, LowRank)
+
+    def coordinates(self, other: _Decomposed, side: Side) -> Tensor:
+        """UᵀU' (or VᵀV'), on the host: of all directions between products, else of those that are compared."""
+        if not (self.thin and other.thin):
+            return cosines(self.sides[side], other.sides[side])
+        mine, others = ((svd.U if side == "left" else svd.V) for svd in (self.svd, other.svd))
+        return mine.coordinates(others).cpu()
+
+    def against(self, other: _Decomposed, side: Side, product: Tensor) -> SideComparison:
+        """One side of both, from ``coordinates``."""
+        a, b = self.sides[side], other.sides[side]
+        return SideComparison.of(a, b, product[: a.k, : b.k])
+
+
+def _inner(a: _Decomposed, b: _Decomposed, products: Mapping[Side, Tensor]) -> float:
+    """⟨a, b⟩; of two products Σ_ij σ_i·σ'_j·(UᵀU')_ij·(VᵀV')_ij, from what their overlaps are made of."""
+    if not (a.thin and b.thin):
+        return a.update.inner(b.update)
+    return float(a.svd.s @ (products["left"] * products["right"]) @ b.svd.s)
 
 
 def matrix_of(update: Update, of: Of) -> Update:
@@ -166,14 +241,15 @@ def cosine(inner: float, norm_a: float, norm_b: float) -> float:
     return min(1.0, max(-1.0, inner / norm_a / norm_b))
 
 
-def difference(a: Update, b: Update, inner: float) -> float:
-    """‖a − b‖_F without forming a product.
+def difference(a: Update, b: Update, inner: float, norms: tuple[float, float]) -> float:
+    """‖a − b‖_F without forming a product, from ⟨a, b⟩ and both norms.
 
-    Two thin products are subtracted exactly, as factors of rank r₁ + r₂; otherwise the norms and the inner product
-    tell, to about 1e-8 of the larger norm, and float32 does not carry more.
+    Where those cancel, two thin products are subtracted exactly, as factors of rank r₁ + r₂; anything else is known to
+    about 1e-8 of the larger norm, and float32 does not carry more.
     """
+    squared = norms[0] ** 2 + norms[1] ** 2 - 2 * inner
     one, two = a.product, b.product
-    if one is not None and two is not None:
+    if squared < CANCELLING * max(norms) ** 2 and one is not None and two is not None:
         values = (one + two * -1.0).singular_values()
         return float(torch.linalg.vector_norm(values))
-    return math.sqrt(max(0.0, a.energy + b.energy - 2 * inner))
+    return math.sqrt(max(0.0, squared))

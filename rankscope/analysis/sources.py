@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -82,6 +82,16 @@ class Source:
     def info(self, name: str) -> UpdateInfo | None:
         """What the headers tell of one update; None of a mapping, which has none."""
         return self.updates.info(name) if isinstance(self.updates, Store) else None
+
+    def kind_of(self, name: str) -> Hashable | None:
+        """Shape and rank where an update has thin factors, from the header; None for any other (``workers.spread``)."""
+        of: UpdateInfo | Update | None = self.info(name)
+        if isinstance(self.updates, dict):
+            of = self.updates[name]
+        if of is None:  # a mapping may make its updates when asked, and not be made for several threads
+            return None
+        thin = of.nominal_rank is not None and of.nominal_rank < min(of.shape)
+        return (of.shape, of.nominal_rank) if thin else None
 
     def where(self, name: str) -> str:
         """How messages name a layer."""

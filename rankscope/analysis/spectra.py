@@ -13,6 +13,7 @@ import torch
 
 from rankscope.analysis.sources import Readable, Source, Track, select
 from rankscope.analysis.text import html_table, short_name
+from rankscope.analysis.workers import spread
 from rankscope.errors import ConfigError, located
 from rankscope.formats.interface import Skipped
 from rankscope.result import Result
@@ -132,6 +133,7 @@ def spectrum(
     device: torch.device | str = "cpu",
     track: Track = iter,
     alpha: float | None = None,
+    workers: int | None = None,
 ) -> SpectrumResult:
     """Singular values and effective ranks of every layer.
 
@@ -144,6 +146,8 @@ def spectrum(
         device: where the decompositions run.
         track: wraps the list of names and may show progress.
         alpha: α of a path's layers where the file has none.
+        workers: threads that layers with thin factors are shared out over, each of which computes with one; None
+            takes as many as torch would use. The result is the same to the bit.
 
     Raises:
         RankscopeError: nothing to read, nothing that fits ``layers``, or a layer that holds NaN or infinity.
@@ -151,15 +155,21 @@ def spectrum(
     if top is not None and top < 1:
         raise ConfigError(f"top = {top}: keep at least one singular value")
     opened = Source.of(source, base, device, alpha=alpha)
-    found = tuple(_layer(opened, name, top) for name in track(select(opened.names(), layers, opened.label)))
+    names = select(opened.names(), layers, opened.label)
+
+    def one(name: str, updates: Sequence[Update]) -> LayerSpectrum:
+        return _layer(opened, name, updates[0], top)
+
+    spectra = spread(names, opened.kind_of, lambda name: [opened.read(name)], one, opened.device, workers, track)
+    found = tuple(spectra)
     notes = (*opened.notes, *_zero_note(found))
     return SpectrumResult(
         path=opened.label, kind=opened.kind, layers=found, total=_total(found), skipped=opened.skipped, notes=notes
     )
 
 
-def _layer(source: Source, name: str, top: int | None) -> LayerSpectrum:
-    update, info = source.read(name), source.info(name)
+def _layer(source: Source, name: str, update: Update, top: int | None) -> LayerSpectrum:
+    info = source.info(name)
     with located(source.where(name)):
         found = Spectrum.of(update)
     return LayerSpectrum(

@@ -26,6 +26,7 @@ COMMANDS = {
     "unmerge": "Take adapters out of a merged model.",
     "subtract": "What one adapter learned beyond another, as an adapter.",
     "average": "The mean of adapters, as an adapter.",
+    "bench": "How fast this machine is, and how close the analysis comes.",
     "calibrate": "The whole instrument on planted truth: can it find a rank, can it say no?",
 }
 

@@ -64,6 +64,12 @@ reading_options = grouped(
     ),
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to compute: cpu, cuda …"),
 )
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads that adapters' layers are shared out over [the cores]; the numbers are the same.",
+)
 output_options = grouped(
     click.option("--json", "as_json", is_flag=True, help="Print everything as JSON."),
     click.option("--csv", "as_csv", is_flag=True, help="Print one row a layer as CSV."),

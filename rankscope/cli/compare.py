@@ -20,6 +20,7 @@ from rankscope.cli.common import (
     say,
     skipped_lines,
     tracker,
+    workers_option,
     write_plot,
     write_report,
 )
@@ -51,6 +52,7 @@ DISTANCES = ("projection", "geodesic", "chordal", "fubini_study", "procrustes")
     help="Read FROM in the names of A as TO; with nothing before =, put TO in front. Repeatable, in this order.",
 )
 @click.option("--layer", metavar="NAME", help="The layer that --plot and --report draw [the median].")
+@workers_option
 @output_options
 def command(
     a: str,
@@ -63,6 +65,7 @@ def command(
     of: Literal["update", "A", "B"],
     rename: tuple[str, ...],
     layer: str | None,
+    workers: int | None,
     as_json: bool,
     as_csv: bool,
     plot: str | None,
@@ -91,7 +94,7 @@ def command(
     if layer and not plot and not report:
         raise click.UsageError("--layer says what --plot and --report draw; give --plot FILE or --report FILE too")
     renames = [parsed_rename(text) for text in rename]
-    result = compare(a, b, base, layers or None, top, of, device, tracker(quiet, "layers"), renames, alpha)
+    result = compare(a, b, base, layers or None, top, of, device, tracker(quiet, "layers"), renames, alpha, workers)
     say(quiet, [*result.notes, *unmatched_lines(result, verbose), *skipped_lines(result.skipped, verbose)])
     # Drawn first: a --layer that is not there is said before the table, not after it.
     if plot:

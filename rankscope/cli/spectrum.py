@@ -19,6 +19,7 @@ from rankscope.cli.common import (
     say,
     skipped_lines,
     tracker,
+    workers_option,
     write_plot,
     write_report,
 )
@@ -40,6 +41,7 @@ NOISE = {"noise k90": "k90", "MP": "mp_count", "GD": "gd_count"}
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @reading_options
 @click.option("--top", type=click.IntRange(min=1), metavar="K", help="Keep K singular values of each layer.")
+@workers_option
 @output_options
 def command(
     paths: tuple[str, ...],
@@ -48,6 +50,7 @@ def command(
     layers: tuple[str, ...],
     device: str,
     top: int | None,
+    workers: int | None,
     as_json: bool,
     as_csv: bool,
     plot: str | None,
@@ -74,7 +77,8 @@ def command(
     one_format(as_json, as_csv)
     places, several = expand(paths)
     results = [
-        spectrum(place, base, layers or None, top, device, tracker(quiet, Path(place).name), alpha) for place in places
+        spectrum(place, base, layers or None, top, device, tracker(quiet, Path(place).name), alpha, workers)
+        for place in places
     ]
     for result in results:
         prefix = f"{result.title}: " if len(results) > 1 else ""

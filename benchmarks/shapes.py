@@ -1,0 +1,96 @@
+"""LoRA adapters of the shapes that people train: every linear layer of Llama 3, 8B and 70B, in PEFT's layout.
+
+python benchmarks/shapes.py OUT --model 8b --rank 64
+
+A as it is initialised (uniform) and moved; B with directions whose strength falls by a power law, mixed over all
+columns as training mixes them: normalised, the columns of B have a condition number of about 20 at rank 64. All is
+drawn tensor by tensor from seeds of their own, and written without holding the adapter in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rankscope.formats.files import TensorInfo
+from rankscope.formats.peft_keys import factor_keys
+from rankscope.formats.peft_write import write_folder
+from rankscope.formats.streaming import Pending
+
+FALL = 0.7  # strength of the l-th direction of B: l^-FALL
+
+
+class Model(NamedTuple):
+    """Sizes that decide the shapes of a Llama's linear layers."""
+
+    layers: int
+    hidden: int
+    key_value: int
+    intermediate: int
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) by the name of the projection, of one layer."""
+        h, kv, wide = self.hidden, self.key_value, self.intermediate
+        attention = {"q_proj": (h, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, h)}
+        mlp = {"gate_proj": (wide, h), "up_proj": (wide, h), "down_proj": (h, wide)}
+        return {f"self_attn.{name}": shape for name, shape in attention.items()} | {
+            f"mlp.{name}": shape for name, shape in mlp.items()
+        }
+
+
+MODELS = {"8b": Model(32, 4096, 1024, 14336), "70b": Model(80, 8192, 1024, 28672)}
+
+
+def down(shape: tuple[int, int], rank: int, seed: int) -> Tensor:
+    """A (r, in): uniform as torch initialises it, and a tenth of that learned."""
+    source = torch.Generator().manual_seed(seed)
+    bound = 1 / math.sqrt(shape[1])
+    start = (torch.rand(rank, shape[1], generator=source) * 2 - 1) * bound
+    return start + 0.1 * bound * torch.randn(rank, shape[1], generator=source)
+
+
+def up(shape: tuple[int, int], rank: int, seed: int) -> Tensor:
+    """B (out, r)."""
+    source = torch.Generator().manual_seed(seed)
+    strength = torch.arange(1, rank + 1) ** -FALL
+    mixing = torch.linalg.qr(torch.randn(rank, rank, generator=source))[0]
+    return torch.randn(shape[0], rank, generator=source) @ (strength[:, None] * mixing) * (0.01 / math.sqrt(rank))
+
+
+def write_adapter(
+    folder: Path, model: Model, rank: int, layers: int | None = None, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """Write an adapter of the first ``layers`` layers (all); returns the bytes of its weights."""
+    tensors: dict[str, Pending] = {}
+    for layer in range(model.layers if layers is None else layers):
+        for i, (name, shape) in enumerate(model.shapes().items()):
+            keys = factor_keys(f"model.layers.{layer}.{name}")
+            number = 2 * (1000 * seed + 10 * layer + i)
+            for key, make, size, n in ((keys.A, down, (rank, shape[1]), 0), (keys.B, up, (shape[0], rank), 1)):
+                read = lambda make=make, shape=shape, n=n, number=number: make(shape, rank, number + n).to(dtype)  # noqa: E731
+                tensors[key] = Pending(TensorInfo(size, dtype), read)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank}
+    config["target_modules"] = sorted(name.rpartition(".")[2] for name in model.shapes())
+    write_folder(folder, config, tensors)
+    return sum(pending.size for pending in tensors.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", choices=MODELS, default="8b")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--layers", type=int, help="only so many [all]")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    size = write_adapter(arguments.out, MODELS[arguments.model], arguments.rank, arguments.layers, arguments.seed)
+    print(f"{arguments.out}: {size / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""``bench``: what this machine can do, and how close the analysis of an adapter comes to it.
+
+The floor of a spectrum is the time of 2·(out + in)·r² float64 operations a layer, the products BᵀB and AAᵀ, at the rate
+of large matrix products on the same machine in the same minute; that of a comparison is three times as much (BᵀB and
+AAᵀ of both, and B₁ᵀB₂ and A₁A₂ᵀ). Every time is the least of several: what other programs take is not this one's.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import msgspec
+import torch
+from torch import Tensor
+
+from rankscope.analysis.comparison import compare
+from rankscope.analysis.spectra import spectrum
+from rankscope.analysis.workers import worker_count
+from rankscope.formats.interface import usable_device
+from rankscope.linalg import working_dtype
+from rankscope.result import Result
+from rankscope.updates import LowRank, Update
+
+SCHEMA = "rankscope.bench/1"
+SHAPES = {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1}
+"""(out, in) of the linear layers in one layer of Llama 3 8B, and how many there are of each."""
+READ = 2**28  # bytes
+
+
+class Ratio(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds that were measured and seconds at the least, by operations alone."""
+
+    seconds: float
+    floor: float
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds / self.floor
+
+
+class Rates(msgspec.Struct, frozen=True, kw_only=True):
+    """Operations a second in matrix products and in Householder's QR of (4096, r), and bytes a second read from a file
+    that the system holds in memory; all workers together. float64 is None on a GPU without it."""
+
+    read: float
+    float32: float
+    float64: float | None
+    qr: float
+
+
+class BenchResult(Result, frozen=True, kw_only=True):
+    """One machine, one adapter of rank ``rank`` and ``modules`` layers in memory, stored in bfloat16."""
+
+    schemas: ClassVar = (SCHEMA,)
+    schema: str = SCHEMA
+    machine: str
+    device: str
+    torch: str
+    workers: int
+    rates: Rates
+    rank: int
+    modules: int
+    spectrum: Ratio
+    compare: Ratio
+
+
+def bench(
+    rank: int = 64,
+    layers: int = 4,
+    device: torch.device | str = "cpu",
+    workers: int | None = None,
+    repeats: int = 5,
+) -> BenchResult:
+    """Measure this machine, and the analysis of ``layers`` layers of Llama 3 8B on it. Takes some ten seconds.
+
+    Raises:
+        ConfigError: a device that cannot be used, or fewer than one worker.
+    """
+    place = usable_device(device)
+    count = worker_count(workers, place)
+    a, b = (adapter(rank, layers, seed) for seed in (0, 1))
+    before = rates(place, count, rank)
+    ones, twos = _copies(a, 2 * repeats + 2), _copies(b, repeats + 1)
+    seconds = least(lambda: spectrum(next(ones), device=place, workers=count), place, repeats)
+    both = least(lambda: compare(next(ones), next(twos), device=place, workers=count), place, repeats)
+    found = best_of(before, rates(place, count, rank))
+    floor = spectrum_flops((update.shape for update in a.values()), rank) / (found.float64 or found.float32)
+    return BenchResult(
+        machine=machine(place),
+        device=str(place),
+        torch=str(torch.__version__),
+        workers=count,
+        rates=found,
+        rank=rank,
+        modules=len(a),
+        spectrum=Ratio(seconds=seconds, floor=floor),
+        compare=Ratio(seconds=both, floor=3 * floor),
+    )
+
+
+def spectrum_flops(shapes: Iterable[tuple[int, int]], rank: int) -> float:
+    """Operations of BᵀB and AAᵀ over layers (out, in)."""
+    return float(sum(2 * (out + into) * rank**2 for out, into in shapes))
+
+
+def adapter(rank: int, layers: int, seed: int) -> dict[str, Update]:
+    """Random factors in bfloat16 for every shape of ``SHAPES``, ``layers`` times."""
+    source = torch.Generator().manual_seed(seed)
+
+    def factor(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source).bfloat16()
+
+    shapes = [shape for shape, count in SHAPES.items() for _ in range(count)]
+    return {
+        f"layers.{layer}.{i}": LowRank(factor(out, rank), factor(rank, into), 2.0)
+        for layer in range(layers)
+        for i, (out, into) in enumerate(shapes)
+    }
+
+
+def _copies(updates: Mapping[str, Update], n: int) -> Iterator[dict[str, Update]]:
+    """The same as new objects, which remember nothing."""
+    return iter([{name: update * 1.0 for name, update in updates.items()} for _ in range(n)])
+
+
+def rates(device: torch.device, workers: int, rank: int) -> Rates:
+    """Measured now; matrix products by all cores together or by one-thread workers, whichever is faster."""
+    working = working_dtype(device)
+    size = 1024 if device.type == "cpu" else 8192
+    products = {}
+    for dtype in dict.fromkeys((torch.float32, working)):
+        square = torch.randn(size, size, device=device).to(dtype)
+        products[dtype] = _rate(partial(torch.matmul, square, square), 2.0 * size**3, device, workers)
+    tall = torch.randn(4096, rank, device=device).to(working)
+    flops = 2.0 * 4096 * rank**2 - 2 / 3 * rank**3
+    qr = _rate(lambda: torch.linalg.qr(tall, mode="r"), flops, device, workers)
+    return Rates(read=_read_rate(), float32=products[torch.float32], float64=products.get(torch.float64), qr=qr)
+
+
+def best_of(a: Rates, b: Rates) -> Rates:
+    """The larger of each."""
+    float64 = None if a.float64 is None or b.float64 is None else max(a.float64, b.float64)
+    return Rates(read=max(a.read, b.read), float32=max(a.float32, b.float32), float64=float64, qr=max(a.qr, b.qr))
+
+
+def least(act: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Seconds, the least of ``repeats``, after one that does not count."""
+    act()
+    return min(_seconds(act, device) for _ in range(repeats))
+
+
+def _seconds(act: Callable[[], object], device: torch.device) -> float:
+    began = time.perf_counter()
+    act()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _rate(act: Callable[[], object], flops: float, device: torch.device, workers: int) -> float:
+    together = max(1, round(1e9 / flops))  # some 20 ms of one core
+
+    def several(_: int = 0) -> None:
+        for _ in range(together):
+            act()
+
+    alone = flops * together / least(several, device, 5)
+    if device.type != "cpu" or workers == 1:
+        return alone
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            shared = least(lambda: list(pool.map(several, range(workers))), device, 5)
+    finally:
+        torch.set_num_threads(before)
+    return max(alone, workers * flops * together / shared)
+
+
+def _read_rate() -> float:
+    with tempfile.TemporaryDirectory() as home:
+        path = Path(home) / "bytes"
+        buffer = bytearray(READ)
+        path.write_bytes(buffer)
+
+        def read() -> None:
+            with path.open("rb", buffering=0) as file:
+                file.readinto(buffer)
+
+        return READ / least(read, torch.device("cpu"), 3)
+
+
+def machine(device: torch.device) -> str:
+    """The processor's name and cores, or the GPU's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} logical cores"

@@ -1,0 +1,125 @@
+"""Layers shared out over threads that compute with one thread each; torch lets go of Python's lock while it computes.
+
+A small decomposition gains little from a second thread and loses much where threads outnumber cores. So updates that
+have thin factors go to workers, and every number is the same to the bit however many there are. A full matrix has work
+for all cores and takes much memory: those come one after another.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from itertools import groupby
+from typing import Any, TypeVar
+
+import torch
+
+from rankscope.analysis.sources import Track
+from rankscope.errors import ConfigError
+from rankscope.updates import Update, square_together
+
+T = TypeVar("T")
+V = TypeVar("V")
+MOST_ON_DEVICE = 4
+"""Workers at one GPU unless more are asked for: they copy, and decompose small cores, while it computes."""
+BATCH = 16
+"""Layers of one shape that go to a GPU together."""
+
+
+def worker_count(workers: int | None, device: torch.device) -> int:
+    """How many workers: as asked for, or as many threads as torch would use (the cores, or ``OMP_NUM_THREADS``).
+
+    Raises:
+        ConfigError: fewer than one.
+    """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers = {workers}: at least one has to do the work")
+    cores = torch.get_num_threads()
+    return workers or (cores if device.type == "cpu" else min(cores, MOST_ON_DEVICE))
+
+
+def spread(
+    items: Sequence[T],
+    kind: Callable[[T], Hashable | None],
+    read: Callable[[T], Sequence[Update]],
+    compute: Callable[[T, Sequence[Update]], V],
+    device: torch.device,
+    workers: int | None = None,
+    track: Track = iter,
+) -> list[V]:
+    """``compute(item, read(item))`` for each item, in order; an error is raised when its turn comes.
+
+    Args:
+        kind: what items have in common that may go to a GPU as one batch; None for those that get all cores.
+        read: the updates of an item, on the device. Like ``compute``, it is called by several threads at once.
+        workers: None takes the default of ``worker_count``.
+
+    Raises:
+        ConfigError: fewer than one worker.
+    """
+    count = worker_count(workers, device)
+    if device.type == "cuda":  # torch loads this part when it is first used, and not from two threads at once
+        torch.linalg.qr(torch.eye(2, device=device))
+
+    def work(batch: Sequence[T]) -> list[V]:
+        updates = [read(item) for item in batch]
+        if device.type != "cpu":
+            square_together([update for several in updates for update in several])
+        return [compute(item, several) for item, several in zip(batch, updates, strict=True)]
+
+    def results() -> Generator[V, None, None]:
+        for alone, run in groupby(items, key=lambda item: kind(item) is None):
+            if alone:
+                yield from (compute(item, read(item)) for item in run)
+            else:
+                yield from _shared_out(list(run), kind, work, device, count)
+
+    with closing(results()) as arriving:  # also where an error ends it: torch's threads are put back now, not later
+        return [next(arriving) for _ in track(list(items))]
+
+
+def _shared_out(
+    items: Sequence[T],
+    kind: Callable[[T], Hashable | None],
+    work: Callable[[Sequence[T]], list[V]],
+    device: torch.device,
+    workers: int,
+) -> Iterator[V]:
+    batches = _batches([kind(item) for item in items], 1 if device.type == "cpu" else BATCH)
+    done: dict[int, V] = {}
+    with _one_thread(min(workers, len(batches))) as run:
+        outcomes = run(lambda places: work([items[place] for place in places]), batches)
+        arriving = zip(batches, outcomes, strict=True)
+        for place in range(len(items)):
+            while place not in done:
+                places, found = next(arriving)
+                done.update(zip(places, found, strict=True))
+            yield done.pop(place)
+
+
+def _batches(kinds: Sequence[Hashable], size: int) -> list[list[int]]:
+    """Places of at most ``size`` items of one kind, in the order of their first."""
+    alike: dict[Hashable, list[int]] = defaultdict(list)
+    for place, kind in enumerate(kinds):
+        alike[kind].append(place)
+    return sorted(places[i : i + size] for places in alike.values() for i in range(0, len(places), size))
+
+
+@contextmanager
+def _one_thread(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A ``map`` over this many threads, in which torch uses one thread; its setting is put back afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ExitStack() as stack:
+            if workers == 1:
+                yield map
+                return
+            # OpenMP and MKL keep a setting for each thread: every new one is told.
+            pool = stack.enter_context(ThreadPoolExecutor(workers, "rankscope", torch.set_num_threads, (1,)))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            yield pool.map
+    finally:
+        torch.set_num_threads(before)
