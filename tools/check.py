@@ -19,7 +19,8 @@ STEPS = {
     "lint": [sys.executable, "-m", "ruff", "check", "."],
     "format": [sys.executable, "-m", "ruff", "format", "--check", "."],
     "types": [sys.executable, "-m", "mypy"],
-    "tests": [sys.executable, "-m", "pytest"],
+    # A file of tests is one process's: what its fixtures train, they train once.
+    "tests": [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile"],
 }
 
 
@@ -29,7 +30,7 @@ def main() -> int:
     if unknown:
         print(f"no step {unknown[0]!r}; there are {', '.join(STEPS)}")
         return 2
-    # Test problems are small: two threads on two cores make them slower, and PEFT's import much slower.
+    # Test problems are small: a second thread makes them slower, and a second process does not.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     for name in chosen:
         began = time.monotonic()
