@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--growth", default="8,16,32,64,128,256", help="ranks, at a quarter of the layers; none: ''")
+    parser.add_argument("--growth-only", action="store_true", help="nothing but the growth")
     parser.add_argument("--no-peft", action="store_true", help="leave PEFT's route out (minutes)")
     parser.add_argument("--alone", metavar="FOLDER", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -66,6 +67,10 @@ def report(arguments: argparse.Namespace, home: Path) -> None:
     layers, rank = arguments.layers or model.layers, arguments.rank
     workers = worker_count(arguments.workers, device)
     print(f"{machine(device)}; {device}, torch {torch.__version__}, {workers} workers")
+    ranks = [int(r) for r in arguments.growth.split(",") if r]
+    if arguments.growth_only:
+        growth(arguments, home, ranks, max(1, layers // 4), layers)
+        return
     size = write_adapter(home / "a", model, rank, layers)
     write_adapter(home / "b", model, rank, layers, seed=1)
     shapes = [shape for shape in model.shapes().values() for _ in range(layers)]
@@ -104,31 +109,35 @@ def report(arguments: argparse.Namespace, home: Path) -> None:
     if not arguments.no_peft:
         peft = peft_route(model, rank, layers)
         print(f"PEFT's route, extrapolated from one matrix of each shape: {peft:.0f} s, {peft / one:.0f} x")
-    ranks = [int(r) for r in arguments.growth.split(",") if r]
     if ranks:
-        growth(arguments, home, ranks, max(1, layers // 4), layers, rate)
+        growth(arguments, home, ranks, max(1, layers // 4), layers)
 
 
-def growth(args: argparse.Namespace, home: Path, ranks: list[int], few: int, layers: int, rate: float) -> None:
-    """Time against r and against the number of layers, with the exponents of power laws through the points."""
+def growth(args: argparse.Namespace, home: Path, ranks: list[int], few: int, layers: int) -> None:
+    """Processor time against r and against the number of layers, with the exponents of power laws through them."""
     model, device = MODELS[args.model], torch.device(args.device)
 
     def measured(rank: int, number: int) -> float:
         folder = home / f"{rank}-{number}"
         write_adapter(folder, model, rank, number)
-        return least(lambda: spectrum(folder, device=device, workers=args.workers), device, args.repeats)
+        seconds = []
+        for _ in range(args.repeats):
+            began = time.process_time()
+            spectrum(folder, device=device, workers=args.workers)
+            seconds.append(time.process_time() - began)
+        return min(seconds)
 
-    print(f"\ngrowth in r, {few} layers")
+    print(f"\nprocessor time against r, {few} layers")
     times = {rank: measured(rank, few) for rank in ranks}
     for rank, seconds in times.items():
-        floor = spectrum_flops([s for s in model.shapes().values() for _ in range(few)], rank) / rate
-        print(f"  r = {rank:4d}: {seconds:8.4f} s, {seconds / floor:6.2f} x floor")
+        flops = spectrum_flops([s for s in model.shapes().values() for _ in range(few)], rank)
+        print(f"  r = {rank:4d}: {seconds:8.4f} s, {flops / seconds / 1e9:6.1f} Gflop/s of the floor's operations")
     for part in (ranks, [r for r in ranks if r >= 32]):
         if len(part) > 1:
             print(f"  time ~ r^{exponent({r: times[r] for r in part}):.2f} for r = {part[0]} … {part[-1]}")
     numbers = sorted({max(1, layers // n) for n in (8, 4, 2, 1)})
     counts = {number: measured(args.rank, number) for number in numbers}
-    print(f"growth in layers, r = {args.rank}: " + ", ".join(f"{n}: {t:.3f} s" for n, t in counts.items()))
+    print(f"against layers, r = {args.rank}: " + ", ".join(f"{n}: {t:.3f} s" for n, t in counts.items()))
     if len(counts) > 1:
         print(f"  time ~ layers^{exponent(counts):.2f}")
 
