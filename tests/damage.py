@@ -14,14 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 from adapters import PREFIX, linear, normal, write_adapter, write_checkpoint, write_shards
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankscope.analysis.comparison import compare
+from rankscope.analysis.inspection import inspect
 from rankscope.analysis.spectra import spectrum
 from rankscope.errors import RankscopeError
 from rankscope.formats.store import write_updates
 from rankscope.surgery.algebra import average, merge_adapters, subtract
+from rankscope.surgery.convert import Target, convert
 from rankscope.surgery.extract import extract
 from rankscope.surgery.merge import merge, unmerge
 from rankscope.surgery.resize import resize
@@ -94,6 +97,32 @@ def _make_adapters(home: Path) -> None:
     old = write_adapter(home / "old", factors)
     (old / "adapter_model.safetensors").unlink()
     torch.save(factors, old / "adapter_model.bin")
+    _make_files(home)
+
+
+def _make_files(home: Path) -> None:
+    """Adapters as other tools write them: one file each."""
+    A, B, q = normal(2, 6), normal(6, 2, seed=1), "lora_unet_model_h_0_q"
+    plain = {f"{q}.lora_down.weight": A, f"{q}.lora_up.weight": B, f"{q}.alpha": torch.tensor(3.0)}
+    scale = {f"{q}.dora_scale": normal(6, 1, seed=2).abs()}
+    conv = {"lora_unet_conv.lora_down.weight": normal(2, 3, 3, 3), "lora_unet_conv.lora_up.weight": normal(5, 2, 1, 1)}
+    _make_file(home, "kohya", {**plain, **scale, **conv}, ss_network_dim="2", ss_network_alpha="3")
+    k = "lora_unet_model_h_0_k"
+    shapes = {"w1_a": (6, 2), "w1_b": (2, 6), "w2_a": (6, 2), "w2_b": (2, 6)}
+    lycoris = {f"{q}.hada_{name}": normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    lycoris |= {f"{k}.lokr_w1": normal(2, 2), f"{k}.lokr_w2_a": normal(3, 2), f"{k}.lokr_w2_b": normal(2, 3)}
+    lycoris |= {f"{name}.alpha": torch.tensor(3.0) for name in (q, k)}
+    _make_file(home, "lycoris", {**lycoris, "lora_unet_norm.w_norm": normal(6)})
+    settings = {"transformer.lora_alpha": 4, "transformer.r": 2, "transformer.alpha_pattern": {"model.h.0.q": 2}}
+    named = {"transformer.model.h.0.q.lora_A.weight": A, "transformer.model.h.0.q.lora_B.weight": B}
+    _make_file(home, "diffusers", named, lora_adapter_metadata=json.dumps(settings))
+    merged = {"c_attn.lora_A": normal(6, 4), "c_attn.lora_B": normal(6, 2)}
+    _make_file(home, "loralib", {**merged, "model.h.0.q.lora_A": A, "model.h.0.q.lora_B": B})
+
+
+def _make_file(home: Path, name: str, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    (home / name).mkdir()
+    save_file({key: value.contiguous() for key, value in tensors.items()}, home / name / "lora.safetensors", metadata)
 
 
 def read(*sources: str) -> Act:
@@ -101,7 +130,41 @@ def read(*sources: str) -> Act:
     return Act(sources, lambda home, out: spectrum(*(home / name for name in sources)).to_json(), writes=False)
 
 
+def read_file(name: str) -> Act:
+    """Spectra of a file of another tool, with its base."""
+    return Act(
+        (name, "base"),
+        lambda home, out: spectrum(home / name / "lora.safetensors", home / "base", alpha=2).to_json(),
+        writes=False,
+    )
+
+
+def look(name: str) -> Act:
+    """What a path holds."""
+    return Act((name,), lambda home, out: inspect(home / name, alpha=2).to_json(), writes=False)
+
+
+def turn(name: str, to: Target) -> Act:
+    """A file of another tool, or a PEFT folder, in another format."""
+    return Act((name, "base"), lambda home, out: convert(home / name, to, out, alpha=2, base=home / "base"))
+
+
+OTHERS = ("kohya", "lycoris", "diffusers", "loralib")
+WRITTEN = ("a", "dora", "old", "tuned", "shards", "pickled", "updates")
+
 ACTS: dict[str, Act] = {
+    **{f"read {name}": read_file(name) for name in OTHERS},
+    **{
+        f"inspect {name}": look(name) for name in (*OTHERS, "a", "dora", "old", "tuned", "shards", "pickled", "updates")
+    },
+    **{f"convert {name} to peft": turn(name, "peft") for name in OTHERS},
+    **{f"convert {name} to kohya": turn(name, "kohya") for name in ("plain", "dora", "diffusers")},
+    **{f"convert {name} to diffusers": turn(name, "diffusers") for name in ("plain", "kohya")},
+    "compare tools": Act(
+        ("plain", "kohya"),
+        lambda home, out: compare(home / "plain", home / "kohya" / "lora.safetensors").to_json(),
+        writes=False,
+    ),
     **{f"read {name}": read(name, "base") for name in ("a", "b", "dora", "pissa", "old", "tuned", "updates")},
     "read without base": read("a"),
     "read shards": read("tuned", "shards"),
@@ -242,12 +305,15 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 def write_tensors_of(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """The same file with other tensors."""
     plain = {name: value.contiguous().clone() for name, value in tensors.items()}
-    update = path.name == "update.safetensors"
+    told = None
+    if path.suffix != ".bin":
+        with safe_open(path, "pt") as file:
+            told = file.metadata()
     path.unlink()
     if path.suffix == ".bin":
         torch.save(plain, path)
     else:
-        save_file(plain, path, {"rankscope": "update"} if update else None)
+        save_file(plain, path, told)
 
 
 def _spoil(path: Path, rng: random.Random) -> str:
@@ -314,7 +380,7 @@ def spoiled(tensor: Tensor) -> dict[str, Tensor | None]:
         "longer": torch.cat((tensor, tensor[-1:])) if tensor.ndim else tensor[None],
         "another dimension": tensor[None],
         "a number": torch.tensor(1.0),
-        "empty": tensor[:0],
+        "empty": tensor.reshape(-1)[:0],
         "complex": torch.ones(tensor.shape, dtype=torch.complex64),
         "integers": torch.ones(tensor.shape, dtype=torch.int64),
         "NaN": torch.full(tensor.shape, float("nan")),
