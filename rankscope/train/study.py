@@ -298,7 +298,7 @@ def versions() -> dict[str, str]:
     """Versions of what computes the numbers."""
     return {
         "rankscope": rankscope.__version__,
-        "torch": torch.__version__.split("+")[0],
+        "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
