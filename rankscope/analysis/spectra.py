@@ -134,6 +134,7 @@ def spectrum(
     track: Track = iter,
     alpha: float | None = None,
     workers: int | None = None,
+    initial: str | os.PathLike[str] | None = None,
 ) -> SpectrumResult:
     """Singular values and effective ranks of every layer.
 
@@ -148,13 +149,14 @@ def spectrum(
         alpha: α of a path's layers where the file has none.
         workers: threads that layers with thin factors are shared out over, each of which computes with one; None
             takes as many as torch would use. The result is the same to the bit.
+        initial: the adapter before training, where its initialisation moved the base (PiSSA and others).
 
     Raises:
         RankscopeError: nothing to read, nothing that fits ``layers``, or a layer that holds NaN or infinity.
     """
     if top is not None and top < 1:
         raise ConfigError(f"top = {top}: keep at least one singular value")
-    opened = Source.of(source, base, device, alpha=alpha)
+    opened = Source.of(source, base, device, alpha=alpha, initial=initial)
     names = select(opened.names(), layers, opened.label)
 
     def one(name: str, updates: Sequence[Update]) -> LayerSpectrum:
