@@ -99,12 +99,18 @@ class MatrixResult(Result, frozen=True, eq=False, kw_only=True, dict=True):
         """(n − 1): of each join, whether at least half of the pairs that it brings together overlap beyond chance, on
         one side or the other."""
         least = np.fmin.reduce([side.p for side in self.sides.values()])
+        return tuple(bool(np.median(least[np.ix_(*both)]) < SIGNIFICANT) for both in self.joined)
+
+    @property
+    def joined(self) -> list[tuple[list[int], list[int]]]:
+        """The sources on both sides of each join, ascending."""
         members = [[leaf] for leaf in range(len(self.titles))]
         found = []
-        for one, other in self.joins[:, :2].astype(int):
-            found.append(bool(np.median(least[np.ix_(members[one], members[other])]) < SIGNIFICANT))
-            members.append(members[one] + members[other])
-        return tuple(found)
+        for a, b in self.joins[:, :2].astype(int):
+            one, other = sorted((members[a], members[b]))
+            found.append((one, other))
+            members.append(sorted(one + other))
+        return found
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -278,7 +284,7 @@ def _layer(name: str, parts: Sequence[_Part], of: Of) -> _Layer:
     widths = [next(iter(part.columns.values())).shape[1] for part in parts]
     starts: Places = np.cumsum([0, *widths[:-1]])
     products = {side: _products([part.columns[side] for part in parts]) for side in SIDES[of]}
-    k = np.array([part.k for part in parts])
+    k: Places = np.array([part.k for part in parts])
     norms = np.array([part.norm for part in parts])
     smaller = np.minimum.outer(k, k).astype(float)
     overlap: dict[Side, Array] = {side: _overlaps(product, starts, k) for side, product in products.items()}
@@ -313,7 +319,7 @@ def _block_sums(matrix: Array, starts: Places) -> Array:
     return sums
 
 
-def _overlaps(product: Array, starts: Array, k: Places) -> Array:
+def _overlaps(product: Array, starts: Places, k: Places) -> Array:
     """φ(k, k) of all pairs, k the smaller number of directions of the two; symmetric, 1 on the diagonal."""
     squared = product**2
     position = np.arange(len(product)) - np.repeat(starts, np.diff([*starts, len(product)]))

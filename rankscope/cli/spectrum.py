@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from rankscope.cli.common import (
+    initial_option,
     number,
     one_format,
     output_options,
@@ -40,6 +42,7 @@ NOISE = {"noise k90": "k90", "MP": "mp_count", "GD": "gd_count"}
 @click.command()
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @reading_options
+@initial_option
 @click.option("--top", type=click.IntRange(min=1), metavar="K", help="Keep K singular values of each layer.")
 @workers_option
 @output_options
@@ -49,6 +52,7 @@ def command(
     alpha: float | None,
     layers: tuple[str, ...],
     device: str,
+    initial: tuple[str, ...],
     top: int | None,
     workers: int | None,
     as_json: bool,
@@ -76,9 +80,11 @@ def command(
 
     one_format(as_json, as_csv)
     places, several = expand(paths)
+    if len(initial) > len(places):
+        raise click.UsageError(f"{len(initial)} times --initial, and {len(places)} sources")
     results = [
-        spectrum(place, base, layers or None, top, device, tracker(quiet, Path(place).name), alpha, workers)
-        for place in places
+        spectrum(place, base, layers or None, top, device, tracker(quiet, Path(place).name), alpha, workers, start)
+        for place, start in zip_longest(places, initial)
     ]
     for result in results:
         prefix = f"{result.title}: " if len(results) > 1 else ""
