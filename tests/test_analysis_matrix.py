@@ -205,6 +205,12 @@ def test_fused_projections_are_compared_by_their_blocks() -> None:
     assert turned.cosine[0, 1] == pytest.approx(result.cosine[1, 2], abs=1e-12)
     whole = compare_all([first, last, fused(parts[1])])
     assert whole.layers == ("attn.qkv_proj",)
+    extra = {"o": parts[0]["q"]}
+    unsplit = compare_all([{"attn.query_key_value": first["attn.qkv_proj"], **extra}, split | extra, split | extra])
+    assert unsplit.layers == ("o",)
+    assert [(one.name, "alternate head by head" in one.reason) for one in unsplit.skipped] == [
+        ("attn.query_key_value", True)
+    ]
 
 
 def test_renaming_goes_to_every_source_that_it_fits() -> None:
