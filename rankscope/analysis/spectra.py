@@ -181,7 +181,10 @@ def spectrum(
     def one(name: str, updates: Sequence[Update]) -> LayerSpectrum:
         return _layer(opened, name, updates[0], top, sketch)
 
-    spectra = spread(names, opened.kind_of, lambda name: [opened.read(name)], one, opened.device, workers, track)
+    def read(name: str) -> Sequence[Update]:
+        return [opened.read(name)]
+
+    spectra = spread(names, opened.kind_of, read, one, opened.device, workers, track, opened.ahead)
     found = tuple(spectra)
     notes = (*opened.notes, *_zero_note(found), *_sketch_note(found))
     return SpectrumResult(
