@@ -2,6 +2,7 @@
 
 python benchmarks/full.py matrix --shape 2048x2048       all σ, mergekit-extract-lora's way, --sketch, torch.svd_lowrank
 python benchmarks/full.py memory PAIR --sketch 64        PAIR as benchmarks/shapes.py --full writes it
+python benchmarks/full.py intruders --shape 2048x2048    with and without the base's decomposition on disk
 
 ``matrix``: mergekit-extract-lora decomposes the difference of two weights by ``torch.linalg.svd(delta.float(),
 full_matrices=False)`` and keeps the first r directions; its time here is that of this call. Times are processor time of
@@ -17,18 +18,22 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from shapes import weight
+from shapes import down, up, weight
 
+from rankscope.analysis.bases import Bases
+from rankscope.analysis.intruders import Intruders, intruders
 from rankscope.analysis.rates import machine
 from rankscope.analysis.spectra import spectrum
 from rankscope.formats.store import open as open_store
 from rankscope.linalg import dense_singular_values, leading
 from rankscope.train.costs import peak_memory, reset_peak_memory
+from rankscope.updates import LowRank
 
 CPU = torch.device("cpu")
 
@@ -69,6 +74,43 @@ def matrix(arguments: argparse.Namespace) -> None:
         print(f"  residuals of the sketch: largest {(found.residuals / found.svd.s[0]).max():.1e} of the first value")
 
 
+def intruder_dimensions(arguments: argparse.Namespace) -> None:
+    """Of an adapter of rank 64: two dense SVDs in float32, as the paper's code does; ours the first time and after."""
+    torch.set_num_threads(1)
+    print(f"{machine(CPU)}; torch {torch.__version__}, one thread, top 10")
+    for text in arguments.shape:
+        out, into = map(int, text.split("x"))
+        before = (
+            weight((out, into), 1, False) * torch.arange(1, into + 1) ** -0.3
+        )  # σ fall as those of a trained weight
+        update = LowRank(up((out, into), 64, 1), down((out, into), 64, 2), 2.0)
+        tuned = before + update.dense()
+        with tempfile.TemporaryDirectory() as folder:
+
+            def dense() -> None:
+                old, new = (torch.linalg.svd(matrix, full_matrices=False)[0] for matrix in (before, tuned))  # noqa: B023
+                (old.T @ new[:, :10]).abs().amax(0)
+
+            def ours(bases: Bases) -> Intruders:
+                return intruders(update, before.double(), bases.svd(before))  # noqa: B023
+
+            kept = Bases(Path(folder))
+            first = least(lambda: ours(kept), 1)  # noqa: B023
+            read = least(lambda: ours(kept), arguments.repeats)  # noqa: B023
+            base = kept.svd(before)
+            held = least(lambda: intruders(update, before.double(), base), arguments.repeats)  # noqa: B023
+            size = kept.size[1]
+        two = least(dense, 1)
+        print(f"\n{out} x {into}, entry of {size / 1e6:.0f} MB")
+        for name, seconds in (
+            ("two dense SVDs", two),
+            ("first time", first),
+            ("base read from the cache", read),
+            ("base in memory", held),
+        ):
+            print(f"  {name:26} {seconds:8.3f} s   {two / seconds:7.1f} x")
+
+
 def memory(arguments: argparse.Namespace) -> None:
     store = open_store(arguments.pair / "tuned", arguments.pair / "base")
     shapes = [store.info(name).shape for name in store]
@@ -98,7 +140,7 @@ def alone(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["matrix", "memory", "alone"])
+    parser.add_argument("what", choices=["matrix", "memory", "intruders", "alone"])
     parser.add_argument("pair", type=Path, nargs="?")
     parser.add_argument("--shape", action="append", help="OUTxIN, repeatable [2048x2048]")
     parser.add_argument("--sketch", type=int)
@@ -106,7 +148,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     arguments.shape = arguments.shape or ["2048x2048"]
-    {"matrix": matrix, "memory": memory, "alone": alone}[arguments.what](arguments)
+    {"matrix": matrix, "memory": memory, "intruders": intruder_dimensions, "alone": alone}[arguments.what](arguments)
 
 
 if __name__ == "__main__":

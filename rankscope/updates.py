@@ -27,8 +27,8 @@ from rankscope.linalg import (
     working_dtype,
 )
 
-BLOCK = 2**22
-"""Entries of two weights that are subtracted at a time."""
+BLOCK = 2**20
+"""Entries of a matrix that are subtracted, or squared in float64, at a time."""
 LARGEST_ENTRY = 1e140
 """Squared and summed over a matrix, the entries of a product must still be float64 numbers."""
 
@@ -328,7 +328,10 @@ class Dense(Update):
 
     @property
     def energy(self) -> float:
-        return float(torch.linalg.vector_norm(self.matrix, dtype=working_dtype(self.device)) ** 2)
+        # In blocks, as torch makes a float64 copy of what it takes the norm of.
+        working, step = working_dtype(self.device), block_rows(self.shape[1])
+        norms = [torch.linalg.vector_norm(rows, dtype=working) for rows in self.matrix.split(step)]  # type: ignore[no-untyped-call]
+        return float(torch.stack(norms).square().sum())
 
     def singular_values(self) -> Tensor:
         return dense_singular_values(self.matrix)
