@@ -72,6 +72,11 @@ class Source:
         """Where the files lie; None for a mapping."""
         return self.updates.path if isinstance(self.updates, Store) else None
 
+    @property
+    def ahead(self) -> bool:
+        """Whether another thread may read the next update: a mapping may make its own, and not be made for that."""
+        return isinstance(self.updates, Store)
+
     def names(self) -> list[str]:
         return sorted(self.updates, key=natural_key)
 
