@@ -1,6 +1,7 @@
 """LoRA adapters of the shapes that people train: every linear layer of Llama 3, 8B and 70B, in PEFT's layout.
 
 python benchmarks/shapes.py OUT --model 8b --rank 64
+python benchmarks/shapes.py OUT --model 8b --full --layers 4      OUT/base and OUT/tuned, sharded checkpoints
 
 A as it is initialised (uniform) and moved; B with directions whose strength falls by a power law, mixed over all
 columns as training mixes them: normalised, the columns of B have a condition number of about 20 at rank 64. All is
@@ -17,11 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rankscope.formats.files import TensorInfo
+from rankscope.formats.files import TensorInfo, write_json
 from rankscope.formats.peft_keys import factor_keys
 from rankscope.formats.peft_write import write_folder
-from rankscope.formats.streaming import Pending
+from rankscope.formats.streaming import Pending, write_streamed
 
+FULL_RANK = 128  # directions of a full update that stand out of its noise
 FALL = 0.7  # strength of the l-th direction of B: l^-FALL
 
 
@@ -80,6 +82,44 @@ def write_adapter(
     return sum(pending.size for pending in tensors.values())
 
 
+def write_checkpoints(
+    folder: Path, model: Model, layers: int | None = None, dtype: torch.dtype = torch.bfloat16, shard_layers: int = 1
+) -> int:
+    """Write ``base`` and ``tuned``, full checkpoints in shards of ``shard_layers`` layers; returns the bytes of one.
+
+    The tuned weight is the base plus a hundredth of it in ``FULL_RANK`` directions of falling strength and a thousandth
+    of it in noise. One tensor is in memory at a time.
+    """
+    size = 0
+    for name, moved in (("base", False), ("tuned", True)):
+        weight_map, number = {}, 0
+        for first in range(0, layers or model.layers, shard_layers):
+            tensors: dict[str, Pending] = {}
+            for layer in range(first, min(first + shard_layers, layers or model.layers)):
+                for key, shape in model.shapes().items():
+                    number += 1
+                    read = lambda a=(shape, number, moved): weight(*a).to(dtype)  # noqa: E731
+                    tensors[f"model.layers.{layer}.{key}.weight"] = Pending(TensorInfo(shape, dtype), read)
+            file = f"model-{first:05d}.safetensors"
+            write_streamed(folder / name / file, tensors)
+            weight_map.update(dict.fromkeys(tensors, file))
+            size += 0 if moved else sum(pending.size for pending in tensors.values())
+        write_json(folder / name / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    return size
+
+
+def weight(shape: tuple[int, int], seed: int, moved: bool) -> Tensor:
+    """A weight (out, in), before or after fine-tuning."""
+    source = torch.Generator().manual_seed(seed)
+    start = torch.randn(shape, generator=source).div_(math.sqrt(shape[1]))
+    if not moved:
+        return start
+    strength = torch.arange(1, FULL_RANK + 1) ** -FALL
+    left = torch.randn(shape[0], FULL_RANK, generator=source) * strength
+    start.addmm_(left, torch.randn(FULL_RANK, shape[1], generator=source), alpha=1e-2 / math.sqrt(shape[1]))
+    return start.add_(torch.randn(shape, generator=source), alpha=1e-3 / math.sqrt(shape[1]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -87,7 +127,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--layers", type=int, help="only so many [all]")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full", action="store_true", help="a checkpoint and its base instead of an adapter")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of --full")
     arguments = parser.parse_args()
+    if arguments.full:
+        model, dtype = MODELS[arguments.model], getattr(torch, arguments.dtype)
+        size = write_checkpoints(arguments.out, model, arguments.layers, dtype)
+        print(f"{arguments.out}: two checkpoints of {size / 1e6:.0f} MB")
+        return
     size = write_adapter(arguments.out, MODELS[arguments.model], arguments.rank, arguments.layers, arguments.seed)
     print(f"{arguments.out}: {size / 1e6:.0f} MB")
 

@@ -1,7 +1,7 @@
 """Tests the low-intrinsic-rank hypothesis of LoRA: train at many ranks, measure what rank was used, compare.
 
-The verbs of the command line are functions: ``spectrum``, ``compare``, and ``run_study`` for ``train`` (whose
-name is the subpackage's). Everything is loaded when first used.
+The verbs of the command line are functions: ``spectrum``, ``compare`` (``compare_all`` for more than two), and
+``run_study`` for ``train`` (whose name is the subpackage's). Everything is loaded when first used.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankscope.analysis.comparison import CompareResult as CompareResult
     from rankscope.analysis.comparison import compare as compare
+    from rankscope.analysis.matrix import MatrixResult as MatrixResult
+    from rankscope.analysis.matrix import compare_all as compare_all
     from rankscope.analysis.spectra import SpectrumResult as SpectrumResult
     from rankscope.analysis.spectra import spectrum as spectrum
     from rankscope.errors import RankscopeError as RankscopeError
@@ -35,6 +37,7 @@ _HOME = {
     "CompareResult": "analysis.comparison",
     "Dense": "updates",
     "LowRank": "updates",
+    "MatrixResult": "analysis.matrix",
     "RankCallback": "train.callback",
     "RankscopeError": "errors",
     "Spectrum": "spectra",
@@ -43,6 +46,7 @@ _HOME = {
     "StudyConfig": "train.config",
     "Subspace": "subspace",
     "compare": "analysis.comparison",
+    "compare_all": "analysis.matrix",
     "open": "formats.store",
     "run_study": "train.study",
     "spectrum": "analysis.spectra",

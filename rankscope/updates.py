@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,8 @@ from rankscope.linalg import (
     working_dtype,
 )
 
+BLOCK = 2**20
+"""Entries of a matrix that are subtracted, or squared in float64, at a time."""
 LARGEST_ENTRY = 1e140
 """Squared and summed over a matrix, the entries of a product must still be float64 numbers."""
 
@@ -291,10 +293,26 @@ class Dense(Update):
         """
         if tuned.shape != base.shape:
             raise ShapeError(f"the tuned weight {tuple(tuned.shape)} and the base {tuple(base.shape)} differ in shape")
-        rounding = 0.0
-        if torch.finfo(tuned.dtype).eps > torch.finfo(torch.float32).eps:
-            rounding = math.sqrt(float(ulp(tuned, tuned.dtype).to(working_dtype(tuned.device)).square().mean()) / 12)
-        return cls(tuned.float() - base.float(), tuned.dtype, rounding)
+        if tuned.ndim != 2 or 0 in tuned.shape:
+            return cls(tuned.float() - base.float(), tuned.dtype)
+        step = block_rows(tuned.shape[1])
+        parts = ((tuned[at : at + step], base[at : at + step]) for at in range(0, len(tuned), step))
+        return cls.from_blocks(parts, (tuned.shape[0], tuned.shape[1]), tuned.device)
+
+    @classmethod
+    def from_blocks(cls, parts: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, int], device: torch.device) -> Dense:
+        """``difference`` from blocks of rows (tuned, base) that follow each other and make up ``shape``.
+
+        Memory beside the result: a few blocks.
+        """
+        matrix, squares, start, stored = torch.empty(shape, device=device), 0.0, 0, torch.float32
+        for tuned, base in parts:
+            tuned, base, stored = tuned.to(device), base.to(device), tuned.dtype
+            torch.sub(tuned.float(), base.float(), out=matrix[start : start + len(tuned)])
+            start += len(tuned)
+            if torch.finfo(stored).eps > torch.finfo(torch.float32).eps:
+                squares += float(ulp(tuned, stored).to(working_dtype(device)).square().sum())
+        return cls(matrix, stored, math.sqrt(squares / (12 * matrix.numel())))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -310,7 +328,10 @@ class Dense(Update):
 
     @property
     def energy(self) -> float:
-        return float(torch.linalg.vector_norm(self.matrix, dtype=working_dtype(self.device)) ** 2)
+        # In blocks, as torch makes a float64 copy of what it takes the norm of.
+        working, step = working_dtype(self.device), block_rows(self.shape[1])
+        norms = [torch.linalg.vector_norm(rows, dtype=working) for rows in self.matrix.split(step)]  # type: ignore[no-untyped-call]
+        return float(torch.stack(norms).square().sum())
 
     def singular_values(self) -> Tensor:
         return dense_singular_values(self.matrix)
@@ -337,6 +358,11 @@ class Dense(Update):
 
     def __repr__(self) -> str:
         return f"Dense({self.shape[0]} × {self.shape[1]}, stored as {str(self.stored).removeprefix('torch.')})"
+
+
+def block_rows(columns: int) -> int:
+    """Rows of a matrix that are read and subtracted at a time."""
+    return max(1, BLOCK // columns)
 
 
 def square_together(updates: Sequence[Update]) -> None:

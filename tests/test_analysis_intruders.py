@@ -50,11 +50,12 @@ def new_direction(weight: torch.Tensor, base: SVD, sigma: float) -> LowRank:
     return LowRank(u[:, None] * sigma, v[None].double())
 
 
-@pytest.mark.parametrize("route", ["gram", "krylov", "dense"])
+@pytest.mark.parametrize("route", ["basis", "gram", "krylov", "dense"])
 @pytest.mark.parametrize("shape", [(60, 44), (44, 60), (50, 50)], ids=str)
 @pytest.mark.parametrize("name", MAKERS)
 def test_against_two_dense_svds(name: str, shape: tuple[int, int], route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way to the top directions, every kind of update, wide and tall."""
+    monkeypatch.setattr(module, "BASIS_UP_TO", 1 / 4 if route == "basis" else 0)
     monkeypatch.setattr(module, "GRAM_UP_TO", 1000 if route == "gram" else 0)
     monkeypatch.setattr(module, "MOST_COLUMNS", 0 if route == "dense" else 400)
     update, weight = MAKERS[name].make(*shape, 4) * 0.2, weight_of(*shape)
@@ -174,7 +175,19 @@ def test_krylov_says_when_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert block_krylov(lambda x: tuned @ x, lambda y: tuned.T @ y, normal(200, 10, seed=1), 5) is None
 
 
+@pytest.mark.parametrize("shape", [(60, 44), (44, 60), (50, 50)], ids=str)
+def test_thin_factors_are_laid_into_the_old_basis(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the weight, also where they leave its span; and as exact as float64 is."""
+    monkeypatch.setattr(module, "_against_basis", lambda *_: pytest.fail("the basis was not used"))
+    weight = weight_of(*shape)
+    update = LowRank(normal(shape[0], 3), normal(3, shape[1], seed=1), 0.3)
+    check(intruders(update, weight, dense_svd(weight), 6), by_definition(update, weight, 6), 1e-9)
+    thick = LowRank(normal(shape[0], 13), normal(13, shape[1], seed=1), 0.3)
+    assert module._in_basis(thick, dense_svd(weight), 6) is None
+
+
 def test_krylov_multiplies_no_factors_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BASIS_UP_TO", 0)
     monkeypatch.setattr(module, "GRAM_UP_TO", 0)
     monkeypatch.setattr(LowRank, "dense", lambda _: pytest.fail("dense() was called"))
     weight = weight_of(120, 90)

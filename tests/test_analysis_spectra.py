@@ -280,3 +280,43 @@ def test_titles_tell_runs_apart() -> None:
     assert title("study/runs/lora-r8-s0/adapter") == "lora-r8-s0"
     assert title("study/runs/full-s0/update.safetensors") == "full-s0"
     assert title("some/adapters/mine") == "mine"
+
+
+def decaying(shape: tuple[int, int], power: float, seed: int = 0) -> Dense:
+    return planted_dense(shape, [(i + 1.0) ** -power for i in range(min(shape))], seed=seed)
+
+
+def test_a_sketch_gives_bounds_and_says_so() -> None:
+    layers = {
+        "a": decaying((660, 650), 1.2),
+        "b": decaying((640, 700), 0.3, seed=4),
+        "small": decaying((40, 30), 1.0),
+        "thin": planted((660, 650), SIGMA, seed=8),
+    }
+    whole, rough = spectrum(layers), spectrum(layers, sketch=8)
+    for name in ("small", "thin"):  # cheaper whole
+        assert rough[name] == whole[name]
+    for name in ("a", "b"):
+        layer, exact = rough[name], whole[name]
+        assert (layer.count, len(layer.singular_values), layer.energy) == (8, 8, exact.energy)
+        assert np.allclose(layer.singular_values, exact.singular_values[:8], rtol=1e-6)
+        assert layer.residuals is not None
+        assert max(layer.residuals) < 1e-3 * layer.singular_values[0]
+        assert layer.bounds is not None
+        for measure, value in exact.measures.items():
+            low, high = layer.interval(measure)
+            assert low * (1 - 1e-5) <= value <= high * (1 + 1e-5)
+            assert exact.interval(measure) == (value, value)
+        assert layer.measures.keys() < exact.measures.keys()
+        assert layer.measures["stable_rank"] == pytest.approx(exact.measures["stable_rank"], rel=5e-4)
+    assert rough.total.energy == whole.total.energy
+    assert rough.total.bounds is not None
+    for measure, (low, high) in rough.total.bounds.items():
+        assert low * (1 - 1e-5) <= whole.total.median[measure] <= high * (1 + 1e-5)
+    assert rough.total.median.keys() < whole.total.median.keys()
+    assert whole.total.bounds is None
+    assert [note for note in rough.notes if note.startswith("2 of 4 layers were sketched")]
+    assert SpectrumResult.from_json(json.loads(json.dumps(rough.to_json(), allow_nan=False))) == rough
+    assert "–" in rough._repr_html_()
+    with pytest.raises(ConfigError, match="sketch = 0"):
+        spectrum(layers, sketch=0)

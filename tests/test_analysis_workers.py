@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -21,8 +22,9 @@ from rankscope.analysis.comparison import compare
 from rankscope.analysis.sources import Source
 from rankscope.analysis.spectra import spectrum
 from rankscope.analysis.workers import spread, worker_count
-from rankscope.errors import ConfigError, NonFiniteError
+from rankscope.errors import ConfigError, FormatError, NonFiniteError
 from rankscope.formats.files import write_json, write_tensors
+from rankscope.formats.store import write_updates
 from rankscope.updates import LowRank, Update
 
 CPU = torch.device("cpu")
@@ -179,3 +181,49 @@ def test_a_comparison_finds_the_chance_of_a_grid_only_when_asked(monkeypatch: py
             assert getattr(cell, name) == pytest.approx(getattr(side, name)[i - 1, j - 1], rel=1e-12)
     assert asked == [300]  # once for all four grids
     assert np.shape(side.p) == (24, 24)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_one_full_matrix_is_read_ahead_and_no_more(length: int) -> None:
+    """Whether the next is read while one is computed, how many live at once, the order, and an error in its turn."""
+    alive: weakref.WeakSet[Update] = weakref.WeakSet()
+    reading, most, seen = {n: threading.Event() for n in range(length)}, [], []
+
+    def read(n: int) -> list[Update]:
+        if n == 4:
+            raise FormatError("the fifth is broken")
+        update = planted_dense((6, 5), [n + 1.0])
+        alive.add(update)
+        reading[n].set()
+        return [update]
+
+    def compute(n: int, updates: Sequence[Update]) -> float:
+        if n + 1 in reading and n + 1 != 4:
+            assert reading[n + 1].wait(10)
+        assert n + 2 not in reading or not reading[n + 2].is_set()
+        most.append(len(alive))
+        seen.append(n)
+        return updates[0].norm
+
+    def ahead() -> list[float]:
+        return spread(range(length), lambda n: None, read, compute, CPU, ahead=True)
+
+    before = torch.get_num_threads()
+    if length == 5:
+        with pytest.raises(FormatError, match="the fifth is broken"):
+            ahead()
+        assert seen == [0, 1, 2, 3]
+    else:
+        assert ahead() == pytest.approx([n + 1.0 for n in range(length)])
+    assert max(most) == min(length, 2)
+    assert torch.get_num_threads() == before
+
+
+def test_only_stores_are_read_ahead(tmp_path: Path) -> None:
+    write_updates(tmp_path / "u.safetensors", {"a": normal(6, 5).float(), "b": normal(5, 6).float()})
+    stored = Source.of(tmp_path / "u.safetensors")
+    assert stored.ahead
+    assert not Source.of(layers(0)).ahead
+    assert [layer.energy for layer in spectrum(tmp_path / "u.safetensors").layers] == [
+        stored.read(name).energy for name in ("a", "b")
+    ]

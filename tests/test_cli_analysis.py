@@ -434,3 +434,29 @@ def test_the_meta_device_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
         main(["spectrum", str(tmp_path / "a"), "--device", "meta"])
     assert ended.value.code == 1
     assert "meta" in capsys.readouterr().err
+
+
+def test_a_sketch_prints_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = normal(700, 660).float()
+    change = normal(700, 660, seed=1).float() * 1e-3 + normal(700, 1, seed=2).float() @ normal(1, 660, seed=3).float()
+    origin = write_checkpoint(tmp_path / "base.safetensors", {"fc.weight": base})
+    tuned = write_checkpoint(tmp_path / "tuned.safetensors", {"fc.weight": base + change})
+    ask = ("spectrum", tuned, "--base", origin, "--sketch", 4)
+    code, out, err = run(capsys, *ask, "--plot", tmp_path / "a.png")
+    assert code == 0
+    header, row, last = (line.split() for line in out.splitlines())
+    assert "1 of 1 layers were sketched" in err
+    assert (tmp_path / "a.png").read_bytes().startswith(MAGIC["png"])
+    low, high = map(float, row[header.index("entropy") - 1].split("–"))  # the cell of r is empty
+    code, out, _ = run(capsys, "spectrum", tuned, "--base", origin, "--json")
+    measures = json.loads(out)["layers"][0]["measures"]
+    assert low <= measures["entropy_rank"] <= high
+    assert float(row[header.index("stable") - 1]) == pytest.approx(measures["stable_rank"], rel=1e-3)
+    assert "–" in " ".join(last)
+    code, out, _ = run(capsys, *ask, "--csv")
+    (cells,) = csv.DictReader(io.StringIO(out))
+    assert cells["entropy_rank"] == ""  # bounds are in --json
+    assert float(cells["stable_rank"]) == pytest.approx(measures["stable_rank"], rel=1e-3)
+    code, _, err = run(capsys, *ask, "--report", tmp_path / "a.html")
+    assert code == 2
+    assert "--sketch leaves some open" in err

@@ -14,7 +14,7 @@ from fake_device import DEVICE, DeviceTensor, waits
 from makers import MAKERS, generator, normal, planted_dense
 from torch import Tensor, nn
 
-from rankscope import subspace, updates
+from rankscope import linalg, subspace, updates
 from rankscope.analysis import pairs
 from rankscope.analysis import workers as analysis_workers
 from rankscope.analysis.comparison import compare
@@ -142,7 +142,7 @@ def test_a_device_without_float64_is_never_asked_for_it(monkeypatch: pytest.Monk
             raise TypeError(f"{op}: the device has no float64")
 
     monkeypatch.setattr(fake_device, "check", refuse)
-    for module in (updates, subspace, pairs):
+    for module in (linalg, updates, subspace, pairs):
         monkeypatch.setattr(module, "working_dtype", lambda device: torch.float32)
     with pytest.raises(TypeError, match="no float64"):
         torch.ones(2).to("fake").double()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,7 +18,10 @@ from makers import frame, normal
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from rankscope.analysis import bases
 from rankscope.analysis.amplification import Amplification
+from rankscope.analysis.bases import Bases
+from rankscope.cli import main
 from rankscope.evidence.material import Material
 from rankscope.evidence.verdict import MissingEvidenceError, Verdict
 from rankscope.evidence.weighing import FULL_R
@@ -58,7 +63,7 @@ class Planted:
     device = "cpu"
 
     def __init__(self, runs: Mapping[tuple[int | None, int], Mapping[str, Update]], edge: Sequence[int] = ()) -> None:
-        self.runs, self.edge, self.decomposed = runs, edge, []
+        self.runs, self.edge, self.decomposed, self.bases = runs, edge, [], Bases()
         self.layers = list(LAYERS)
 
     def _rows(self, full: bool) -> list[Any]:
@@ -231,6 +236,22 @@ def test_a_trained_study_against_numpy(trained: Study) -> None:
     said = verdicts(found)
     assert [one.answer for one in said] == ["undecided"] * 3  # two layers
     assert all("too few layers" in one.sentence for one in said)
+
+
+def test_a_cache_of_the_base_changes_no_number(
+    trained: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = weight(Material(trained))
+    assert weight(Material(trained, cache=tmp_path / "kept")) == plain
+    assert len(list((tmp_path / "kept").iterdir())) == len(Material(trained).layers)
+    monkeypatch.setattr(bases, "dense_svd", lambda _: pytest.fail("decomposed again"))
+    assert weight(Material(trained, cache=tmp_path / "kept")) == plain
+    out = tmp_path / "page"
+    ask = ["report", str(trained.folder), "--lines", "weight", "--cache", str(tmp_path / "kept"), "-o", str(out)]
+    with pytest.raises(SystemExit) as ended:
+        main([*ask, "--device", "cpu"])
+    assert ended.value.code == 0
+    assert re.search(r"keeps 2 decompositions, \d+\.\d MB", capsys.readouterr().err)
 
 
 def test_results_round_trip_and_are_drawn(trained: Study) -> None:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from adapters import linear, normal, write_adapter, write_checkpoint, write_shards
 
+from rankscope import updates
 from rankscope.errors import FormatError, NonFiniteError, ShapeError
 from rankscope.formats import store as formats
 from rankscope.formats.checkpoint import Checkpoint
 from rankscope.formats.files import TensorFile
+from rankscope.linalg import ulp
 from rankscope.updates import Dense
 
 BASE = {
@@ -59,8 +61,9 @@ def test_matrices_and_kernels_are_updates_the_rest_is_listed(tmp_path, base):
 
 def test_opening_reads_headers_and_one_name_reads_one_pair(tmp_path, base, monkeypatch):
     seen = []
-    original = TensorFile.read
-    monkeypatch.setattr(TensorFile, "read", lambda self, name: seen.append(name) or original(self, name))
+    monkeypatch.setattr(TensorFile, "read", lambda self, name: pytest.fail(f"{name} was mapped"))
+    original = TensorFile.rows
+    monkeypatch.setattr(TensorFile, "rows", lambda self, name, a, b: seen.append(name) or original(self, name, a, b))
     store = formats.open(write_checkpoint(tmp_path / "tuned.safetensors", TUNED), base=base)
     assert (store.names(), len(store), store.info("conv").dtype) == (sorted(store, key=len), 3, torch.float32)
     assert seen == []
@@ -392,3 +395,42 @@ def test_several_weight_files_without_an_index(tmp_path, base):
         formats.open(tmp_path / "m", base=base)
     (tmp_path / "m" / "b.safetensors").unlink()
     assert len(formats.open(tmp_path / "m", base=base)) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("entries", [1, 25, 10**6])
+def test_blocks_of_rows_make_the_same_update(tmp_path, monkeypatch, dtype, entries):
+    """Of ordinary weights, convolutions, Conv1D (stored in × out), and a vocabulary that grew."""
+    shapes = {
+        "fc.weight": (13, 9),
+        "conv.weight": (5, 3, 2, 2),
+        "h.0.attn.c_attn.weight": (8, 24),
+        "wte.weight": (11, 8),
+    }
+    base = {name: normal(*shape, seed=i).to(dtype) for i, (name, shape) in enumerate(shapes.items())}
+    tuned = {name: (w.double() + 1e-2 * normal(*w.shape, seed=9)).to(dtype) for name, w in base.items()}
+    tuned["wte.weight"] = torch.cat((tuned["wte.weight"], tuned["wte.weight"][:2]))
+    monkeypatch.setattr(updates, "BLOCK", entries)
+    origin = write_checkpoint(tmp_path / "base.safetensors", base)
+    store = formats.open(write_checkpoint(tmp_path / "tuned.safetensors", tuned), base=origin)
+    assert len(store) == 4
+    for name in store:
+        a, b = tuned[f"{name}.weight"].flatten(1).float(), base[f"{name}.weight"].flatten(1).float()
+        expected = a[: len(b)] - b
+        assert torch.equal(store[name].dense(), expected.T if "c_attn" in name else expected)
+        assert store[name].stored == dtype
+        steps = ulp(tuned[f"{name}.weight"].flatten(1)[: len(b)], dtype).double() if dtype == torch.bfloat16 else 0 * b
+        assert store[name].rounding == pytest.approx(float(steps.double().square().mean() / 12) ** 0.5, rel=1e-12)
+
+
+def test_a_file_that_changes_after_it_was_opened(tmp_path, base):
+    path = write_checkpoint(tmp_path / "tuned.safetensors", TUNED)
+    store = formats.open(path, base=base)
+    store["conv"]
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(FormatError, match="ends within a tensor"):
+        [store[name] for name in store]
+    again = formats.open(write_checkpoint(tmp_path / "other.safetensors", TUNED), base=base)
+    write_checkpoint(tmp_path / "other.safetensors", {"norm.weight": TUNED["norm.weight"]})
+    with pytest.raises(FormatError, match="has changed since it was opened"):
+        again["conv"]

@@ -234,6 +234,75 @@ def test_svd_of_a_matrix_in_both_orientations(shape: tuple[int, int]) -> None:
     assert np.allclose(dense_singular_values(M).numpy(), s.numpy(), rtol=1e-12)
 
 
+def spectrum_like(shape: tuple[int, int], sigma: np.ndarray, seed: int = 0) -> Tensor:
+    """A float32 matrix with these singular values, to float32 rounding of its entries."""
+    U, V = frame(shape[0], len(sigma), seed=seed), frame(shape[1], len(sigma), seed=seed + 1)
+    return (U * torch.from_numpy(sigma) @ V.T).float()
+
+
+def steps(n: int, kind: str) -> np.ndarray:
+    at = np.arange(n)
+    return {
+        "flat": np.ones(n),
+        "decay": 10.0 ** (-8 * at / n),
+        "cliff": np.where(at < 3, 1.0, 1e-7),
+        "pair": np.where(at < 2, [1.0, 1 - 1e-6] + [0] * (n - 2), 1e-3),
+    }[kind]
+
+
+HARD = {
+    **{name: lambda m, n, name=name: spectrum_like((m, n), steps(min(m, n), name)) for name in ("decay", "cliff")},
+    "flat": lambda m, n: spectrum_like((m, n), steps(min(m, n), "flat")),
+    "two near the top": lambda m, n: spectrum_like((m, n), steps(min(m, n), "pair")),
+    "rank one, one sign": lambda m, n: torch.outer(normal(m).abs().float(), normal(n, seed=1).abs().float()),
+    "integers of rank two": lambda m, n: torch.outer(torch.arange(m) % 7, torch.ones(n)).float() + torch.arange(n) % 5,
+    "noise": lambda m, n: normal(m, n).float(),
+    "graded rows": lambda m, n: (normal(m, n) * torch.logspace(0, -30, m, dtype=torch.float64)[:, None]).float(),
+    "zero": torch.zeros,
+}
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-25, 1e25])
+@pytest.mark.parametrize("shape", [(300, 300), (700, 120), (120, 700), (8, 2)])
+@pytest.mark.parametrize("name", HARD)
+def test_squares_in_float64_lose_nothing_that_float32_holds(name: str, shape: tuple[int, int], size: float) -> None:
+    """Against float64 svdvals of the same float32 entries: far inside of what ``Spectrum`` counts as zero."""
+    M = HARD[name](*shape) * size
+    assert linalg.squares(M if shape[0] >= shape[1] else M.T)
+    exact = np.linalg.svd(M.double().numpy(), compute_uv=False)
+    found = dense_singular_values(M).numpy()
+    assert found.shape == exact.shape
+    assert (np.diff(found) <= 0).all()
+    assert (found >= 0).all()
+    counted_as_zero = math.sqrt(max(shape)) * 2.0**-23 * exact[0]
+    assert np.abs(found - exact).max() <= counted_as_zero / 20
+    strong = exact > 1e-3 * exact[0]
+    assert np.allclose(found[strong], exact[strong], rtol=1e-9, atol=0)
+    if name in ("rank one, one sign", "integers of rank two"):  # what is left of the squares is below the cutoff
+        rounding = 1 if name.startswith("rank") else 2
+        assert (found[rounding:] <= counted_as_zero / 5).all()
+
+
+def test_squares_are_taken_where_they_are_sooner_and_float32_is_what_is_there() -> None:
+    def asked(m: int, n: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> bool:
+        return linalg.squares(torch.empty(1, dtype=dtype, device=device).expand(m, n))
+
+    assert asked(3000, 3000)
+    assert not asked(3001, 3001)
+    assert asked(8000, 1000)
+    assert not asked(8001, 1000)
+    assert not asked(100, 100, torch.float64)  # half of its digits would go
+    assert asked(50_000, 4096, device="meta")  # any accelerator with float64
+
+
+def test_blocks_of_rows_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    M = normal(101, 13).float()
+    whole = M.double().T @ M.double()
+    for entries in (1, 13 * 7, 10**6):
+        monkeypatch.setattr(linalg, "GRAM_BLOCK", entries)
+        assert torch.allclose(linalg.squared(M), whole, rtol=1e-14, atol=1e-13)
+
+
 def test_working_precision() -> None:
     assert working_dtype(torch.device("cpu")) == torch.float64
     assert working_dtype(torch.device("mps")) == torch.float32  # which has no float64

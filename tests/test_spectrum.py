@@ -294,7 +294,9 @@ def test_values_that_are_no_spectrum() -> None:
         with pytest.raises(kind):
             Spectrum(np.array(values), 1.0, (2, 2))
     with pytest.raises(NonFiniteError, match="overflow"):
-        Spectrum.of(Dense(torch.full((40, 40), 3e38)))
+        Spectrum(np.array([math.inf, 1.0]), 1.0, (2, 2))
+    # Beyond what float32 can hold, but found in float64.
+    assert Spectrum.of(Dense(torch.full((40, 40), 3e38))).values[0] == pytest.approx(1.2e40, rel=1e-6)
     for bad in (0.0, 1.5):
         with pytest.raises(RankscopeError, match="share"):
             spectrum_of([1.0]).energy_rank(bad)

@@ -8,17 +8,21 @@ import torch
 from makers import MAKERS, float64, frame, normal, planted, planted_dense
 
 from rankscope.errors import ConfigError
+from rankscope.linalg import leading
 from rankscope.noise import noise_edge
 from rankscope.spectra import Spectrum
 from rankscope.structured import Hadamard
 from rankscope.surgery.addition import add
 from rankscope.surgery.truncate import (
+    SLACK,
     AboveNoise,
     Budget,
     Energy,
     Rank,
     SigmaRatio,
+    above_best,
     carried,
+    decomposed,
     distance,
     is_zero,
     kept_share,
@@ -77,7 +81,7 @@ def test_carried_factors_have_the_scale_in_them() -> None:
     np.testing.assert_allclose(float64(after), float64(update), rtol=1e-6)
 
 
-SIGMA = [8.0, 4.0, 2.0, 1.0]
+SIGMA = [8.0, 4.0, 2.0, 1.0]  # shares of energy closer than 1e-6 are one in float32
 
 
 @pytest.mark.parametrize(
@@ -85,8 +89,8 @@ SIGMA = [8.0, 4.0, 2.0, 1.0]
     [
         (Rank(3), 3),
         (Rank(99), 4),
-        (Energy(64 / 85 - 1e-6), 1),
-        (Energy(64 / 85 + 1e-6), 2),
+        (Energy(64 / 85 - 2e-6), 1),
+        (Energy(64 / 85 + 2e-6), 2),
         (Energy(0.98), 3),
         (Energy(1), 4),
         (SigmaRatio(0.26), 2),
@@ -211,3 +215,53 @@ def test_updates_of_every_kind_are_added_in_the_working_precision(name: str, mon
     truth = weight.numpy() + float64(update)
     np.testing.assert_allclose(found.numpy(), truth, rtol=0, atol=1e-13 * np.abs(truth).max())
     assert rounding.norm == pytest.approx(np.linalg.norm(float64(update)), rel=1e-12)
+
+
+LARGE = (700, 640)
+
+
+def falling(kind: str) -> Dense:
+    """A full update whose singular values fall as trained ones do, stop at a few, or are those of noise."""
+    noise = normal(*LARGE, seed=3, dtype=torch.float32)
+    sigma = {"few": [3.0, 2.0, 1.0], "power": 30 / np.arange(1, 101), "noise": [1e-9]}[kind]
+    update = planted(LARGE, sigma, seed=5)
+    share = {"few": 0.0, "power": 1e-3, "noise": 1.0}[kind]
+    return Dense((update.B @ update.A).float() + share * noise)
+
+
+@pytest.mark.parametrize("kind", ["few", "power", "noise"])
+def test_the_top_alone_leaves_hardly_more_than_the_least_error(kind: str) -> None:
+    """Beside a float64 SVD of the whole; the promised bound holds, and is no looser than it says."""
+    update, k = falling(kind), 8
+    s = np.linalg.svd(float64(update), compute_uv=False)
+    found = decomposed(update, k)
+    assert len(found.s) == k
+    np.testing.assert_allclose((found.Vt @ found.Vt.T).numpy(), np.eye(k), atol=1e-12)
+    least, error = np.sqrt((s[k:] ** 2).sum()), distance(update, truncated(found, k, torch.float64))
+    rounding = 1e-6 * s[0]
+    assert error <= least * (1 + SLACK) + rounding
+    bound = above_best(leading(update.matrix, k), update.energy)
+    if kind != "few":  # whose least error is rounding
+        assert error / least - 1 <= bound + 1e-9
+    if kind == "power":
+        assert error / least - 1 < 1e-9
+    spectrum = Spectrum.from_values(update, found.s)
+    assert kept_share(spectrum, k) == pytest.approx((s[:k] ** 2).sum() / (s**2).sum(), abs=1e-3)
+    assert Rank(k).rank(update, spectrum) == (3 if kind == "few" else k)
+
+
+def test_what_the_bound_does_not_promise_is_decomposed_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Krylov space of hardly more columns than are asked for has large residuals, and the bound says so."""
+    update = falling("noise")
+    poor = leading(update.matrix, 8, columns=16)
+    assert above_best(poor, update.energy) > SLACK
+    monkeypatch.setattr("rankscope.surgery.truncate.leading", lambda matrix, k: poor)
+    assert len(decomposed(update, 8).s) == min(LARGE)
+
+
+@pytest.mark.parametrize("k", [None, 600])
+def test_the_whole_svd_where_all_is_wanted(k: int | None) -> None:
+    update = Dense(normal(60, 50))
+    assert len(decomposed(update, k).s) == 50
+    zero = Dense(torch.zeros(LARGE))
+    assert len(decomposed(zero, 8).s) == min(LARGE)

@@ -143,6 +143,7 @@ def compare(
     rename: Renames = (),
     alpha: float | None = None,
     workers: int | None = None,
+    initial: Sequence[str | os.PathLike[str] | None] = (),
 ) -> CompareResult:
     """Overlap, principal angles and distances of two sources of updates, layer by layer.
 
@@ -159,6 +160,8 @@ def compare(
         rename: (from, to): parts of the names in a, and what they are read as.
         alpha: α of a path's layers where the file has none.
         workers: threads that pairs of thin factors are shared out over, as for ``spectrum``.
+        initial: the adapters of a and b before training, for those whose initialisation moved the base (PiSSA and
+            others); None where there is none.
 
     A fused projection (``qkv_proj``, ``c_attn``, …) is compared by its blocks of rows, ``NAME:q`` …, where the other
     side has q, k and v of their own.
@@ -171,7 +174,10 @@ def compare(
     if of not in get_args(Of):
         raise ConfigError(f"of = {of!r}: compare 'update', 'A' or 'B'")
     patterns = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
-    left, right = Source.of(a, base, device, "a", alpha), Source.of(b, base, device, "b", alpha)
+    if len(initial) > 2:
+        raise ConfigError(f"{len(initial)} initial adapters were given for 2 sources")
+    starts = (*initial, None, None)
+    left, right = Source.of(a, base, device, "a", alpha, starts[0]), Source.of(b, base, device, "b", alpha, starts[1])
     matched = match(left, right, rename)
     pairing = _chosen(matched, patterns)
     found, skipped = _compared(matched.a, matched.b, pairing.pairs, top, of, track, workers)
@@ -181,8 +187,8 @@ def compare(
         )
     skipped += matched.skipped
     skipped += [Skipped(one.name, f"in {s}: {one.reason}") for s, x in (("a", left), ("b", right)) for one in x.skipped]
-    initial, unread = _initial(left, right, patterns) if of == "update" else (None, [])
-    summary = _summary(found, initial)
+    before, unread = _initial(left, right, patterns) if of == "update" else (None, [])
+    summary = _summary(found, before)
     return CompareResult(
         a=Compared(path=left.label, kind=left.kind),
         b=Compared(path=right.label, kind=right.kind),
@@ -278,7 +284,7 @@ def _side(layers: Sequence[LayerComparison], side: Literal["left", "right"]) -> 
 def _initial(a: Source, b: Source, patterns: list[str] | None) -> tuple[SideSummary | None, list[str]]:
     """How far the factors A of two runs overlapped before training, None where that is not known; and a note where
     the runs kept them and they cannot be compared."""
-    folders = [_initial_folder(source) for source in (a, b)]
+    folders = [initial_folder(source) for source in (a, b)]
     if folders[0] is None or folders[1] is None:
         return None, []
     try:
@@ -288,7 +294,7 @@ def _initial(a: Source, b: Source, patterns: list[str] | None) -> tuple[SideSumm
     return before.summary.right, []
 
 
-def _initial_folder(source: Source) -> Path | None:
+def initial_folder(source: Source) -> Path | None:
     """Where a run of a study kept its factors at step 0; None for any other adapter, whatever lies beside it."""
     if source.kind != "peft" or source.folder is None or source.folder.name != "adapter":
         return None

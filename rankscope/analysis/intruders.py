@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankscope.analysis.amplification import check_base
 from rankscope.errors import ShapeError
-from rankscope.linalg import SVD, dense_svd, working_dtype
+from rankscope.linalg import SVD, dense_svd, product_svd, working_dtype
 from rankscope.noise import Array
 from rankscope.updates import Dense, Update
 
@@ -26,6 +26,8 @@ INSIDE = 1 / 4
 """The energy of a direction is measured inside the span of this share of the pre-trained directions, the strongest."""
 GRAM_UP_TO = 1024
 """Smaller side up to which all eigenvalues of the Gram matrix are faster than a Krylov space."""
+BASIS_UP_TO = 1 / 4
+"""Rank of an update, of the smaller side, up to which it is laid into the weight's own basis."""
 TOLERANCE = 1e-9
 """Largest residual ‖Tᵀu − σv‖/σ₁ of a direction that the Krylov space is trusted with."""
 MOST_COLUMNS = 400
@@ -88,12 +90,10 @@ def intruders(update: Update, weight: Tensor, base: SVD, k: int = TOP) -> Intrud
         raise ShapeError(f"the weight {tuple(weight.shape)} and its update {update.shape} differ in shape")
     if k < 1:
         raise ShapeError(f"look at one direction at least, not {k}")
-    working = working_dtype(weight.device)
-    weight = weight.to(working)
-    U, s = _top(update, weight, base, min(k, *update.shape))
-    squared = (base.U.T.to(working) @ U).square().cpu().double().numpy()
-    # ‖W + ΔW‖² without forming the sum.
-    energy = float(weight.square().sum()) + 2 * update.inner(Dense(weight)) + update.energy
+    k = min(k, *update.shape)
+    top, energy = _in_basis(update, base, k) or _against_basis(update, weight, base, k)
+    coordinates, s = _not_rounding(top, update.shape)
+    squared = coordinates.square().cpu().double().numpy()
     n, out = squared.shape[0], update.shape[0]
     strong = max(1, round(INSIDE * n))
     directions = tuple(
@@ -124,16 +124,64 @@ def random_cosine(d: int, n: int) -> float:
     return min(largest / (math.sqrt(2) * math.exp(gammaln((d + 1) / 2) - gammaln(d / 2))), 1.0)
 
 
-def _top(update: Update, weight: Tensor, base: SVD, k: int) -> tuple[Tensor, Tensor]:
-    """The top k left singular vectors (out, k) and values (k,) of weight + update; fewer where the rest is rounding."""
+Top = tuple[Tensor, Tensor]
+"""Left singular vectors, or their coordinates, as columns; singular values."""
+
+
+def _not_rounding(top: Top, shape: tuple[int, int]) -> Top:
+    """Without the directions that are rounding beside the strongest."""
+    U, s = top
+    if not s[0] > 0:
+        raise ShapeError(f"the tuned weight {shape} is zero and has no directions")
+    kept = int((s > s[0] * 1e-6).sum())  # squares lose half of the digits, and a margin
+    return U[:, :kept], s[:kept]
+
+
+def _against_basis(update: Update, weight: Tensor, base: SVD, k: int) -> tuple[Top, float]:
+    """Coordinates (n, k) in the old left directions of the new top k, with their values; ‖W + ΔW‖²_F."""
+    weight = weight.to(working_dtype(weight.device))
     if min(update.shape) <= GRAM_UP_TO:
         U, s = _by_gram(weight + update.dense().to(weight.dtype), k)
     else:
         U, s = _by_krylov(update, weight, base, k)
-    if not s[0] > 0:
-        raise ShapeError(f"the tuned weight {update.shape} is zero and has no directions")
-    kept = int((s > s[0] * 1e-6).sum())  # squares lose half of the digits, and a margin
-    return U[:, :kept], s[:kept]
+    # Without forming the sum.
+    energy = float(weight.square().sum()) + 2 * update.inner(Dense(weight)) + update.energy
+    return (base.U.T.to(weight.dtype) @ U, s), energy
+
+
+def _in_basis(update: Update, base: SVD, k: int) -> tuple[Top, float] | None:
+    """As ``_against_basis``, for thin factors, in the old directions themselves: there W is diag(s), ΔW is PQᵀ.
+
+    P = U₀ᵀB and Q = V₀ᵀAᵀ cost one product each; every step after that costs n·r. Where the basis does not fill its
+    space, the part of the factors outside is appended. None where the update is not thin.
+    """
+    thin, n = update.product, len(base.s)
+    if thin is None or thin.nominal_rank > BASIS_UP_TO * n:
+        return None
+    working = working_dtype(base.U.device)
+    s = base.s.to(working)[:, None]
+    P, Q = _coordinates(base.U.to(working), thin.left), _coordinates(base.Vt.T.to(working), thin.right.T)
+
+    def through(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        y = left @ (right.T @ x)
+        y[:n] += s * x[:n]
+        return y
+
+    old = torch.eye(len(Q), min(2 * k, n), dtype=working, device=Q.device)
+    start = torch.cat((old, product_svd(P, Q.T).Vt[: 2 * k].T), dim=1)
+    found = block_krylov(lambda x: through(x, P, Q), lambda y: through(y, Q, P), start, k)
+    if found is None:
+        found = _by_gram(through(torch.eye(len(Q), dtype=working, device=Q.device), P, Q), k)
+    both = float((s * (P[:n] * Q[:n])).sum())
+    return (found[0][:n], found[1]), float(s.square().sum()) + 2 * both + update.energy
+
+
+def _coordinates(basis: Tensor, columns: Tensor) -> Tensor:
+    """Of columns (d, r) in a basis (d, n), with those in directions of their own below where n < d."""
+    inside = basis.T @ columns
+    if basis.shape[1] == basis.shape[0]:
+        return inside
+    return torch.cat((inside, torch.linalg.qr(columns - basis @ inside, mode="r")[1]))
 
 
 def _by_gram(tuned: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,7 @@ def match(a: Source, b: Source, rename: Renames = ()) -> Matched:
         ConfigError: a renaming that fits no name, or makes two names one.
         RankscopeError: no layer in common.
     """
-    a = _renamed(a, list(rename))
+    a = renamed(a, list(rename))
     names_a, names_b = a.names(), b.names()
     pairing = pair(names_a, names_b)
     matched = _with_fused(a, b, pairing)
@@ -88,7 +88,12 @@ def match(a: Source, b: Source, rename: Renames = ()) -> Matched:
     return matched
 
 
-def _renamed(source: Source, rename: Sequence[tuple[str, str]]) -> Source:
+def renamed(source: Source, rename: Sequence[tuple[str, str]]) -> Source:
+    """The source with parts of its names read as others.
+
+    Raises:
+        ConfigError: a renaming that fits no name, or makes two names one.
+    """
     if not rename:
         return source
     names = {name: name for name in source.names()}
@@ -134,7 +139,7 @@ def _with_fused(a: Source, b: Source, pairing: Pairing) -> Matched:
         [name for name in pairing.only_a if name not in used_a],
         [name for name in pairing.only_b if name not in used_b],
     )
-    return Matched(_blocked(a, blocks_a), _blocked(b, blocks_b), left, skipped)
+    return Matched(blocked(a, blocks_a), blocked(b, blocks_b), left, skipped)
 
 
 class _NoBlocksError(RankscopeError):
@@ -228,7 +233,8 @@ def _shape(source: Source, name: str) -> tuple[int, int]:
     return source.updates.info(name).shape if isinstance(source.updates, Store) else source.updates[name].shape
 
 
-def _blocked(source: Source, blocks: Mapping[str, Place]) -> Source:
+def blocked(source: Source, blocks: Mapping[str, Place]) -> Source:
+    """The source with blocks of its fused projections as further layers."""
     if not blocks:
         return source
     return replace(source, updates=View(source, {name: Place(name) for name in source.names()} | dict(blocks)))

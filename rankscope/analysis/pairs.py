@@ -159,10 +159,8 @@ def compare_layers(name: str, name_b: str, a: Update, b: Update, top: int | None
     check_same_shape(a, b)
     shape, ranks = a.shape, (a.nominal_rank, b.nominal_rank)
     a, b = matrix_of(a, of), matrix_of(b, of)
-    one, two = _Decomposed.of(a, top), _Decomposed.of(b, top)
-    norms = math.sqrt(one.spectrum.energy), math.sqrt(two.spectrum.energy)
-    if min(norms) ** 2 < SMALLEST_ENERGY:
-        raise ShapeError(f"it is too small to compare: a norm of {min(norms):.3g} loses digits when it is squared")
+    one, two = Decomposed.of(a, top), Decomposed.of(b, top)
+    norms = one.norm, two.norm
     products = {side: one.coordinates(two, side) for side in SIDES[of]}
     compared = {side: one.against(two, side, product) for side, product in products.items()}
     inner = _inner(one, two, products) if of == "update" else None
@@ -183,7 +181,7 @@ def compare_layers(name: str, name_b: str, a: Update, b: Update, top: int | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Decomposed:
+class Decomposed:
     """An update with its SVD, and the directions of each side that are compared."""
 
     update: Update
@@ -192,30 +190,44 @@ class _Decomposed:
     sides: dict[Side, Subspace]
 
     @classmethod
-    def of(cls, update: Update, top: int | None) -> _Decomposed:
+    def of(cls, update: Update, top: int | None) -> Decomposed:
+        """Taken apart, with the top directions, at most ``MOST_DIRECTIONS`` of a full update where ``top`` is None.
+
+        Raises:
+            ShapeError: it has no direction (zero, or rounding alone), or is too small to be squared.
+        """
         svd = update.factored_svd()
         spectrum = Spectrum.from_values(update, svd.s)
         left, right = Subspace.of_svd(svd, spectrum, _directions(update, top))
+        if spectrum.energy < SMALLEST_ENERGY:
+            norm = math.sqrt(spectrum.energy)
+            raise ShapeError(f"it is too small to compare: a norm of {norm:.3g} loses digits when it is squared")
         return cls(update, svd, spectrum, {"left": left, "right": right})
 
     @property
+    def norm(self) -> float:
+        """‖·‖_F."""
+        return math.sqrt(self.spectrum.energy)
+
+    @property
     def thin(self) -> bool:
+        """Whether it is a product, all of whose directions are known."""
         return isinstance(self.update, LowRank)
 
-    def coordinates(self, other: _Decomposed, side: Side) -> Tensor:
+    def coordinates(self, other: Decomposed, side: Side) -> Tensor:
         """UᵀU' (or VᵀV'), on the host: of all directions between products, else of those that are compared."""
         if not (self.thin and other.thin):
             return cosines(self.sides[side], other.sides[side])
         mine, others = ((svd.U if side == "left" else svd.V) for svd in (self.svd, other.svd))
         return mine.coordinates(others).cpu()
 
-    def against(self, other: _Decomposed, side: Side, product: Tensor) -> SideComparison:
+    def against(self, other: Decomposed, side: Side, product: Tensor) -> SideComparison:
         """One side of both, from ``coordinates``."""
         a, b = self.sides[side], other.sides[side]
         return SideComparison.of(a, b, product[: a.k, : b.k])
 
 
-def _inner(a: _Decomposed, b: _Decomposed, products: Mapping[Side, Tensor]) -> float:
+def _inner(a: Decomposed, b: Decomposed, products: Mapping[Side, Tensor]) -> float:
     """⟨a, b⟩; of two products Σ_ij σ_i·σ'_j·(UᵀU')_ij·(VᵀV')_ij, from what their overlaps are made of."""
     if not (a.thin and b.thin):
         return a.update.inner(b.update)

@@ -42,17 +42,20 @@ class Source:
         device: torch.device | str = "cpu",
         label: str = "updates",
         alpha: float | None = None,
+        initial: str | os.PathLike[str] | None = None,
     ) -> Source:
         """Open a path, or take what is open already (``base`` and ``alpha`` then have no say); reads no tensor.
 
         Raises:
             FormatError: the path holds nothing that is known.
-            ConfigError: the device cannot be used.
+            ConfigError: the device cannot be used, or ``initial`` for what is no path to a LoRA adapter.
         """
         if isinstance(readable, str | os.PathLike):
             label = str(readable)
-            readable = open_store(readable, base, device, alpha=alpha)
+            readable = open_store(readable, base, device, initial, alpha)
             return cls._of_store(readable, readable.device, label)
+        if initial is not None:
+            raise ConfigError(f"an initial adapter ({initial}) is taken with the path of an adapter only")
         place = usable_device(device)
         if isinstance(readable, Store):
             return cls._of_store(readable, place, str(readable.path))
@@ -68,6 +71,11 @@ class Source:
     def folder(self) -> Path | None:
         """Where the files lie; None for a mapping."""
         return self.updates.path if isinstance(self.updates, Store) else None
+
+    @property
+    def ahead(self) -> bool:
+        """Whether another thread may read the next update: a mapping may make its own, and not be made for that."""
+        return isinstance(self.updates, Store)
 
     def names(self) -> list[str]:
         return sorted(self.updates, key=natural_key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import msgspec
@@ -17,6 +17,7 @@ from rankscope.analysis.workers import spread
 from rankscope.errors import ConfigError, located
 from rankscope.formats.interface import Skipped
 from rankscope.result import Result
+from rankscope.sketch import AGREE, Interval, agreed, sketched
 from rankscope.spectra import (
     MEASURES,
     RoundingFloor,
@@ -41,7 +42,9 @@ class LayerSpectrum(msgspec.Struct, frozen=True, kw_only=True):
     ``singular_values``: largest first, perhaps cut, of ``count`` that can differ from zero; the measures are of
     all. ``noise``, for full updates only: the same measures of a noise matrix of this shape, the edge that the
     median σ suggests and the counts above it (None where the median is zero). ``rounding_floor``: what storing in
-    half precision can have added (see ``rankscope.spectra.RoundingFloor``).
+    half precision can have added (see ``rankscope.spectra.RoundingFloor``). ``bounds`` and ``residuals``, for sketched
+    layers only: lower and upper bound of every measure, of which ``measures`` has those whose bounds agree, and how far
+    each singular value is from its equation, ‖Mᵀu − σv‖ (see ``rankscope.sketch.Sketch``).
     """
 
     name: str
@@ -55,6 +58,12 @@ class LayerSpectrum(msgspec.Struct, frozen=True, kw_only=True):
     measures: Measures
     noise: dict[str, float | int | None] | None
     rounding_floor: RoundingFloor | None
+    bounds: dict[str, Interval] | None = None
+    residuals: tuple[float, ...] | None = None
+
+    def interval(self, measure: str) -> Interval:
+        """Its bounds, equal where it is known."""
+        return self.bounds[measure] if self.bounds else (self.measures[measure],) * 2
 
     @property
     def norm(self) -> float:
@@ -70,7 +79,8 @@ class LayerSpectrum(msgspec.Struct, frozen=True, kw_only=True):
 class Total(msgspec.Struct, frozen=True, kw_only=True):
     """All layers together. ``zero`` layers have not changed at all and count in neither average.
 
-    ``median``: of each measure over layers. ``weighted_mean``: over layers by their energy.
+    ``median``: of each measure over layers. ``weighted_mean``: over layers by their energy. Where layers were sketched
+    these have what is known to four digits, and ``bounds`` lower and upper bound of every median.
     """
 
     layers: int
@@ -79,6 +89,7 @@ class Total(msgspec.Struct, frozen=True, kw_only=True):
     norm: float
     median: dict[str, float]
     weighted_mean: dict[str, float]
+    bounds: dict[str, Interval] | None = None
 
 
 class SpectrumResult(Result, frozen=True, kw_only=True):
@@ -110,7 +121,8 @@ class SpectrumResult(Result, frozen=True, kw_only=True):
         return short_name(self.path)
 
     def __repr__(self) -> str:
-        ranks = ", ".join(f"{name} {self.total.median[name]:.4g}" for name in ("stable_rank", "entropy_rank", "k90"))
+        known = [name for name in ("stable_rank", "entropy_rank", "k90") if name in self.total.median]
+        ranks = ", ".join(f"{name} {self.total.median[name]:.4g}" for name in known)
         return f"SpectrumResult({self.title!r}: {len(self.layers)} layers, median {ranks}, norm {self.total.norm:.4g})"
 
     def _repr_html_(self) -> str:
@@ -120,7 +132,11 @@ class SpectrumResult(Result, frozen=True, kw_only=True):
 
 def _html_row(layer: LayerSpectrum) -> list[str]:
     noise = layer.noise or {}
-    cells = [f"{layer.measures[m]:.4g}" + (f" (noise {noise[m]:.4g})" if m in noise else "") for m in SHOWN]
+    cells = [
+        " – ".join(dict.fromkeys(f"{end:.4g}" for end in layer.interval(m)))
+        + (f" (noise {noise[m]:.4g})" if m in noise else "")
+        for m in SHOWN
+    ]
     shape = f"{layer.shape[0]} × {layer.shape[1]}"
     return [layer.name, shape, str(layer.nominal_rank or ""), *cells, f"{layer.norm:.4g}"]
 
@@ -134,6 +150,8 @@ def spectrum(
     track: Track = iter,
     alpha: float | None = None,
     workers: int | None = None,
+    sketch: int | None = None,
+    initial: str | os.PathLike[str] | None = None,
 ) -> SpectrumResult:
     """Singular values and effective ranks of every layer.
 
@@ -148,30 +166,40 @@ def spectrum(
         alpha: α of a path's layers where the file has none.
         workers: threads that layers with thin factors are shared out over, each of which computes with one; None
             takes as many as torch would use. The result is the same to the bit.
+        sketch: of full updates, find only so many singular values, where that costs well below all of them; measures
+            that the rest could change are given as bounds (``rankscope.sketch``).
+        initial: the adapter before training, where its initialisation moved the base (PiSSA and others).
 
     Raises:
         RankscopeError: nothing to read, nothing that fits ``layers``, or a layer that holds NaN or infinity.
     """
+    if sketch is not None and sketch < 1:
+        raise ConfigError(f"sketch = {sketch}: find at least one singular value")
     if top is not None and top < 1:
         raise ConfigError(f"top = {top}: keep at least one singular value")
-    opened = Source.of(source, base, device, alpha=alpha)
+    opened = Source.of(source, base, device, alpha=alpha, initial=initial)
     names = select(opened.names(), layers, opened.label)
 
     def one(name: str, updates: Sequence[Update]) -> LayerSpectrum:
-        return _layer(opened, name, updates[0], top)
+        return _layer(opened, name, updates[0], top, sketch)
 
-    spectra = spread(names, opened.kind_of, lambda name: [opened.read(name)], one, opened.device, workers, track)
+    def read(name: str) -> Sequence[Update]:
+        return [opened.read(name)]
+
+    spectra = spread(names, opened.kind_of, read, one, opened.device, workers, track, opened.ahead)
     found = tuple(spectra)
-    notes = (*opened.notes, *_zero_note(found))
+    notes = (*opened.notes, *_zero_note(found), *_sketch_note(found))
     return SpectrumResult(
         path=opened.label, kind=opened.kind, layers=found, total=_total(found), skipped=opened.skipped, notes=notes
     )
 
 
-def _layer(source: Source, name: str, update: Update, top: int | None) -> LayerSpectrum:
+def _layer(source: Source, name: str, update: Update, top: int | None, sketch: int | None) -> LayerSpectrum:
     info = source.info(name)
     with located(source.where(name)):
-        found = Spectrum.of(update)
+        rough = sketched(update, sketch) if sketch else None
+        found = rough.top if rough else Spectrum.of(update)
+        bounds = rough.bounds() if rough else None
     return LayerSpectrum(
         name=name,
         shape=found.shape,
@@ -181,10 +209,30 @@ def _layer(source: Source, name: str, update: Update, top: int | None) -> LayerS
         energy=found.energy,
         singular_values=tuple(found.values[:top].tolist()),
         count=len(found.values),
-        measures=found.measures(),
+        measures=_agreed(bounds) if bounds else found.measures(),
         noise=_noise(update, found),
-        rounding_floor=rounding_floor(found),
+        rounding_floor=rough.floor() if rough else rounding_floor(found),
+        bounds=bounds,
+        residuals=tuple(rough.residuals[:top].tolist()) if rough else None,
     )
+
+
+def _agreed(bounds: Mapping[str, Interval]) -> Measures:
+    """The measures whose bounds are one number."""
+    return {name: value for name, ends in bounds.items() if (value := agreed(name, *ends)) is not None}
+
+
+def _sketch_note(layers: Sequence[LayerSpectrum]) -> list[str]:
+    sketched = [layer for layer in layers if layer.residuals]
+    if not sketched:
+        return []
+    worst = max(max(layer.residuals or (0.0,)) / (layer.singular_values[0] or 1.0) for layer in sketched)
+    hidden = sum(layer.dtype in ("bfloat16", "float16") and layer.rounding_floor is None for layer in sketched)
+    floor = f"; in {hidden} of them its end lies above the rounding floor, which is not told" if hidden else ""
+    return [
+        f"{len(sketched)} of {len(layers)} layers were sketched: what the rest of the spectrum could change is given "
+        f"as bounds (largest residual {worst:.1e} of the first singular value){floor}"
+    ]
 
 
 def _noise(update: Update, found: Spectrum) -> dict[str, float | int | None] | None:
@@ -206,14 +254,28 @@ def _total(layers: Sequence[LayerSpectrum]) -> Total:
     changed = [layer for layer in layers if layer.energy > 0]
     energy = math.fsum(layer.energy for layer in layers)
 
-    def mean(name: str) -> float:
-        return math.fsum(layer.measures[name] * (layer.energy / energy) for layer in changed)
+    def mean(name: str, end: int) -> float:
+        return math.fsum(layer.interval(name)[end] * (layer.energy / energy) for layer in changed)
 
+    def median(name: str, end: int) -> float:
+        return float(statistics.median([layer.interval(name)[end] for layer in changed] or [0]))
+
+    medians, means = ({m: (of(m, 0), of(m, 1)) for m in MEASURES} for of in (median, mean))
     return Total(
         layers=len(layers),
         zero=len(layers) - len(changed),
         energy=energy,
         norm=math.sqrt(energy),
-        median={m: float(statistics.median([x.measures[m] for x in changed] or [0])) for m in MEASURES},
-        weighted_mean={name: mean(name) for name in MEASURES},
+        median=_known(medians),
+        weighted_mean=_known(means),
+        bounds=medians if any(layer.bounds for layer in layers) else None,
     )
+
+
+def _known(bounds: Mapping[str, Interval]) -> dict[str, float]:
+    """Where the ends are one number: itself where they are equal, or the mean where they agree to four digits."""
+    return {
+        name: low if low == high else (low + high) / 2
+        for name, (low, high) in bounds.items()
+        if high - low <= AGREE * high
+    }

@@ -28,3 +28,33 @@ def html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]],
     listed = f"<ul>{said}</ul>" if said else ""
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f"<p><b>{html.escape(title)}</b></p>{table}{more}{listed}"
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """Short names that can be told apart: as many last parts of each path as that takes, without what all share.
+
+    Of paths that are equal, the second gets "(2)" and so on.
+    """
+    names = [short_name(path) for path in paths]
+    alike = {name for name in names if names.count(name) > 1}
+    for name in alike:
+        places = [i for i, other in enumerate(names) if other == name]
+        for place, longer in zip(places, _told_apart([paths[i] for i in places]), strict=True):
+            names[place] = longer
+    counts: dict[str, int] = {}
+    for i, name in enumerate(names):
+        counts[name] = counts.get(name, 0) + 1
+        names[i] = name if counts[name] == 1 else f"{name} ({counts[name]})"
+    return names
+
+
+def _told_apart(paths: Sequence[str]) -> list[str]:
+    """The paths without their common beginning and the parts of a run that all end with."""
+    parts = [list(Path(path).absolute().parts[1:]) or [path] for path in paths]
+    while all(len(one) > 1 for one in parts) and len({one[0] for one in parts}) == 1:
+        parts = [one[1:] for one in parts]
+    while (
+        all(len(one) > 1 for one in parts) and len({one[-1] for one in parts}) == 1 and parts[0][-1] in PARTS_OF_A_RUN
+    ):
+        parts = [one[:-1] for one in parts]
+    return ["/".join(one) for one in parts]

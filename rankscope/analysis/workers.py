@@ -2,7 +2,7 @@
 
 A small decomposition gains little from a second thread and loses much where threads outnumber cores. So updates that
 have thin factors go to workers, and every number is the same to the bit however many there are. A full matrix has work
-for all cores and takes much memory: those come one after another.
+for all cores and takes much memory: those come one after another, the next one read meanwhile.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def spread(
     device: torch.device,
     workers: int | None = None,
     track: Track = iter,
+    ahead: bool = False,
 ) -> list[V]:
     """``compute(item, read(item))`` for each item, in order; an error is raised when its turn comes.
 
@@ -55,6 +56,7 @@ def spread(
         kind: what items have in common that may go to a GPU as one batch; None for those that get all cores.
         read: the updates of an item, on the device. Like ``compute``, it is called by several threads at once.
         workers: None takes the default of ``worker_count``.
+        ahead: whether a thread may read the next of those that get all cores while this one is computed.
 
     Raises:
         ConfigError: fewer than one worker.
@@ -71,13 +73,31 @@ def spread(
 
     def results() -> Generator[V, None, None]:
         for alone, run in groupby(items, key=lambda item: kind(item) is None):
-            if alone:
+            if alone and ahead:
+                yield from _read_ahead(list(run), read, compute)
+            elif alone:
                 yield from (compute(item, read(item)) for item in run)
             else:
                 yield from _shared_out(list(run), kind, work, device, count)
 
     with closing(results()) as arriving:  # also where an error ends it: torch's threads are put back now, not later
         return [next(arriving) for _ in track(list(items))]
+
+
+def _read_ahead(
+    items: Sequence[T], read: Callable[[T], Sequence[Update]], compute: Callable[[T, Sequence[Update]], V]
+) -> Iterator[V]:
+    """One after another, with at most the next one in memory besides; its thread leaves the other cores alone."""
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(1, "rankscope-read", torch.set_num_threads, (1,)) as reader:
+        try:
+            coming = [reader.submit(read, items[0])]
+            for place, item in enumerate(items):
+                updates = coming.pop().result()  # what was read is held here alone, not by its future
+                coming += [reader.submit(read, following) for following in items[place + 1 : place + 2]]
+                yield compute(item, updates)
+        finally:
+            torch.set_num_threads(before)
 
 
 def _shared_out(

@@ -64,6 +64,13 @@ reading_options = grouped(
     ),
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to compute: cpu, cuda …"),
 )
+initial_option = click.option(
+    "--initial",
+    multiple=True,
+    metavar="PATH",
+    help="A LoRA adapter as it was before training, where that moved the base (PiSSA and others). Repeatable: for the "
+    "first source, the second …",
+)
 workers_option = click.option(
     "--workers",
     type=click.IntRange(min=1),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from rankscope.cli import matrix
 from rankscope.cli.common import (
     count,
+    initial_option,
     number,
     one_format,
     output_options,
@@ -24,6 +26,7 @@ from rankscope.cli.common import (
     write_plot,
     write_report,
 )
+from rankscope.cli.spectrum import expand
 
 if TYPE_CHECKING:
     from rankscope.analysis.comparison import CompareResult, SideSummary
@@ -34,9 +37,9 @@ DISTANCES = ("projection", "geodesic", "chordal", "fubini_study", "procrustes")
 
 
 @click.command()
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("sources", nargs=-1, metavar="A B [C...]")
 @reading_options
+@initial_option
 @click.option("--top", type=click.IntRange(min=1), metavar="K", help="Compare the top K directions at most.")
 @click.option(
     "--of",
@@ -49,18 +52,19 @@ DISTANCES = ("projection", "geodesic", "chordal", "fubini_study", "procrustes")
     "--rename",
     multiple=True,
     metavar="FROM=TO",
-    help="Read FROM in the names of A as TO; with nothing before =, put TO in front. Repeatable, in this order.",
+    help="Read FROM in the names of A (of three or more sources: of each that has it) as TO; with nothing before =, "
+    "put TO in front. Repeatable, in this order.",
 )
 @click.option("--layer", metavar="NAME", help="The layer that --plot and --report draw [the median].")
 @workers_option
 @output_options
 def command(
-    a: str,
-    b: str,
+    sources: tuple[str, ...],
     base: str | None,
     alpha: float | None,
     layers: tuple[str, ...],
     device: str,
+    initial: tuple[str, ...],
     top: int | None,
     of: Literal["update", "A", "B"],
     rename: tuple[str, ...],
@@ -74,7 +78,7 @@ def command(
     quiet: bool,
     debug: bool,
 ) -> None:
-    """Overlap, angles and distance of two sets of updates.
+    """Overlap, angles and distance of two sets of updates, or of each with each.
 
     A and B are adapters (PEFT, kohya, LyCORIS, diffusers, loralib), runs, or checkpoints (with --base). Layers are
     paired by name, across the conventions of these tools; a fused qkv projection is split where the other side has q,
@@ -87,14 +91,51 @@ def command(
       rankscope compare adapterA adapterB
       rankscope compare adapter lora.safetensors --rename base.=model.
       rankscope compare study/runs/lora-r8-lr0.007-s0 study/runs/full-lr0.002-s0 --plot overlap.png
+      rankscope compare adapters/* --plot alike.png
     """
-    from rankscope.analysis.comparison import compare
-
+    # A study is one path and several sources; of two paths each is what it was.
+    paths = list(sources) if len(sources) in (0, 2) else expand(sources)[0]
+    if len(paths) < 2:
+        raise click.UsageError(f"Missing argument '{'AB'[len(paths)]}'.")
+    if len(initial) > len(paths):
+        raise click.UsageError(f"{len(initial)} times --initial, and {len(paths)} sources")
     one_format(as_json, as_csv)
     if layer and not plot and not report:
         raise click.UsageError("--layer says what --plot and --report draw; give --plot FILE or --report FILE too")
-    renames = [parsed_rename(text) for text in rename]
-    result = compare(a, b, base, layers or None, top, of, device, tracker(quiet, "layers"), renames, alpha, workers)
+    options: dict[str, Any] = {
+        "base": base,
+        "layers": layers or None,
+        "top": top,
+        "of": of,
+        "device": device,
+        "track": tracker(quiet, "layers"),
+        "rename": [parsed_rename(text) for text in rename],
+        "alpha": alpha,
+        "workers": workers,
+        "initial": initial,
+    }
+    if len(paths) == 2:
+        _compare_two(paths, layer, options, as_json, as_csv, plot, report, verbose, quiet)
+    elif layer:
+        raise click.UsageError("--layer says which layer of two sources is drawn; a matrix of several shows them all")
+    else:
+        _compare_all(paths, options, as_json, as_csv, plot, report, verbose, quiet)
+
+
+def _compare_two(
+    paths: Sequence[str],
+    layer: str | None,
+    options: dict[str, Any],
+    as_json: bool,
+    as_csv: bool,
+    plot: str | None,
+    report: str | None,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    from rankscope.analysis.comparison import compare
+
+    result = compare(paths[0], paths[1], **options)
     say(quiet, [*result.notes, *unmatched_lines(result, verbose), *skipped_lines(result.skipped, verbose)])
     # Drawn first: a --layer that is not there is said before the table, not after it.
     if plot:
@@ -111,6 +152,36 @@ def command(
         print_csv(csv_header(), csv_rows(result))
     else:
         print_result(result)
+
+
+def _compare_all(
+    paths: Sequence[str],
+    options: dict[str, Any],
+    as_json: bool,
+    as_csv: bool,
+    plot: str | None,
+    report: str | None,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    from rankscope.analysis.matrix import compare_all
+
+    result = compare_all(paths, **options)
+    say(quiet, [*result.notes, *matrix.alone_lines(result, verbose), *skipped_lines(result.skipped, verbose)])
+    if plot:
+        from rankscope.plots import plot_matrix
+
+        write_plot(lambda: plot_matrix(result), plot, quiet)
+    if report:
+        from rankscope.report.matrix import document
+
+        write_report(lambda said: document(result, said), report, quiet)
+    if as_json:
+        print_json(result.to_json())
+    elif as_csv:
+        print_csv(matrix.csv_header(), matrix.csv_rows(result))
+    else:
+        matrix.print_matrix(result)
 
 
 def parsed_rename(text: str) -> tuple[str, str]:

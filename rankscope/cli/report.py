@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     help="What overlaps across ranks and seeds: ΔW, or the factors A, as the LoRA paper has it, or B.",
 )
 @click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="Where to compute.")
+@click.option(
+    "--cache", metavar="FOLDER", help="Keep the decompositions of the base's weights here; may be deleted [keep none]."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print results.json instead of the table.")
 @click.option("--quiet", is_flag=True, help="No notes and no progress.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -38,6 +41,7 @@ def command(
     lines: str | None,
     of: Literal["update", "A", "B"],
     device: str,
+    cache: str | None,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -56,7 +60,7 @@ def command(
     from rankscope.train.study import Study
 
     wanted = [part.strip() for part in lines.split(",") if part.strip()] if lines else None
-    found = write_report(Study(study), Path(output or study), wanted, of, device, quiet)
+    found = write_report(Study(study), Path(output or study), wanted, of, device, quiet, cache)
     if as_json:
         print_json(found.to_json())
     else:
@@ -70,15 +74,20 @@ def write_report(
     of: Literal["update", "A", "B"] = "update",
     device: str = "auto",
     quiet: bool = False,
+    cache: str | None = None,
 ) -> Hypothesis:
     """Measure, and write page, results and figures."""
+    from rankscope.analysis.bases import Bases
     from rankscope.evidence.hypothesis import hypothesis
     from rankscope.formats.files import write_json
     from rankscope.report.files import write_figures
     from rankscope.report.page import write_page
     from rankscope.report.study import document
 
-    found = hypothesis(study, lines, of, device, tracker(quiet, "evidence"))  # type: ignore[arg-type]
+    found = hypothesis(study, lines, of, device, tracker(quiet, "evidence"), cache)  # type: ignore[arg-type]
+    if cache and not quiet:
+        entries, size = Bases(Path(cache).expanduser()).size
+        click.echo(f"{cache} keeps {entries} decompositions, {size / 1e6:.1f} MB", err=True)
     page = document(found, shlex.join(["rankscope", *sys.argv[1:]]))
     write_json(folder / "results.json", found.to_json())
     write_figures(page, folder / "figures")

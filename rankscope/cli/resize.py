@@ -15,8 +15,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("adapter", metavar="ADAPTER")
+@click.option(
+    "--initial",
+    metavar="PATH",
+    help="The adapter as it was before training, where that moved the base (PiSSA and others).",
+)
 @acts(chooses="always")
-def command(adapter: str, choice: Choice, output: str, options: dict[str, Any]) -> Surgery:
+def command(adapter: str, initial: str | None, choice: Choice, output: str, options: dict[str, Any]) -> Surgery:
     """Shrink an adapter: the same update at lower rank, as close as that rank allows.
 
     ADAPTER is a LoRA adapter in PEFT's layout, or a run of a study. Each layer keeps its largest singular values;
@@ -30,4 +35,4 @@ def command(adapter: str, choice: Choice, output: str, options: dict[str, Any]) 
     """
     from rankscope.surgery.resize import resize
 
-    return resize(adapter, choice, output, **options)
+    return resize(adapter, choice, output, initial=initial, **options)

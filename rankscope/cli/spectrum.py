@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from rankscope.cli.common import (
+    initial_option,
     number,
     one_format,
     output_options,
@@ -40,7 +42,15 @@ NOISE = {"noise k90": "k90", "MP": "mp_count", "GD": "gd_count"}
 @click.command()
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @reading_options
+@initial_option
 @click.option("--top", type=click.IntRange(min=1), metavar="K", help="Keep K singular values of each layer.")
+@click.option(
+    "--sketch",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Of full updates, find only the K largest singular values, where that is faster; what the others could change "
+    "is given as bounds.",
+)
 @workers_option
 @output_options
 def command(
@@ -49,7 +59,9 @@ def command(
     alpha: float | None,
     layers: tuple[str, ...],
     device: str,
+    initial: tuple[str, ...],
     top: int | None,
+    sketch: int | None,
     workers: int | None,
     as_json: bool,
     as_csv: bool,
@@ -65,20 +77,28 @@ def command(
     stands for each of its runs. Updates
     that are no product of thin factors have beside them k90 of a noise matrix of their shape, and how many singular
     values noise does not explain (MP, GD). --json gives one object for one PATH, and {"results": [...]} for several
-    or a study; --top shortens its lists, and the curves of --plot.
+    or a study; --top shortens its lists, and the curves of --plot. --sketch is for checkpoints whose full spectra take
+    too long: the energy stays exact, each value has its residual, and a measure that is not determined reads low–high.
 
     \b
     Examples:
       rankscope spectrum ./adapter
       rankscope spectrum ./tuned --base ./base --layers "*v_proj" --plot spectra.png
+      rankscope spectrum ./tuned --base ./base --sketch 64
     """
     from rankscope.analysis.spectra import spectrum
 
     one_format(as_json, as_csv)
+    if sketch and report:
+        raise click.UsageError("--report shows every measure, and --sketch leaves some open; leave one of them out")
     places, several = expand(paths)
+    if len(initial) > len(places):
+        raise click.UsageError(f"{len(initial)} times --initial, and {len(places)} sources")
     results = [
-        spectrum(place, base, layers or None, top, device, tracker(quiet, Path(place).name), alpha, workers)
-        for place in places
+        spectrum(
+            place, base, layers or None, top, device, tracker(quiet, Path(place).name), alpha, workers, sketch, start
+        )
+        for place, start in zip_longest(places, initial)
     ]
     for result in results:
         prefix = f"{result.title}: " if len(results) > 1 else ""
@@ -147,14 +167,20 @@ def print_results(results: Sequence[SpectrumResult]) -> None:
 
 def _cells(layer: LayerSpectrum, full: bool) -> list[str]:
     shape = f"{layer.shape[0]} × {layer.shape[1]}"
-    measures = [number(layer.measures[name]) for name in COLUMNS.values()]
+    measures = [interval(layer.measures.get(name), layer.interval(name)) for name in COLUMNS.values()]
     noise = [number((layer.noise or {}).get(name)) for name in NOISE.values()] if full else []
     return [layer.name, shape, number(layer.nominal_rank), *measures, *noise, number(layer.norm)]
 
 
 def _last(result: SpectrumResult, full: bool) -> list[str]:
-    measures = [number(result.total.median[name]) for name in COLUMNS.values()]
+    total = result.total
+    measures = [interval(total.median.get(name), (total.bounds or {}).get(name)) for name in COLUMNS.values()]
     return ["median; all", "", "", *measures, *([""] * len(NOISE) if full else []), number(result.total.norm)]
+
+
+def interval(value: float | int | None, bounds: tuple[float, float] | None) -> str:
+    """A measure that is known, or the bounds it lies between."""
+    return number(value) if value is not None or bounds is None else "–".join(number(end) for end in bounds)
 
 
 def csv_header() -> list[str]:
@@ -181,7 +207,7 @@ def csv_rows(result: SpectrumResult) -> Iterator[list[object]]:
             layer.dtype,
             layer.energy,
             layer.norm,
-            *(layer.measures[name] for name in MEASURES),
+            *(layer.measures.get(name) for name in MEASURES),
             *(noise.get(name) for name in (*MEASURES, "mp_edge", "mp_count", "gd_count")),
             *((floor.norm, floor.edge, floor.above) if floor else (None, None, None)),
         ]

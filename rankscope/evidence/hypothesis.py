@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, get_args
 
@@ -72,6 +74,7 @@ def hypothesis(
     of: Of = "update",
     device: str = "cpu",
     track: Track = iter,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Hypothesis:
     """Test the low-intrinsic-rank hypothesis on a study.
 
@@ -80,6 +83,7 @@ def hypothesis(
         of: what the overlap across ranks and seeds is of: "update" is ΔW, "A" the paper's literal form.
         device: where models are evaluated and matrices decomposed.
         track: wraps lists that take long and may show progress.
+        cache: folder that keeps the decompositions of the base's weights for another time; it may be deleted.
 
     Raises:
         ConfigError: an unknown line.
@@ -89,7 +93,7 @@ def hypothesis(
     wanted = LINES if lines is None else tuple(lines)
     if unknown := [line for line in wanted if line not in LINES]:
         raise ConfigError(f"lines: no line of evidence is called {unknown[0]!r}; there are {', '.join(LINES)}")
-    material = Material(study, device, track)
+    material = Material(study, device, track, Path(cache).expanduser() if cache is not None else None)
     if not any(record.run.method != "base" for record in study.done()):
         raise RankscopeError(f"{study.folder}: no run of this study has ended yet; let it go on with rankscope train")
     found: dict[Line, Any] = {}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rankscope.analysis.bases import Bases
 from rankscope.analysis.sources import Track
 from rankscope.errors import RankscopeError
 from rankscope.evidence.verdict import MissingEvidenceError
@@ -31,10 +33,12 @@ class Material:
     Args:
         device: where models are evaluated and matrices decomposed; "auto" is the best there is.
         track: wraps lists that take long and may show progress.
+        cache: folder that keeps the decompositions of the base's weights; None keeps none.
     """
 
-    def __init__(self, study: Study, device: str = "cpu", track: Track = iter) -> None:
+    def __init__(self, study: Study, device: str = "cpu", track: Track = iter, cache: Path | None = None) -> None:
         self.study = study
+        self.bases = Bases(cache)
         self.device = resolve_device(device)
         self.track = track
 

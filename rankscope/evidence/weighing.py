@@ -17,7 +17,7 @@ from rankscope.evidence.material import Material
 from rankscope.formats.interface import Store
 from rankscope.formats.names import kind_of
 from rankscope.inference import holm
-from rankscope.linalg import dense_svd, working_dtype
+from rankscope.linalg import working_dtype
 from rankscope.subspace import Side
 from rankscope.train.results import Row
 
@@ -134,7 +134,7 @@ def measured(
     """
     matrix = material.weight(name)
     matrix = matrix.to(working_dtype(matrix.device))
-    base = dense_svd(matrix)
+    base = material.bases.svd(matrix)
     for group in groups:
         tables, places, new = [], [], []
         wanted = [r for r in FULL_R if r <= min(matrix.shape)] if group.rank is None else [group.rank]

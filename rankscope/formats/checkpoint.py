@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -68,21 +68,31 @@ class Checkpoint:
         """The tensor as stored: (rows, columns, …), stored dtype."""
         return self._files[name].read(name)
 
+    def blocks(self, name: str, rows: int, step: int) -> Iterator[Tensor]:
+        """The first rows as stored, flattened, so many at a time; of a safetensors file they are read, not mapped."""
+        file = self._files[name]
+        whole = None if isinstance(file, TensorFile) else file.read(name)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            part = file.rows(name, start, stop) if isinstance(file, TensorFile) else cast(Tensor, whole)[start:stop]
+            yield part.reshape(len(part), -1)
+
     def matrix_shape(self, name: str) -> tuple[int, int]:
         """(out, in) of ``matrix(name)``, from the header."""
         rows, *rest = self.infos[name].shape or (1,)
         columns = 1
         for size in rest:
             columns *= size
-        return (columns, rows) if self._transposed(name) else (rows, columns)
+        return (columns, rows) if self.transposed(name) else (rows, columns)
 
     def matrix(self, name: str) -> Tensor:
         """The weight as (out, in): Conv1D turned round, convolution kernels flattened; stored dtype."""
         tensor = self.read(name)
         flat = tensor.reshape(tensor.shape[0], -1)
-        return flat.T if self._transposed(name) else flat
+        return flat.T if self.transposed(name) else flat
 
-    def _transposed(self, name: str) -> bool:
+    def transposed(self, name: str) -> bool:
+        """Whether it is stored (in, out)."""
         return bool(self.conv1d) and len(self.infos[name].shape) == 2 and CONV1D_NAME.search(name) is not None
 
 

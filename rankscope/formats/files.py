@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,6 +82,35 @@ class TensorFile:
         with reading(self.path):
             tensor: Tensor = self._file.get_tensor(name)
             return tensor
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor in its stored dtype, read into memory of their own.
+
+        What a mapping has touched is counted as the process's memory until the file is closed; this is not.
+        """
+        info = self.infos[name]
+        tensor = torch.empty(stop - start, *info.shape[1:], dtype=info.dtype)
+        size = tensor[:1].numel() * tensor.element_size()
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
+            file.seek(self._offsets[name] + start * size)
+            buffer = memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
+            while len(buffer):
+                got = file.readinto(buffer)
+                if not got:
+                    raise FormatError("ends within a tensor; copy or download it again")
+                buffer = buffer[got:]
+        return tensor
+
+    @cached_property
+    def _offsets(self) -> dict[str, int]:
+        """Where each tensor begins in the file, in bytes."""
+        with self.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        found = {name: 8 + length + part["data_offsets"][0] for name, part in header.items() if name in self.infos}
+        if found.keys() != self.infos.keys():
+            raise FormatError("has changed since it was opened")
+        return found
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from rankscope.formats.checkpoint import BaseWeights, Checkpoint, not_a_matrix
 from rankscope.formats.files import TensorFile, write_tensors
 from rankscope.formats.interface import Store, UpdateInfo, examples
 from rankscope.formats.names import module_names, pair
-from rankscope.updates import Dense
+from rankscope.updates import Dense, block_rows
 
 VOCABULARY = re.compile(r"embed|wte|wpe|lm_head|shared", re.IGNORECASE)
 TAG = {"rankscope": "update"}  # metadata of a file of updates
@@ -74,9 +74,15 @@ class CheckpointStore(Store):
 
     def _read(self, name: str) -> Dense:
         ours, theirs = self._pairs[name]
-        rows = self._infos[name].shape[0]
-        tuned, base = self._tuned.matrix(ours)[:rows], self._base.matrix(theirs)[:rows]
-        return Dense.difference(tuned.to(self.device), base.to(self.device))
+        shape, turned = self._infos[name].shape, self._tuned.transposed(ours)
+        if turned != self._base.transposed(theirs) or (turned and shape != self._tuned.matrix_shape(ours)):
+            tuned, base = self._tuned.matrix(ours)[: shape[0]], self._base.matrix(theirs)[: shape[0]]
+            return Dense.difference(tuned.to(self.device), base.to(self.device))
+        stored = shape[::-1] if turned else shape
+        step = block_rows(stored[1])
+        parts = zip(self._tuned.blocks(ours, stored[0], step), self._base.blocks(theirs, stored[0], step), strict=True)
+        found = Dense.from_blocks(parts, stored, self.device)
+        return found.T if turned else found
 
     def _read_weight(self, name: str) -> Tensor:
         return self._base.matrix(self._pairs[name][1])[: self._infos[name].shape[0]]
@@ -110,7 +116,7 @@ class UpdateStore(Store):
         self._weights = BaseWeights(base, shapes) if base is not None else None
 
     def _read(self, name: str) -> Dense:
-        return Dense(self._file.read(name).to(self.device))
+        return Dense(self._file.rows(name, 0, self._infos[name].shape[0]).to(self.device))
 
     def _read_weight(self, name: str) -> Tensor | None:
         return self._weights.matrix(name) if self._weights else None

@@ -1,8 +1,17 @@
 """Results as matplotlib figures: object-oriented, no pyplot, no global state."""
 
 from rankscope.plots.figure import check_suffix, save
+from rankscope.plots.matrix import plot_matrix
 from rankscope.plots.overlap import plot_overlap
 from rankscope.plots.performance import PerformancePoint, plot_performance
 from rankscope.plots.spectra import plot_spectra
 
-__all__ = ["PerformancePoint", "check_suffix", "plot_overlap", "plot_performance", "plot_spectra", "save"]
+__all__ = [
+    "PerformancePoint",
+    "check_suffix",
+    "plot_matrix",
+    "plot_overlap",
+    "plot_performance",
+    "plot_spectra",
+    "save",
+]

@@ -111,7 +111,9 @@ def _marks(axes: Axes, result: SpectrumResult, changed: Sequence[LayerSpectrum])
     """Effective ranks along the upper edge, each with a thin line down; at three heights, as they may agree."""
     handles = []
     for height, (measure, marker) in zip((0.97, 0.93, 0.89), MARKS.items(), strict=True):
-        rank = result.total.median[measure]
+        rank = result.total.median.get(measure)
+        if rank is None:  # a sketch leaves it open
+            continue
         noise = [layer.noise[measure] or 0 for layer in changed if layer.noise]
         beside = f" (noise {statistics.median(noise):.3g})" if noise else ""
         label = f"{measure.removesuffix('_rank')} {rank:.3g}{beside}"

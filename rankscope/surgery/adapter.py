@@ -59,14 +59,16 @@ class Adapter:
         source: Readable,
         base: str | os.PathLike[str] | None = None,
         device: torch.device | str = "cpu",
+        initial: str | os.PathLike[str] | None = None,
     ) -> Adapter:
-        """Open an adapter in PEFT's layout (``base`` is needed for DoRA's whole updates only).
+        """Open an adapter in PEFT's layout (``base`` is needed for DoRA's whole updates only; ``initial`` is the
+        adapter before training, where that moved the base and it does not lie beside).
 
         Raises:
             FormatError: not such an adapter, or one that means more than base + scale·B·A where it is attached.
         """
         try:
-            store = source if isinstance(source, Store) else open_store(source, base, device)
+            store = source if isinstance(source, Store) else open_store(source, base, device, initial)
         except NoAlphaError as error:
             raise FormatError(f"{source}: is a loralib file; {TO_PEFT.format(source)} --alpha α") from error
         if isinstance(store, FileStore):
@@ -217,5 +219,6 @@ def _check_start(config: Mapping[str, Any], learned: bool) -> None:
     if isinstance(init, str) and init.lower().startswith(MOVES_BASE) and not learned:
         raise FormatError(
             f"{init} took a start of the adapter's rank off the base weights, so no other adapter fits them; put the "
-            "initial adapter beside it (in a subfolder called initial), or convert it to plain LoRA with PEFT"
+            "initial adapter beside it (in a subfolder called initial), name it with --initial (resize), or convert it "
+            "to plain LoRA with PEFT"
         )

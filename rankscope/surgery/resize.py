@@ -25,6 +25,7 @@ def resize(
     device: torch.device | str = "cpu",
     track: Track = iter,
     command: str | None = None,
+    initial: str | os.PathLike[str] | None = None,
 ) -> Surgery:
     """Write an adapter whose every layer is the best approximation of its rank (Eckart & Young 1936).
 
@@ -39,12 +40,14 @@ def resize(
         device: where the decompositions run.
         track: wraps the list of layers and may show progress.
         command: what the record names as the command line.
+        initial: the adapter before training, where its initialisation moved the base (PiSSA and others); what is
+            written is then plain LoRA for the unmodified base.
 
     Raises:
         RankscopeError: an adapter that cannot be read or changed, a choice it does not allow, or ``out`` is taken.
     """
     with new_folder(out) as folder:
-        source = Adapter.open(adapter, device=device)
+        source = Adapter.open(adapter, device=device, initial=initial)
         layers = [_layer(source, name, dtype) for name in source.names()]
         with located(source.label):
             found = shrink(layers, choice, track)

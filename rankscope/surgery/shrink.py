@@ -18,7 +18,9 @@ from rankscope.surgery.truncate import (
     Budget,
     Choice,
     LayerChoice,
+    Rank,
     carried,
+    decomposed,
     distance,
     gains,
     is_zero,
@@ -109,7 +111,7 @@ def _allotted(layers: Sequence[Layer], choice: Budget, track: Track, zeros: bool
 
 def _one(layer: Layer, choice: Choice | None, rank: int | None) -> tuple[LowRank, LayerChange]:
     update = layer.read()
-    svd = update.svd()
+    svd = decomposed(update, choice.r if isinstance(choice, Rank) else rank)
     spectrum = Spectrum.from_values(update, svd.s)
     if is_zero(update, spectrum):
         return _zero(layer, update)

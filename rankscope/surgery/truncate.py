@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from rankscope.errors import ConfigError
-from rankscope.linalg import SVD, ulp, working_dtype
+from rankscope.linalg import SVD, Leading, leading, ulp, working_dtype, worth_a_sketch
 from rankscope.noise import Array, noise_edge
 from rankscope.spectra import Spectrum, mp_edge
 from rankscope.updates import Dense, LowRank, Update
 
 CHUNK = 1 << 22  # entries of a full matrix that are held in float64 at a time
 
+SLACK = 1e-3
+"""How much more than the least error a cut may leave, relative to that, where the largest σ are found alone."""
 CANCELLED = 8  # multiples of max(out, in)·eps that rounding leaves at most where factors cancel
 
 
@@ -38,7 +40,7 @@ class LayerChoice(Choice):
 
     def rank(self, update: Update, spectrum: Spectrum) -> int:
         """The rank of the truncated update."""
-        return max(1, min(self.count(update, spectrum), spectrum.nonzero))
+        return max(1, min(self.count(update, spectrum), int(np.count_nonzero(spectrum.ratios))))
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,35 @@ def _rounding(factor: Tensor) -> float:
     return noise_edge(math.sqrt(float(spacing.square().mean()) / 12), (factor.shape[0], factor.shape[1]))
 
 
+def decomposed(update: Update, k: int | None) -> SVD:
+    """The SVD, or of a full matrix of which k singular values are kept those alone, where they are found sooner.
+
+    These leave out at most ``SLACK`` more than the least error, in relative terms, by the bound of ``above_best``; a
+    matrix whose singular values lie too close for that bound is decomposed as a whole.
+    """
+    if k is not None and isinstance(update, Dense) and worth_a_sketch(update.shape, k) and update.energy:
+        found = leading(update.matrix, k)
+        if above_best(found, update.energy) <= SLACK:
+            return found.svd
+    return update.svd()
+
+
+def above_best(found: Leading, energy: float) -> float:
+    """A bound on how much larger the error of the cut is than the least, relative to that (0.001: one per mille).
+
+    The squares s² are Ritz values of MᵀM with residuals ρ = s·‖Mᵀu − s·v‖. Each is below its σ² by at most ρ, and by
+    ρ²/gap where the next Ritz value beyond the cut is that far (Parlett 1998, §11.7). So it holds as far as no
+    direction was missed, which a random start makes all but impossible.
+    """
+    s, rho = found.svd.s, found.svd.s * found.residuals
+    beyond = found.further[0].to(s) if len(found.further) else torch.zeros_like(s[0])
+    gap = (s.square() - beyond.square()).clamp(min=torch.finfo(s.dtype).tiny)
+    lost = float(torch.minimum(rho, rho.square() / gap).sum())
+    left = energy - float(s.square().sum())
+    rounding = torch.finfo(torch.float32).eps * energy  # a rest below it is none: the factors are written no finer
+    return lost / max(left, rounding) / 2
+
+
 def truncated(svd: SVD, k: int, dtype: torch.dtype) -> LowRank:
     """The best approximation of rank k (Eckart & Young 1936), √σ on each side, rounded to ``dtype``; scale 1."""
     root = svd.s[:k].sqrt()
@@ -195,6 +226,8 @@ def is_zero(update: Update, spectrum: Spectrum) -> bool:
 
 def kept_share(spectrum: Spectrum, k: int) -> float:
     """Share of the energy in the k largest σ."""
+    if not spectrum.complete:
+        return min(1.0, float((spectrum.values[:k] ** 2).sum()) / spectrum.energy)
     if k >= spectrum.nonzero:
         return 1.0
     return float((spectrum.ratios[:k] ** 2).sum() / (spectrum.ratios**2).sum())

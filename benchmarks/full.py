@@ -1,0 +1,155 @@
+"""Full updates: the time of a matrix, the accuracy of a sketch, the memory of a whole checkpoint pair.
+
+python benchmarks/full.py matrix --shape 2048x2048       all σ, mergekit-extract-lora's way, --sketch, torch.svd_lowrank
+python benchmarks/full.py memory PAIR --sketch 64        PAIR as benchmarks/shapes.py --full writes it
+python benchmarks/full.py intruders --shape 2048x2048    with and without the base's decomposition on disk
+
+``matrix``: mergekit-extract-lora decomposes the difference of two weights by ``torch.linalg.svd(delta.float(),
+full_matrices=False)`` and keeps the first r directions; its time here is that of this call. Times are processor time of
+one thread, which other programs cannot lengthen much; the least of ``--repeats``.
+
+``memory``: ``spectrum`` in a process of its own, which does nothing else. The peak resident set beyond that of torch
+and rankscope is divided by the largest matrix in float32, after the first n layers for growing n: it must not grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from shapes import down, up, weight
+
+from rankscope.analysis.bases import Bases
+from rankscope.analysis.intruders import Intruders, intruders
+from rankscope.analysis.rates import machine
+from rankscope.analysis.spectra import spectrum
+from rankscope.formats.store import open as open_store
+from rankscope.linalg import dense_singular_values, leading
+from rankscope.train.costs import peak_memory, reset_peak_memory
+from rankscope.updates import LowRank
+
+CPU = torch.device("cpu")
+
+
+def least(act: Callable[[], object], repeats: int) -> float:
+    """Processor seconds."""
+    times = []
+    for _ in range(repeats):
+        began = time.process_time()
+        act()
+        times.append(time.process_time() - began)
+    return min(times)
+
+
+def matrix(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    print(f"{machine(CPU)}; torch {torch.__version__}, one thread")
+    for text in arguments.shape:
+        out, into = map(int, text.split("x"))
+        delta = weight((out, into), 1, True) - weight((out, into), 1, False)
+        k = arguments.sketch or 64
+        exact = dense_singular_values(delta)
+        mergekit = least(lambda: torch.linalg.svd(delta, full_matrices=False), 1)  # noqa: B023
+        rows = {
+            "SVD with vectors (mergekit)": mergekit,
+            "torch svdvals, float32": least(lambda: torch.linalg.svdvals(delta), arguments.repeats),  # noqa: B023
+            "rankscope, all σ": least(lambda: dense_singular_values(delta), arguments.repeats),  # noqa: B023
+            f"rankscope, sketch {k}": least(lambda: leading(delta, k), arguments.repeats),  # noqa: B023
+            f"torch.svd_lowrank {k} + 8": least(lambda: torch.svd_lowrank(delta, k + 8), arguments.repeats),  # noqa: B023
+        }
+        print(f"\n{out} x {into}")
+        for name, seconds in rows.items():
+            print(f"  {name:32} {seconds:8.3f} s   {mergekit / seconds:6.1f} x")
+        found, lowrank = leading(delta, k), torch.svd_lowrank(delta, k + 8)[1][:k]
+        for name, s in (("sketch", found.svd.s), ("svd_lowrank", lowrank)):
+            off = (exact[:k] - s).abs() / exact[:k]
+            print(f"  {name}: relative error of the top {k}: largest {off.max():.1e}, median {off.median():.1e}")
+        print(f"  residuals of the sketch: largest {(found.residuals / found.svd.s[0]).max():.1e} of the first value")
+
+
+def intruder_dimensions(arguments: argparse.Namespace) -> None:
+    """Of an adapter of rank 64: two dense SVDs in float32, as the paper's code does; ours the first time and after."""
+    torch.set_num_threads(1)
+    print(f"{machine(CPU)}; torch {torch.__version__}, one thread, top 10")
+    for text in arguments.shape:
+        out, into = map(int, text.split("x"))
+        before = (
+            weight((out, into), 1, False) * torch.arange(1, into + 1) ** -0.3
+        )  # σ fall as those of a trained weight
+        update = LowRank(up((out, into), 64, 1), down((out, into), 64, 2), 2.0)
+        tuned = before + update.dense()
+        with tempfile.TemporaryDirectory() as folder:
+
+            def dense() -> None:
+                old, new = (torch.linalg.svd(matrix, full_matrices=False)[0] for matrix in (before, tuned))  # noqa: B023
+                (old.T @ new[:, :10]).abs().amax(0)
+
+            def ours(bases: Bases) -> Intruders:
+                return intruders(update, before.double(), bases.svd(before))  # noqa: B023
+
+            kept = Bases(Path(folder))
+            first = least(lambda: ours(kept), 1)  # noqa: B023
+            read = least(lambda: ours(kept), arguments.repeats)  # noqa: B023
+            base = kept.svd(before)
+            held = least(lambda: intruders(update, before.double(), base), arguments.repeats)  # noqa: B023
+            size = kept.size[1]
+        two = least(dense, 1)
+        print(f"\n{out} x {into}, entry of {size / 1e6:.0f} MB")
+        for name, seconds in (
+            ("two dense SVDs", two),
+            ("first time", first),
+            ("base read from the cache", read),
+            ("base in memory", held),
+        ):
+            print(f"  {name:26} {seconds:8.3f} s   {two / seconds:7.1f} x")
+
+
+def memory(arguments: argparse.Namespace) -> None:
+    store = open_store(arguments.pair / "tuned", arguments.pair / "base")
+    shapes = [store.info(name).shape for name in store]
+    largest = 4 * max(out * into for out, into in shapes)
+    layers = sorted({name.split(".")[2] for name in store}, key=int)
+    size = sum(file.stat().st_size for file in arguments.pair.glob("*/*.safetensors"))
+    print(f"{machine(CPU)}; pair of {size / 1e9:.2f} GB, largest matrix {largest / 1e6:.0f} MB in float32")
+    for n in sorted({1, max(1, len(layers) // 2), len(layers)}):
+        command = [sys.executable, __file__, "alone", str(arguments.pair), "--layers", str(n)]
+        command += ["--sketch", str(arguments.sketch)] if arguments.sketch else []
+        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        beyond = found["peak"] - found["start"]
+        print(
+            f"  {n:3} layers: {found['seconds']:7.1f} s, peak {found['peak'] / 1e6:.0f} MB, "
+            f"{beyond / 1e6:.0f} MB beyond the start = {beyond / largest:.2f} largest matrices"
+        )
+
+
+def alone(arguments: argparse.Namespace) -> None:
+    reset_peak_memory(CPU)
+    start = peak_memory(CPU) or 0
+    began = time.perf_counter()
+    kept = [f"model.layers.{layer}" for layer in range(arguments.layers)]
+    spectrum(arguments.pair / "tuned", arguments.pair / "base", kept, sketch=arguments.sketch)
+    print(json.dumps({"start": start, "peak": peak_memory(CPU) or 0, "seconds": time.perf_counter() - began}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["matrix", "memory", "intruders", "alone"])
+    parser.add_argument("pair", type=Path, nargs="?")
+    parser.add_argument("--shape", action="append", help="OUTxIN, repeatable [2048x2048]")
+    parser.add_argument("--sketch", type=int)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    arguments.shape = arguments.shape or ["2048x2048"]
+    {"matrix": matrix, "memory": memory, "intruders": intruder_dimensions, "alone": alone}[arguments.what](arguments)
+
+
+if __name__ == "__main__":
+    main()
