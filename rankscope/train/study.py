@@ -298,7 +298,7 @@ def versions() -> dict[str, str]:
     """Versions of what computes the numbers."""
     return {
         "rankscope": rankscope.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a TorchVersion, which no JSON takes
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
