@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ from torch import nn
 from rankscope.errors import FormatError
 from rankscope.formats.files import write_json
 from rankscope.lora.loading import load
+from rankscope.train.claims import alone, claiming
 from rankscope.train.config import resolve_device
 from rankscope.train.latency import Latency, measure_latency
 from rankscope.train.loop import move
@@ -42,22 +44,29 @@ def serving(study: Study) -> Serving | None:
     record = largest(study)
     if record is None:
         return None
-    path = study.folder / LATENCY
-    if path.exists():
-        try:
-            kept = msgspec.json.decode(path.read_bytes(), type=Serving)
-        except msgspec.DecodeError as error:
-            raise FormatError(f"{path}: not a record of latencies ({error}); delete it to measure again") from error
-        if kept.run == record.run.name:
+    # Processes that shared out the study end together: one measures, undisturbed by the others, which read that.
+    with claiming(study.folder) as claims, alone(claims):
+        path = study.folder / LATENCY
+        kept = _kept(path)
+        if kept is not None and kept.run == record.run.name:
             return kept
-    measured = _measure(study, record)
-    write_json(path, msgspec.to_builtins(measured))
-    return measured
+        measured = _measure(study, record)
+        write_json(path, msgspec.to_builtins(measured))
+        return measured
+
+
+def _kept(path: Path) -> Serving | None:
+    if not path.exists():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Serving)
+    except msgspec.DecodeError as error:
+        raise FormatError(f"{path}: not a record of latencies ({error}); delete it to measure again") from error
 
 
 def largest(study: Study) -> Record | None:
-    """The run of largest rank among those at their best rate, plain LoRA before its variants."""
-    adapters = [record for record in study.best() if record.run.is_lora]
+    """The run of largest rank among those at their best rate that keep their weights; plain LoRA before its variants."""
+    adapters = [record for record in study.best() if record.run.is_lora and study.keeps(record.run)]
     return max(adapters, key=lambda r: (r.run.method == "lora", r.run.rank or 0, -r.run.seed), default=None)
 
 
