@@ -95,6 +95,8 @@ def _axis(axes: Axes, ranks: Sequence[int], dim: int) -> None:
     shown = [0, *(rank for rank in ranks if rank and (rank & (rank - 1) == 0 or rank == ranks[-1]))]
     while len(shown) > MOST_TICKS:
         shown = [0, *shown[1:-1:2], shown[-1]]
+    if len(shown) > 2 and shown[-1] < 2 * shown[-2]:
+        del shown[-2]  # their labels would touch
     axes.xaxis.set_major_locator(FixedLocator([_place(rank) for rank in shown]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: "0" if value < 1 else f"{value:g}"))

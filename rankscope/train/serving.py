@@ -65,7 +65,7 @@ def _kept(path: Path) -> Serving | None:
 
 
 def largest(study: Study) -> Record | None:
-    """The run of largest rank among those at their best rate that keep their weights; plain LoRA before its variants."""
+    """The run of largest rank among those at their best rate that keep their weights; plain LoRA first."""
     adapters = [record for record in study.best() if record.run.is_lora and study.keeps(record.run)]
     return max(adapters, key=lambda r: (r.run.method == "lora", r.run.rank or 0, -r.run.seed), default=None)
 
