@@ -338,3 +338,18 @@ def test_the_command(tmp_path, capsys):
     assert (code, json.loads(out)["choice"]) == (0, "kohya → peft")
     assert run(source, "--to", "nonsense", "-o", tmp_path / "n")[0] == 2
     assert float64(formats.open(tmp_path / "p")["mid_block.to_out.0"]).shape == (5, 7)
+
+
+@pytest.mark.parametrize("shape", [(), (1, 4), (5, 1), (6, 2)], ids=str)
+def test_a_dora_scale_that_is_not_one_of_outputs_is_not_converted(tmp_path, shape):
+    names = {"up.weight": normal(6, 2), "down.weight": normal(2, 4)}
+    tensors = {f"lora_unet_h_q.lora_{name}": value for name, value in names.items()}
+    save_file({**tensors, "lora_unet_h_q.dora_scale": torch.ones(shape)}, tmp_path / "k.safetensors")
+    with pytest.raises(FormatError, match="dora_scale"):
+        convert(
+            tmp_path / "k.safetensors",
+            "diffusers",
+            tmp_path / "out",
+            base=write_checkpoint(tmp_path / "base.safetensors", {"h.q.weight": normal(6, 4)}),
+        )
+    assert not (tmp_path / "out").exists()

@@ -169,7 +169,7 @@ def _reader(store: FileStore, name: str) -> Callable[[str, str], Piece]:
                 "with the tool that made it and extract an adapter from the result"
             )
         magnitude = store.magnitude(name)
-        if magnitude is not None and (magnitude.shape[0] != update.shape[0] or magnitude.numel() != update.shape[0]):
+        if magnitude is not None and not magnitude.shape[:1] == (magnitude.numel(),) == update.shape[:1]:
             raise NotAPieceError("its dora_scale is one of inputs, which only LyCORIS knows")
         update = _stored(thin, store.info(name).dtype)
         flat = None if magnitude is None else magnitude.flatten()
