@@ -134,3 +134,9 @@ def test_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["inspect", str(tmp_path / "nowhere")])
     assert ended.value.code == 1
+
+
+@pytest.mark.parametrize("key", ["model_type", "_name_or_path"])
+def test_text_that_is_no_utf8_is_told_all_the_same(tmp_path, key):
+    write_checkpoint(tmp_path / "model.safetensors", {"q.weight": torch.ones(2, 2)}, {key: "a\ud800"})
+    assert "a\\\\ud800" in json.dumps(inspect(tmp_path).to_json())

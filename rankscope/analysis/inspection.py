@@ -16,7 +16,7 @@ from rankscope.errors import FormatError
 from rankscope.formats.adapter_file import FileStore
 from rankscope.formats.checkpoint import Checkpoint
 from rankscope.formats.diffusers import DiffusersStore, component_of, configuration
-from rankscope.formats.files import TensorInfo, read_json
+from rankscope.formats.files import TensorInfo, as_text, read_json
 from rankscope.formats.hub import local_path
 from rankscope.formats.interface import Skipped, Store, UpdateInfo
 from rankscope.formats.kohya import MODULE
@@ -157,14 +157,14 @@ def _weights(checkpoint: Checkpoint, place: Path, label: str) -> Inspection:
     """Full weights without a base."""
     config = place / "config.json" if place.is_dir() else place.parent / "config.json"
     told = read_json(config) if config.is_file() else {}
-    model = told.get("model_type") or ", ".join(map(str, told.get("architectures") or ()))
+    model = as_text(str(told.get("model_type") or ", ".join(map(str, told.get("architectures") or ()))))
     base = told.get("_name_or_path")
     return Inspection(
         path=label,
         format=FORMATS["checkpoint"],
         says=f"full weights{f' of a {model} model' if model else ''}; their update is known with their base (--base)",
         methods=("full",),
-        base=base if isinstance(base, str) and base else None,
+        base=as_text(base) if isinstance(base, str) and base else None,
         **_Files(checkpoint.infos, checkpoint.paths).fields(),
     )
 
@@ -229,7 +229,7 @@ def _base(store: Store) -> str | None:
         named = [configuration(store.file.metadata, one).get("base_model_name_or_path") for one in sorted(components)]
     elif isinstance(store, FileStore):
         named = [store.file.metadata.get(tag) for tag in BASE_TAGS]
-    return next((name for name in named if isinstance(name, str) and name), None)
+    return next((as_text(name) for name in named if isinstance(name, str) and name), None)
 
 
 def _files(store: Store) -> _Files:
