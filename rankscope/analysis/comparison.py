@@ -7,14 +7,22 @@ import os
 import statistics
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import msgspec
 import torch
 
 from rankscope.analysis.matching import Matched, Renames, match
-from rankscope.analysis.pairs import MOST_DIRECTIONS, LayerComparison, Of, compare_layers, cosine
-from rankscope.analysis.sources import Readable, Source, Track, fits
+from rankscope.analysis.pairs import (
+    MATRICES,
+    MOST_DIRECTIONS,
+    LayerComparison,
+    Of,
+    check_question,
+    compare_layers,
+    cosine,
+)
+from rankscope.analysis.sources import Readable, Source, Track, as_patterns, fits_any
 from rankscope.analysis.text import html_table, short_name
 from rankscope.analysis.workers import spread
 from rankscope.errors import ConfigError, RankscopeError, ShapeError, located
@@ -107,7 +115,7 @@ class CompareResult(Result, frozen=True, eq=False, kw_only=True):
     @property
     def matrices(self) -> str:
         """What ``of`` means, in words."""
-        return {"update": "updates ΔW", "A": "factors A", "B": "factors B"}[self.of]
+        return MATRICES[self.of]
 
     def __repr__(self) -> str:
         a, b = self.titles
@@ -169,11 +177,8 @@ def compare(
     Raises:
         RankscopeError: no layer in common, none that can be compared, or one that holds NaN or infinity.
     """
-    if top is not None and top < 1:
-        raise ConfigError(f"top = {top}: compare at least one direction")
-    if of not in get_args(Of):
-        raise ConfigError(f"of = {of!r}: compare 'update', 'A' or 'B'")
-    patterns = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
+    check_question(top, of)
+    patterns = as_patterns(layers)
     if len(initial) > 2:
         raise ConfigError(f"{len(initial)} initial adapters were given for 2 sources")
     starts = (*initial, None, None)
@@ -207,13 +212,10 @@ def _chosen(matched: Matched, patterns: list[str] | None) -> Pairing:
     if patterns is None:
         return everything
 
-    def fit(*names: str) -> bool:
-        return any(fits(name, pattern) for name in names for pattern in patterns)
-
     kept = Pairing(
-        [names for names in everything.pairs if fit(*names)],
-        [name for name in everything.only_a if fit(name)],
-        [name for name in everything.only_b if fit(name)],
+        [names for names in everything.pairs if fits_any(names, patterns)],
+        [name for name in everything.only_a if fits_any([name], patterns)],
+        [name for name in everything.only_b if fits_any([name], patterns)],
     )
     if not kept.pairs:
         shared = [name for name, _ in everything.pairs]

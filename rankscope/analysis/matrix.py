@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
@@ -16,9 +16,18 @@ from torch import Tensor
 
 from rankscope.analysis.comparison import Compared, initial_folder
 from rankscope.analysis.matching import Renames
-from rankscope.analysis.pairs import MOST_DIRECTIONS, SIDES, Decomposed, Of, difference, matrix_of
+from rankscope.analysis.pairs import (
+    MATRICES,
+    MOST_DIRECTIONS,
+    SIDES,
+    Decomposed,
+    Of,
+    check_question,
+    difference,
+    matrix_of,
+)
 from rankscope.analysis.shared import Shared, shared_layers
-from rankscope.analysis.sources import Readable, Source, Track, fits
+from rankscope.analysis.sources import Readable, Source, Track, as_patterns, fits_any
 from rankscope.analysis.text import distinct_names, html_table
 from rankscope.analysis.workers import spread
 from rankscope.errors import ConfigError, RankscopeError, ShapeError, located
@@ -92,7 +101,7 @@ class MatrixResult(Result, frozen=True, eq=False, kw_only=True, dict=True):
     @property
     def matrices(self) -> str:
         """What ``of`` means, in words."""
-        return {"update": "updates ΔW", "A": "factors A", "B": "factors B"}[self.of]
+        return MATRICES[self.of]
 
     @cached_property
     def beyond_chance(self) -> tuple[bool, ...]:
@@ -164,10 +173,7 @@ def compare_all(
     """
     if isinstance(sources, str | os.PathLike) or len(sources) < 2:
         raise ConfigError("a matrix of comparisons needs a list of at least two sources")
-    if top is not None and top < 1:
-        raise ConfigError(f"top = {top}: compare at least one direction")
-    if of not in get_args(Of):
-        raise ConfigError(f"of = {of!r}: compare 'update', 'A' or 'B'")
+    check_question(top, of)
     if len(initial) > len(sources):
         raise ConfigError(f"{len(initial)} initial adapters were given for {len(sources)} sources")
     starts = [*initial, *[None] * (len(sources) - len(initial))]
@@ -175,7 +181,7 @@ def compare_all(
         Source.of(source, base, device, f"source {i + 1}", alpha, start)
         for i, (source, start) in enumerate(zip(sources, starts, strict=True))
     ]
-    patterns = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
+    patterns = as_patterns(layers)
     shared = _chosen(shared_layers(opened, rename), patterns)
     titles = distinct_names([source.label for source in opened])
     measured, unread = _measured(shared, titles, top, of, track, workers)
@@ -186,7 +192,7 @@ def compare_all(
         for title, x in zip(titles, opened, strict=True)
         for one in x.skipped
     ]
-    started = _started(opened, patterns, shared.layers) if of == "update" else []
+    started = _started(opened, patterns) if of == "update" else []
     result = _result(opened, titles, of, measured, shared, [*unread, *shared.skipped, *listed])
     return msgspec.structs.replace(result, notes=(*_notes(opened, titles, measured, top, result), *started))
 
@@ -196,14 +202,12 @@ def _chosen(shared: Shared, patterns: Sequence[str] | None) -> Shared:
     if patterns is None:
         return shared
 
-    def fit(names: Iterable[str]) -> bool:
-        return any(fits(name, pattern) for name in names for pattern in patterns)
-
-    kept = [names for names in shared.layers if fit(names)]
+    kept = [names for names in shared.layers if fits_any(names, patterns)]
     if not kept:
         known = examples([names[0] for names in shared.layers])
         raise RankscopeError(f"no layer that all share fits {', '.join(map(repr, patterns))}; they share {known}")
-    return shared._replace(layers=kept, alone=[tuple(name for name in names if fit([name])) for names in shared.alone])
+    alone = [tuple(name for name in names if fits_any([name], patterns)) for names in shared.alone]
+    return shared._replace(layers=kept, alone=alone)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -439,7 +443,7 @@ def _joins(distance: Array) -> Array:
     return joins
 
 
-def _started(opened: Sequence[Source], patterns: list[str] | None, layers: Sequence[object]) -> list[str]:
+def _started(opened: Sequence[Source], patterns: list[str] | None) -> list[str]:
     """Remarks on the factors A before training, where every source is a run that kept them."""
     folders = [folder for folder in map(initial_folder, opened) if folder is not None]
     if len(folders) < len(opened):

@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
-from rankscope.errors import ShapeError
+from rankscope.errors import ConfigError, ShapeError
 from rankscope.linalg import FactoredSVD, working_dtype
 from rankscope.noise import Array
 from rankscope.spectra import SMALLEST_ENERGY, Spectrum
@@ -33,6 +33,8 @@ from rankscope.updates import LowRank, Update, check_same_shape
 Of = Literal["update", "A", "B"]
 SIDES: dict[Of, tuple[Side, ...]] = {"update": ("left", "right"), "A": ("right",), "B": ("left",)}
 """The sides that each kind of matrix has."""
+MATRICES: dict[Of, str] = {"update": "updates ΔW", "A": "factors A", "B": "factors B"}
+"""What each is called."""
 CANCELLING = 0.01
 """‖a − b‖² below this share of the larger ‖·‖² has lost more than two digits as a difference of norms."""
 MOST_DIRECTIONS = 64
@@ -148,6 +150,18 @@ class LayerComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True):
         """Those of left and right that were compared."""
         both = {"left": self.left, "right": self.right}
         return {name: side for name, side in both.items() if side is not None}
+
+
+def check_question(top: int | None, of: str) -> None:
+    """Refuse what cannot be compared, before anything is read.
+
+    Raises:
+        ConfigError: less than one direction, or a matrix that there is not.
+    """
+    if top is not None and top < 1:
+        raise ConfigError(f"top = {top}: compare at least one direction")
+    if of not in get_args(Of):
+        raise ConfigError(f"of = {of!r}: compare 'update', 'A' or 'B'")
 
 
 def compare_layers(name: str, name_b: str, a: Update, b: Update, top: int | None, of: Of) -> LayerComparison:

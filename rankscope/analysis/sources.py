@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -112,15 +112,23 @@ def select(names: Iterable[str], layers: str | Iterable[str] | None, label: str)
     Raises:
         RankscopeError: nothing fits.
     """
-    names = list(names)
-    patterns = [layers] if isinstance(layers, str) else layers
+    names, patterns = list(names), as_patterns(layers)
     if patterns is None:
         return names
-    patterns = list(patterns)
-    found = [name for name in names if any(fits(name, pattern) for pattern in patterns)]
+    found = [name for name in names if fits_any([name], patterns)]
     if not found:
         raise RankscopeError(f"{label}: no layer fits {', '.join(map(repr, patterns))}; it has {examples(names)}")
     return found
+
+
+def as_patterns(layers: str | Iterable[str] | None) -> list[str] | None:
+    """One pattern or several as a list; None for all layers."""
+    return [layers] if isinstance(layers, str) else None if layers is None else list(layers)
+
+
+def fits_any(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns fits one of the names of a layer."""
+    return any(fits(name, pattern) for name in names for pattern in patterns)
 
 
 def fits(name: str, pattern: str) -> bool:

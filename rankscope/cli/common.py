@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import click
 
@@ -88,16 +88,6 @@ output_options = grouped(
     click.option("--quiet", is_flag=True, help="No notes and no progress."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
 )
-
-
-def one_format(as_json: bool, as_csv: bool) -> None:
-    """Refuse both at once.
-
-    Raises:
-        UsageError: both were asked for.
-    """
-    if as_json and as_csv:
-        raise click.UsageError("--json and --csv both write to stdout; choose one")
 
 
 def print_json(value: Any) -> None:
@@ -219,3 +209,47 @@ def write_report(build: Callable[[str], Any], path: str | None, quiet: bool) -> 
     write_page(build(shlex.join(["rankscope", *sys.argv[1:]])), path)
     if not quiet:
         click.echo(f"wrote {path}", err=True)
+
+
+class Output(NamedTuple):
+    """How a result is to be given: the values of ``output_options``."""
+
+    as_json: bool
+    as_csv: bool
+    plot: str | None
+    report: str | None
+    verbose: bool
+    quiet: bool
+
+    def check(self) -> None:
+        """Refuse, before any work is done, what would mix two formats on stdout.
+
+        Raises:
+            UsageError: JSON and CSV were both asked for.
+        """
+        if self.as_json and self.as_csv:
+            raise click.UsageError("--json and --csv both write to stdout; choose one")
+
+    def give(
+        self,
+        notes: Iterable[str],
+        draw: Callable[[], Any],
+        page: Callable[[str], Any],
+        as_json: Callable[[], Any],
+        as_csv: Callable[[], tuple[Sequence[str], Iterable[Sequence[object]]]],
+        table: Callable[[], None],
+    ) -> None:
+        """Notes, files, then the result on stdout; of the forms only those that were asked for are made.
+
+        Pictures and pages come first: what they refuse is said before a table and not after it, and whoever pipes the
+        table into head may end this process.
+        """
+        say(self.quiet, notes)
+        write_plot(draw, self.plot, self.quiet)
+        write_report(page, self.report, self.quiet)
+        if self.as_json:
+            print_json(as_json())
+        elif self.as_csv:
+            print_csv(*as_csv())
+        else:
+            table()

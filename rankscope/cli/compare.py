@@ -9,28 +9,26 @@ import click
 
 from rankscope.cli import matrix
 from rankscope.cli.common import (
+    Output,
     count,
     initial_option,
     number,
-    one_format,
     output_options,
-    print_csv,
-    print_json,
     print_table,
     probability,
     reading_options,
-    say,
     skipped_lines,
     tracker,
     workers_option,
-    write_plot,
-    write_report,
 )
 from rankscope.cli.spectrum import expand
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from rankscope.analysis.comparison import CompareResult, SideSummary
     from rankscope.analysis.pairs import LayerComparison, SideComparison
+    from rankscope.report.document import Document
 
 CELL = ("i", "j", "overlap", "expected", "z", "p")
 DISTANCES = ("projection", "geodesic", "chordal", "fubini_study", "procrustes")
@@ -99,7 +97,8 @@ def command(
         raise click.UsageError(f"Missing argument '{'AB'[len(paths)]}'.")
     if len(initial) > len(paths):
         raise click.UsageError(f"{len(initial)} times --initial, and {len(paths)} sources")
-    one_format(as_json, as_csv)
+    output = Output(as_json, as_csv, plot, report, verbose, quiet)
+    output.check()
     if layer and not plot and not report:
         raise click.UsageError("--layer says what --plot and --report draw; give --plot FILE or --report FILE too")
     options: dict[str, Any] = {
@@ -115,73 +114,63 @@ def command(
         "initial": initial,
     }
     if len(paths) == 2:
-        _compare_two(paths, layer, options, as_json, as_csv, plot, report, verbose, quiet)
+        _compare_two(paths, layer, options, output)
     elif layer:
         raise click.UsageError("--layer says which layer of two sources is drawn; a matrix of several shows them all")
     else:
-        _compare_all(paths, options, as_json, as_csv, plot, report, verbose, quiet)
+        _compare_all(paths, options, output)
 
 
-def _compare_two(
-    paths: Sequence[str],
-    layer: str | None,
-    options: dict[str, Any],
-    as_json: bool,
-    as_csv: bool,
-    plot: str | None,
-    report: str | None,
-    verbose: bool,
-    quiet: bool,
-) -> None:
+def _compare_two(paths: Sequence[str], layer: str | None, options: dict[str, Any], output: Output) -> None:
     from rankscope.analysis.comparison import compare
 
     result = compare(paths[0], paths[1], **options)
-    say(quiet, [*result.notes, *unmatched_lines(result, verbose), *skipped_lines(result.skipped, verbose)])
-    # Drawn first: a --layer that is not there is said before the table, not after it.
-    if plot:
+
+    def draw() -> Figure:
         from rankscope.plots import plot_overlap
 
-        write_plot(lambda: plot_overlap(result, layer), plot, quiet)
-    if report:
+        return plot_overlap(result, layer)
+
+    def page(command: str) -> Document:
         from rankscope.report.comparison import document
 
-        write_report(lambda said: document(result, layer, said), report, quiet)
-    if as_json:
-        print_json(result.to_json())
-    elif as_csv:
-        print_csv(csv_header(), csv_rows(result))
-    else:
-        print_result(result)
+        return document(result, layer, command)
+
+    verbose = output.verbose
+    output.give(
+        [*result.notes, *unmatched_lines(result, verbose), *skipped_lines(result.skipped, verbose)],
+        draw,
+        page,
+        result.to_json,
+        lambda: (csv_header(), csv_rows(result)),
+        lambda: print_result(result),
+    )
 
 
-def _compare_all(
-    paths: Sequence[str],
-    options: dict[str, Any],
-    as_json: bool,
-    as_csv: bool,
-    plot: str | None,
-    report: str | None,
-    verbose: bool,
-    quiet: bool,
-) -> None:
+def _compare_all(paths: Sequence[str], options: dict[str, Any], output: Output) -> None:
     from rankscope.analysis.matrix import compare_all
 
     result = compare_all(paths, **options)
-    say(quiet, [*result.notes, *matrix.alone_lines(result, verbose), *skipped_lines(result.skipped, verbose)])
-    if plot:
+
+    def draw() -> Figure:
         from rankscope.plots import plot_matrix
 
-        write_plot(lambda: plot_matrix(result), plot, quiet)
-    if report:
+        return plot_matrix(result)
+
+    def page(command: str) -> Document:
         from rankscope.report.matrix import document
 
-        write_report(lambda said: document(result, said), report, quiet)
-    if as_json:
-        print_json(result.to_json())
-    elif as_csv:
-        print_csv(matrix.csv_header(), matrix.csv_rows(result))
-    else:
-        matrix.print_matrix(result)
+        return document(result, command)
+
+    verbose = output.verbose
+    output.give(
+        [*result.notes, *matrix.alone_lines(result, verbose), *skipped_lines(result.skipped, verbose)],
+        draw,
+        page,
+        result.to_json,
+        lambda: (matrix.csv_header(), matrix.csv_rows(result)),
+        lambda: matrix.print_matrix(result),
+    )
 
 
 def parsed_rename(text: str) -> tuple[str, str]:

@@ -5,29 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rankscope.cli.common import (
+    Output,
     initial_option,
     number,
-    one_format,
     output_options,
-    print_csv,
-    print_json,
     print_table,
     reading_options,
-    say,
     skipped_lines,
     tracker,
     workers_option,
-    write_plot,
-    write_report,
 )
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from rankscope.analysis.spectra import LayerSpectrum, SpectrumResult
+    from rankscope.report.document import Document
 
 COLUMNS = {
     "numerical": "numerical_rank",
@@ -88,7 +86,8 @@ def command(
     """
     from rankscope.analysis.spectra import spectrum
 
-    one_format(as_json, as_csv)
+    output = Output(as_json, as_csv, plot, report, verbose, quiet)
+    output.check()
     if sketch and report:
         raise click.UsageError("--report shows every measure, and --sketch leaves some open; leave one of them out")
     places, several = expand(paths)
@@ -100,26 +99,34 @@ def command(
         )
         for place, start in zip_longest(places, initial)
     ]
-    for result in results:
-        prefix = f"{result.title}: " if len(results) > 1 else ""
-        say(quiet, (prefix + line for line in (*result.notes, *skipped_lines(result.skipped, verbose))))
-    # Drawn first: whoever pipes the table into head may end this process.
-    if plot:
+    _give(results, several, output)
+
+
+def _give(results: Sequence[SpectrumResult], several: bool, output: Output) -> None:
+    def notes() -> Iterator[str]:
+        for result in results:
+            prefix = f"{result.title}: " if len(results) > 1 else ""
+            yield from (prefix + line for line in (*result.notes, *skipped_lines(result.skipped, output.verbose)))
+
+    def draw() -> Figure:
         from rankscope.plots import plot_spectra
 
-        write_plot(lambda: plot_spectra(results), plot, quiet)
-    if report:
+        return plot_spectra(results)
+
+    def page(command: str) -> Document:
         from rankscope.report.spectrum import document
 
-        write_report(lambda said: document(results, said), report, quiet)
-    if as_json and several:
-        print_json({"schema": "rankscope.spectrum-list/1", "results": [result.to_json() for result in results]})
-    elif as_json:
-        print_json(results[0].to_json())
-    elif as_csv:
-        print_csv(csv_header(), (row for result in results for row in csv_rows(result)))
-    else:
-        print_results(results)
+        return document(results, command)
+
+    def as_json() -> dict[str, Any]:
+        if not several:
+            return results[0].to_json()
+        return {"schema": "rankscope.spectrum-list/1", "results": [result.to_json() for result in results]}
+
+    def as_csv() -> tuple[list[str], Iterator[list[object]]]:
+        return csv_header(), (row for result in results for row in csv_rows(result))
+
+    output.give(notes(), draw, page, as_json, as_csv, lambda: print_results(results))
 
 
 def expand(paths: Sequence[str]) -> tuple[list[str], bool]:
