@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import PREFIX, linear, write_adapter, write_checkpoint
+from command_line import run
 from makers import normal
 from torch import Tensor
 
@@ -23,13 +24,6 @@ from rankscope.train.config import StudyConfig
 from rankscope.train.study import run_study
 
 MAGIC = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    said = capsys.readouterr()
-    return ended.value.code, said.out, said.err
 
 
 def factors(module: str, columns: list[list[float]], rows: list[list[float]]) -> dict[str, Tensor]:

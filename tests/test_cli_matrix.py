@@ -11,22 +11,15 @@ import numpy as np
 import pytest
 import torch
 from adapters import PREFIX, linear, write_adapter
+from command_line import run
 from makers import frame, normal
 
 from rankscope.analysis.comparison import compare
 from rankscope.analysis.matrix import MatrixResult, compare_all
 from rankscope.analysis.spectra import spectrum
-from rankscope.cli import main
 from rankscope.formats.store import open as open_store
 from rankscope.plots import plot_matrix, save
 from rankscope.updates import LowRank
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    said = capsys.readouterr()
-    return ended.value.code, said.out, said.err
 
 
 @pytest.fixture

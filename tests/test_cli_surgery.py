@@ -11,6 +11,7 @@ import click
 import pytest
 import torch
 from adapters import PREFIX, write_adapter, write_checkpoint
+from command_line import run
 from makers import planted
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -26,13 +27,6 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands under their names, whether the group lists them or not."""
     for name in NAMES:
         monkeypatch.setitem(cli.COMMANDS, name, cli.COMMANDS.get(name, name))
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(argument) for argument in arguments])
-    said = capsys.readouterr()
-    return ended.value.code, said.out, said.err
 
 
 def factors(module: str, sigma: list[float], seed: int) -> dict[str, torch.Tensor]:

@@ -197,10 +197,7 @@ def test_memory_that_runs_out_halves_the_group(tmp_path: Path) -> None:
 def test_a_model_of_transformers_with_its_dropout(tmp_path: Path, method: str) -> None:
     """Runs that share a pass draw from the device's stream what they draw alone."""
     hf = pytest.importorskip("test_train_hf")
-    shape = {"vocab_size": 44, "max_position_embeddings": 32, "pad_token_id": 0, **hf.SMALL}
-    with hf.hf_quiet():
-        hf.wide(hf.transformers.BertModel(hf.transformers.BertConfig(**shape))).save_pretrained(tmp_path / "bert")
-    hf.word_tokenizer(tmp_path / "bert")
+    hf.save_bert(tmp_path / "bert")
     chosen = {"lora": {"ranks": (2, 3), "lrs": (1e-3, 3e-3), "full": False}, "full": {"ranks": (), "full_lrs": (1e-4,)}}
     more = {"steps": 6, "batch": 4, "evaluations": 0, "device": "cuda", **chosen[method]}
     together, alone = (

@@ -336,10 +336,7 @@ def test_a_wait_in_a_step_would_be_seen(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_model_of_transformers_on_the_device(tmp_path: Path, method: str) -> None:
     """Classification: padded batches, a new head and the model's own dropout go along."""
     hf = pytest.importorskip("test_train_hf")
-    shape = {"vocab_size": 44, "max_position_embeddings": 32, "pad_token_id": 0, **hf.SMALL}
-    with hf.hf_quiet():
-        hf.wide(hf.transformers.BertModel(hf.transformers.BertConfig(**shape))).save_pretrained(tmp_path / "bert")
-    hf.word_tokenizer(tmp_path / "bert")
+    hf.save_bert(tmp_path / "bert")
     grids = {
         "lora": {"ranks": (2,), "full": False},
         "subspace": {"methods": ("subspace",), "dims": (8,), "full": False},

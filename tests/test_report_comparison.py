@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import linear, write_adapter
+from command_line import run
 from makers import frame, normal, planted
 from scipy.stats import beta
 
 import rankscope
-from rankscope.cli import main
 from rankscope.errors import ConfigError
 from rankscope.report import comparison, spectrum
 from rankscope.report.document import Cell, Document, Section, Table
@@ -327,13 +327,6 @@ def test_layers_that_have_not_changed_and_tensors_that_were_skipped(tmp_path: Pa
     assert any("have not changed" in note for note in document.sections[0].notes)
     nothing = spectra({"z": LowRank(torch.zeros(4, 1), torch.ones(1, 3))})
     assert "no layer has changed" in nothing.sections[0].pictures[0].alt
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    said = capsys.readouterr()
-    return ended.value.code, said.out, said.err
 
 
 @pytest.fixture

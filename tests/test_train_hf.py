@@ -103,6 +103,14 @@ def hf_quiet() -> Any:
     return quiet(transformers)
 
 
+def save_bert(folder: Path) -> None:
+    """A small encoder with its tokenizer."""
+    shape = {"vocab_size": 44, "max_position_embeddings": 32, "pad_token_id": 0, **SMALL}
+    with hf_quiet():
+        wide(transformers.BertModel(transformers.BertConfig(**shape))).save_pretrained(folder)
+    word_tokenizer(folder)
+
+
 def classified(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Texts of 1 to 20 words; "up" if w0 is among them."""
     source = random.Random(seed)
