@@ -129,11 +129,14 @@ def _batches(kinds: Sequence[Hashable], size: int) -> list[list[int]]:
 
 @contextmanager
 def _one_thread(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A ``map`` over this many threads, in which torch uses one thread; its setting is put back afterwards."""
+    """A ``map`` over this many threads, in which torch and numpy use one thread; settings are put back afterwards."""
+    from threadpoolctl import threadpool_limits
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ExitStack() as stack:
+            stack.enter_context(threadpool_limits(1, "blas"))  # numpy's BLAS has one setting for the whole process
             if workers == 1:
                 yield map
                 return
