@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from safetensors.torch import load_file
 from shapes import MODELS, down, up, write_adapter
 
 from rankscope.analysis.comparison import compare
+from rankscope.analysis.matrix import compare_all
 from rankscope.analysis.rates import best_of, least, machine, rates, spectrum_flops
 from rankscope.analysis.spectra import spectrum
 from rankscope.analysis.workers import worker_count
@@ -39,6 +41,7 @@ from rankscope.formats.peft_keys import factor_keys
 from rankscope.train.costs import peak_memory, reset_peak_memory
 
 CPU = torch.device("cpu")
+MOST_ADAPTERS = 32
 TALL = 8  # numpy's largest difference is looked for in so many layers
 
 
@@ -70,6 +73,7 @@ def report(arguments: argparse.Namespace, home: Path) -> None:
     ranks = [int(r) for r in arguments.growth.split(",") if r]
     if arguments.growth_only:
         growth(arguments, home, ranks, max(1, layers // 4), layers)
+        growth_of_many(arguments, home)
         return
     size = write_adapter(home / "a", model, rank, layers)
     write_adapter(home / "b", model, rank, layers, seed=1)
@@ -92,9 +96,7 @@ def report(arguments: argparse.Namespace, home: Path) -> None:
     for name, seconds, least_time in (("spectrum", one, floor), ("compare", two, 3 * floor)):
         print(f"{name:9} {seconds:8.3f} s   floor {least_time:7.4f} s   {seconds / least_time:5.2f} x floor")
     for name, act in (("spectrum", spectrum_once), ("compare", compare_once)):
-        began = time.process_time()
-        act()
-        print(f"{name}: {time.process_time() - began:.3f} s of processor time")
+        print(f"{name}: {processor(act, 1):.3f} s of processor time")
     if device.type == "cuda":
         crossing(home / "a", device)
     for what, folders in (("spectrum", ["a"]), ("compare", ["a", "b"])):
@@ -111,6 +113,7 @@ def report(arguments: argparse.Namespace, home: Path) -> None:
         print(f"PEFT's route, extrapolated from one matrix of each shape: {peft:.0f} s, {peft / one:.0f} x")
     if ranks:
         growth(arguments, home, ranks, max(1, layers // 4), layers)
+        growth_of_many(arguments, home)
 
 
 def growth(args: argparse.Namespace, home: Path, ranks: list[int], few: int, layers: int) -> None:
@@ -120,12 +123,7 @@ def growth(args: argparse.Namespace, home: Path, ranks: list[int], few: int, lay
     def measured(rank: int, number: int) -> float:
         folder = home / f"{rank}-{number}"
         write_adapter(folder, model, rank, number)
-        seconds = []
-        for _ in range(args.repeats):
-            began = time.process_time()
-            spectrum(folder, device=device, workers=args.workers)
-            seconds.append(time.process_time() - began)
-        return min(seconds)
+        return processor(lambda: spectrum(folder, device=device, workers=args.workers), args.repeats)
 
     print(f"\nprocessor time against r, {few} layers")
     times = {rank: measured(rank, few) for rank in ranks}
@@ -140,6 +138,32 @@ def growth(args: argparse.Namespace, home: Path, ranks: list[int], few: int, lay
     print(f"against layers, r = {args.rank}: " + ", ".join(f"{n}: {t:.3f} s" for n, t in counts.items()))
     if len(counts) > 1:
         print(f"  time ~ layers^{exponent(counts):.2f}")
+
+
+def growth_of_many(args: argparse.Namespace, home: Path) -> None:
+    """Processor time of comparing k adapters of one layer, each with each."""
+    several = [home / f"adapter-{number}" for number in range(MOST_ADAPTERS)]
+    for seed, folder in enumerate(several):
+        write_adapter(folder, MODELS[args.model], args.rank, 1, seed=seed)
+
+    def together(k: int) -> object:
+        return compare_all(several[:k], device=args.device, workers=args.workers)
+
+    times = {k: processor(lambda: together(k), args.repeats) for k in (2, 4, 8, 16, MOST_ADAPTERS)}  # noqa: B023
+    said = ", ".join(f"{k}: {seconds:.3f} s" for k, seconds in times.items())
+    print(f"k adapters of one layer, each with each, r = {args.rank}: {said}")
+    for part in ((2, 4, 8), (8, 16, MOST_ADAPTERS)):
+        print(f"  time ~ k^{exponent({k: times[k] for k in part}):.2f} for k = {part[0]} … {part[-1]}")
+
+
+def processor(act: Callable[[], object], repeats: int) -> float:
+    """Seconds of processor time of the whole process, the least of ``repeats``."""
+    seconds = []
+    for _ in range(repeats):
+        began = time.process_time()
+        act()
+        seconds.append(time.process_time() - began)
+    return min(seconds)
 
 
 def exponent(times: dict[int, float]) -> float:

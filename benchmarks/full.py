@@ -2,23 +2,29 @@
 
 python benchmarks/full.py matrix --shape 2048x2048       all σ, mergekit-extract-lora's way, --sketch, torch.svd_lowrank
 python benchmarks/full.py memory PAIR --sketch 64        PAIR as benchmarks/shapes.py --full writes it
+python benchmarks/full.py memory PAIR --sketch 64 --curve rss.csv --plot rss.png
 python benchmarks/full.py intruders --shape 2048x2048    with and without the base's decomposition on disk
 
 ``matrix``: mergekit-extract-lora decomposes the difference of two weights by ``torch.linalg.svd(delta.float(),
 full_matrices=False)`` and keeps the first r directions; its time here is that of this call. Times are processor time of
-one thread, which other programs cannot lengthen much; the least of ``--repeats``.
+one thread, which other programs cannot lengthen much; the least of ``--repeats``. The sketch's floor: its products at
+the rates of large ones in the same run (2 · out · in operations a column: of the Krylov space twice in float32, of the
+k directions twice in float64), and the reading of both weights in bfloat16.
 
 ``memory``: ``spectrum`` in a process of its own, which does nothing else. The peak resident set beyond that of torch
-and rankscope is divided by the largest matrix in float32, after the first n layers for growing n: it must not grow.
+and rankscope is divided by the largest matrix in float32, for the first layer, half of them and all: it must not grow.
+``--curve``: the resident set of the last of these through time, twice a second.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,10 +34,10 @@ from shapes import down, up, weight
 
 from rankscope.analysis.bases import Bases
 from rankscope.analysis.intruders import Intruders, intruders
-from rankscope.analysis.rates import machine
+from rankscope.analysis.rates import machine, rates
 from rankscope.analysis.spectra import spectrum
 from rankscope.formats.store import open as open_store
-from rankscope.linalg import dense_singular_values, leading
+from rankscope.linalg import dense_singular_values, krylov_columns, leading
 from rankscope.train.costs import peak_memory, reset_peak_memory
 from rankscope.updates import LowRank
 
@@ -67,11 +73,22 @@ def matrix(arguments: argparse.Namespace) -> None:
         print(f"\n{out} x {into}")
         for name, seconds in rows.items():
             print(f"  {name:32} {seconds:8.3f} s   {mergekit / seconds:6.1f} x")
+        products, reading = sketch_floor(out, into, k)
+        sketch, floor = rows[f"rankscope, sketch {k}"], products + reading
+        print(f"  the sketch's products {products:.3f} s, reading {reading:.3f} s: {sketch / floor:.2f} x this floor")
         found, lowrank = leading(delta, k), torch.svd_lowrank(delta, k + 8)[1][:k]
         for name, s in (("sketch", found.svd.s), ("svd_lowrank", lowrank)):
             off = (exact[:k] - s).abs() / exact[:k]
             print(f"  {name}: relative error of the top {k}: largest {off.max():.1e}, median {off.median():.1e}")
         print(f"  residuals of the sketch: largest {(found.residuals / found.svd.s[0]).max():.1e} of the first value")
+
+
+def sketch_floor(out: int, into: int, k: int) -> tuple[float, float]:
+    """Seconds of its products on one thread, and of reading two weights in bfloat16."""
+    found = rates(CPU, 1, 64)
+    column = 4.0 * out * into
+    products = column * krylov_columns(k) / found.float32 + column * k / (found.float64 or found.float32)
+    return products, 2 * 2 * out * into / found.read
 
 
 def intruder_dimensions(arguments: argparse.Namespace) -> None:
@@ -125,8 +142,28 @@ def memory(arguments: argparse.Namespace) -> None:
         beyond = found["peak"] - found["start"]
         print(
             f"  {n:3} layers: {found['seconds']:7.1f} s, peak {found['peak'] / 1e6:.0f} MB, "
-            f"{beyond / 1e6:.0f} MB beyond the start = {beyond / largest:.2f} largest matrices"
+            f"{beyond / 1e6:.0f} MB beyond the start = {beyond / largest:.2f} largest matrices",
+            flush=True,
         )
+    bound = 4 * largest + 5e8
+    if arguments.curve:
+        rows = [f"{seconds:.2f},{resident}\n" for seconds, resident in found["curve"]]
+        arguments.curve.write_text("seconds,resident_bytes\n" + "".join(rows))
+    if arguments.plot:
+        draw(found["curve"], bound, size, arguments.plot)
+
+
+def draw(curve: list[tuple[float, int]], bound: float, size: float, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    seconds, resident = zip(*curve, strict=True)
+    axes.plot(seconds, [value / 1e9 for value in resident], color="#0072b2", label="resident set")
+    axes.axhline(bound / 1e9, color="#d55e00", linestyle="--", label="4 largest matrices in float32 + 0.5 GB")
+    axes.set(xlabel="seconds", ylabel="GB", ylim=(0, None), title=f"A pair of checkpoints, {size / 1e9:.0f} GB")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
 
 
 def alone(arguments: argparse.Namespace) -> None:
@@ -134,8 +171,21 @@ def alone(arguments: argparse.Namespace) -> None:
     start = peak_memory(CPU) or 0
     began = time.perf_counter()
     kept = [f"model.layers.{layer}" for layer in range(arguments.layers)]
+    curve: list[tuple[float, int]] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            curve.append((time.perf_counter() - began, pages * resource.getpagesize()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     spectrum(arguments.pair / "tuned", arguments.pair / "base", kept, sketch=arguments.sketch)
-    print(json.dumps({"start": start, "peak": peak_memory(CPU) or 0, "seconds": time.perf_counter() - began}))
+    done.set()
+    watcher.join()
+    seconds = time.perf_counter() - began
+    print(json.dumps({"start": start, "peak": peak_memory(CPU) or 0, "seconds": seconds, "curve": curve}))
 
 
 def main() -> None:
@@ -145,6 +195,8 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help="OUTxIN, repeatable [2048x2048]")
     parser.add_argument("--sketch", type=int)
     parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--curve", type=Path, help="of memory: .csv")
+    parser.add_argument("--plot", type=Path, help="of memory: .png")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     arguments.shape = arguments.shape or ["2048x2048"]

@@ -18,8 +18,6 @@ GRAM_FROM = 17
 """Columns from which Cholesky of a Gram matrix is worth its certificate; up to here Householder's QR is as fast."""
 SQUARED_UP_TO = 8192
 """Smaller side up to which a CPU has all σ of a float32 matrix sooner from its float64 Gram matrix than from an SVD."""
-SQUARED_ASPECT = 8
-"""Longer over smaller side up to which the same holds."""
 GRAM_BLOCK = 2**22
 """Entries of a float32 matrix that are turned into float64 at a time: 32 MB."""
 KRYLOV_BLOCK = 16
@@ -250,8 +248,7 @@ def squares(tall: Tensor) -> bool:
     """
     if tall.dtype != torch.float32 or working_dtype(tall.device) != torch.float64:
         return False
-    m, n = tall.shape
-    return tall.device.type != "cpu" or (n <= SQUARED_UP_TO and m <= SQUARED_ASPECT * n)
+    return tall.device.type != "cpu" or tall.shape[1] <= SQUARED_UP_TO
 
 
 def squared(tall: Tensor) -> Tensor:
@@ -311,10 +308,10 @@ def leading(matrix: Tensor, k: int, columns: int | None = None, seed: int = 0) -
         seed: of the starting block, which is drawn on the host: the same on every device.
     """
     columns = max(k, min(columns or krylov_columns(k), *matrix.shape))
-    basis = _krylov_basis(matrix, columns, seed)
+    basis, images = _krylov_basis(matrix, columns, seed)
     working = working_dtype(matrix.device)
-    images = (matrix @ basis).to(working)
-    values, vectors = torch.linalg.eigh(images.T @ images)
+    images = images.to(working)
+    values, vectors = torch.linalg.eigh(transposed_times(images, images))
     top = torch.linalg.qr(basis.to(working) @ vectors.flip(1)[:, :k])[0]
     Q, R = torch.linalg.qr(_times(matrix, top))
     u, s, vt = torch.linalg.svd(R)
@@ -323,22 +320,21 @@ def leading(matrix: Tensor, k: int, columns: int | None = None, seed: int = 0) -
     return Leading(SVD(U, s, Vt), residuals, values.flip(0)[k:].clamp(min=0).sqrt())
 
 
-def _krylov_basis(matrix: Tensor, columns: int, seed: int) -> Tensor:
-    """Orthonormal columns (in, ``columns``) of the Krylov space."""
-    into = matrix.shape[1]
+def _krylov_basis(matrix: Tensor, columns: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal columns (in, ``columns``) of the Krylov space, and matrix · columns."""
     source = torch.Generator().manual_seed(seed)
-    basis = torch.zeros(into, columns, dtype=matrix.dtype, device=matrix.device)
-    image = torch.zeros(len(matrix), KRYLOV_BLOCK, dtype=matrix.dtype, device=matrix.device)
+    images, basis = (matrix.new_zeros(side, columns) for side in matrix.shape)
+    image = matrix.new_zeros(len(matrix), KRYLOV_BLOCK)
     for at in range(0, columns, KRYLOV_BLOCK):
-        block, before = matrix.T @ _of_size_one(image), basis[:, :at]
+        block, before = (_of_size_one(image).T @ matrix).T, basis[:, :at]  # twice as fast as matrix.T @ image
         # At the size of rounding: where the matrix leaves nothing, or not enough, random directions go on.
         random = torch.randn(block.shape, generator=source).to(matrix)
         block = (_of_size_one(block) + torch.finfo(matrix.dtype).eps * random)[:, : columns - at]
         for _ in range(3):
             block = torch.linalg.qr(block - before @ (before.T @ block))[0]
-        basis[:, at : at + KRYLOV_BLOCK] = block
         image = matrix @ block
-    return basis
+        basis[:, at : at + KRYLOV_BLOCK], images[:, at : at + KRYLOV_BLOCK] = block, image
+    return basis, images
 
 
 def _of_size_one(matrix: Tensor) -> Tensor:

@@ -290,10 +290,9 @@ def test_squares_are_taken_where_they_are_sooner_and_float32_is_what_is_there() 
 
     assert asked(8192, 8192)
     assert not asked(8193, 8193)
-    assert asked(8000, 1000)
-    assert not asked(8001, 1000)
+    assert asked(50_000, 100)
     assert not asked(100, 100, torch.float64)  # half of its digits would go
-    assert asked(50_000, 4096, device="meta")  # any accelerator with float64
+    assert asked(50_000, 9000, device="meta")  # any accelerator with float64
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

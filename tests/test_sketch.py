@@ -128,7 +128,7 @@ def test_what_is_open_is_an_interval() -> None:
 
 def test_the_space_stays_orthonormal_when_it_is_exhausted() -> None:
     for update in (with_values(SPECTRA["rank one"]), Dense(torch.zeros(60, 50)), Dense(torch.ones(50, 60))):
-        basis = linalg._krylov_basis(update.matrix, 48, 0)
+        basis, _ = linalg._krylov_basis(update.matrix, 48, 0)
         assert torch.allclose(basis.T @ basis, torch.eye(48), atol=3e-6)
 
 

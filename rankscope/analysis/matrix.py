@@ -33,6 +33,7 @@ from rankscope.analysis.workers import spread
 from rankscope.errors import ConfigError, RankscopeError, ShapeError, located
 from rankscope.formats.interface import Skipped, examples
 from rankscope.inference import holm
+from rankscope.linalg import transposed_times
 from rankscope.noise import Array
 from rankscope.result import Result
 from rankscope.subspace import Side, chance_of_cells
@@ -313,7 +314,7 @@ def _products(columns: Sequence[Tensor]) -> Array:
     """UᵀV of all pairs as blocks of one matrix, on the host: one multiplication, which fills the machine better than
     many small ones."""
     stacked = torch.cat(list(columns), dim=1)
-    product: Array = (stacked.T @ stacked).double().cpu().numpy()
+    product: Array = transposed_times(stacked, stacked).double().cpu().numpy()
     return product
 
 
