@@ -449,7 +449,10 @@ def test_a_sketch_prints_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "–" in " ".join(last)
     code, out, _ = run(capsys, *ask, "--csv")
     (cells,) = csv.DictReader(io.StringIO(out))
-    assert cells["entropy_rank"] == ""  # bounds are in --json
+    assert cells["entropy_rank"] == ""  # its bounds are in columns of their own
+    assert (float(cells["entropy_rank_low"]), float(cells["entropy_rank_high"])) == pytest.approx((low, high), rel=1e-3)
+    assert float(cells["stable_rank_low"]) <= measures["stable_rank"] <= float(cells["stable_rank_high"])
+    assert "k90_low" not in run(capsys, "spectrum", tuned, "--base", origin, "--csv")[1]
     assert float(cells["stable_rank"]) == pytest.approx(measures["stable_rank"], rel=1e-3)
     code, _, err = run(capsys, *ask, "--report", tmp_path / "a.html")
     assert code == 2

@@ -124,7 +124,8 @@ def _give(results: Sequence[SpectrumResult], several: bool, output: Output) -> N
         return {"schema": "rankscope.spectrum-list/1", "results": [result.to_json() for result in results]}
 
     def as_csv() -> tuple[list[str], Iterator[list[object]]]:
-        return csv_header(), (row for result in results for row in csv_rows(result))
+        sketched = any(layer.bounds for result in results for layer in result.layers)
+        return csv_header(sketched), (row for result in results for row in csv_rows(result, sketched))
 
     output.give(notes(), draw, page, as_json, as_csv, lambda: print_results(results))
 
@@ -190,16 +191,18 @@ def interval(value: float | int | None, bounds: tuple[float, float] | None) -> s
     return number(value) if value is not None or bounds is None else "–".join(number(end) for end in bounds)
 
 
-def csv_header() -> list[str]:
+def csv_header(sketched: bool) -> list[str]:
+    """``sketched``: with the bounds of every measure behind all else."""
     from rankscope.spectra import MEASURES
 
     noise = [f"noise_{name}" for name in MEASURES] + ["mp_edge", "mp_count", "gd_count"]
     floor = ["rounding_norm", "rounding_edge", "above_rounding"]
     described = ["path", "layer", "out", "in", "nominal_rank", "scale", "dtype", "energy", "norm"]
-    return [*described, *MEASURES, *noise, *floor]
+    bounds = [f"{name}_{end}" for name in MEASURES for end in ("low", "high")] if sketched else []
+    return [*described, *MEASURES, *noise, *floor, *bounds]
 
 
-def csv_rows(result: SpectrumResult) -> Iterator[list[object]]:
+def csv_rows(result: SpectrumResult, sketched: bool) -> Iterator[list[object]]:
     from rankscope.spectra import MEASURES
 
     for layer in result.layers:
@@ -217,4 +220,5 @@ def csv_rows(result: SpectrumResult) -> Iterator[list[object]]:
             *(layer.measures.get(name) for name in MEASURES),
             *(noise.get(name) for name in (*MEASURES, "mp_edge", "mp_count", "gd_count")),
             *((floor.norm, floor.edge, floor.above) if floor else (None, None, None)),
+            *(end for name in MEASURES for end in layer.interval(name) if sketched),
         ]
