@@ -240,7 +240,9 @@ def _geometry(leaves: Leaves, headers: Headers) -> tuple[tuple[int, int], int | 
     if core is not None:
         fits = fits and len(core) >= 3 and core[:2] == (a[1], b[0]) and size(b[2:]) == 1
     if not fits:
-        raise FormatError(f"{shapes} do not multiply; expected (out, r) and (r, in) around any core (r, r, …)")
+        between = "" if core is None else f", with {leaves.core} (r, r, …) between"
+        first = "(out, r)" if core is None or leaves.upright else "(r, out)"
+        raise FormatError(f"{shapes} do not multiply; expected {leaves.a} {first} and {leaves.b} (r, in){between}")
     return (a[0], b[1] * size(core[2:] if core is not None else b[2:])), b[0]
 
 
