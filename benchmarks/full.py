@@ -12,7 +12,7 @@ the rates of large ones in the same run (2 · out · in operations a column: of 
 k directions twice in float64), and the reading of both weights in bfloat16.
 
 ``memory``: ``spectrum`` in a process of its own, which does nothing else. The peak resident set beyond that of torch
-and rankscope is divided by the largest matrix in float32, for the first layer, half of them and all: it must not grow.
+and rankscope is divided by the largest matrix in float32, for the first layer and for all: it must not grow.
 ``--curve``: the resident set of the last of these through time, twice a second.
 """
 
@@ -135,7 +135,7 @@ def memory(arguments: argparse.Namespace) -> None:
     layers = sorted({name.split(".")[2] for name in store}, key=int)
     size = sum(file.stat().st_size for file in arguments.pair.glob("*/*.safetensors"))
     print(f"{machine(CPU)}; pair of {size / 1e9:.2f} GB, largest matrix {largest / 1e6:.0f} MB in float32")
-    for n in sorted({1, max(1, len(layers) // 2), len(layers)}):
+    for n in sorted({1, len(layers)}):
         command = [sys.executable, __file__, "alone", str(arguments.pair), "--layers", str(n)]
         command += ["--sketch", str(arguments.sketch)] if arguments.sketch else []
         found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
