@@ -9,8 +9,8 @@ the base's norms. weightwatcher: ``analyze(peft=True)``, which forms each produc
 ``pair``: a checkpoint and its base, bfloat16, of shapes with ``--hidden`` for Llama's 4096. modeldelta:
 ``compare_models``. weightwatcher: ``analyze`` with a base model.
 
-Each side runs in a process of its own. Seconds are of the processor, the least of ``--repeats``, of the analysis call
-alone: from the files to the numbers, without imports. ``decomposing``: the part of weightwatcher's that finds singular
+Each side runs in a process of its own. Seconds are of the processor, the least of ``--rounds`` times ``--repeats``, of the
+analysis call alone: from the files to the numbers, without imports. ``decomposing``: the part of weightwatcher's that finds singular
 values; the rest fits power laws, which rankscope does not. Memory: the resident set before the first call, and what its
 peak is beyond that (mapped files are in it).
 
@@ -27,6 +27,7 @@ import io
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,7 @@ from torch import Tensor
 # Nothing of rankscope here: where the peers are installed it need not be.
 
 Layers = dict[str, dict[str, Any]]
-"""By the name of the module: singular values from the largest on, or the two at the ends, and the ranks that they make."""
+"""By the name of the module: singular values from the largest on, or the two at the ends, and the ranks they make."""
 
 PREFIX = "base_model.model."
 MEASURES = {"values": "σ", "ends": "largest and smallest σ", "stable": "stable rank", "entropy": "effective rank"}
@@ -187,10 +188,11 @@ def alone(side: str, folder: Path, repeats: int) -> dict[str, Any]:
 
 
 def run(side: str, folders: list[Path], python: str | None, repeats: int = 1) -> list[dict[str, Any]]:
-    """In a process of its own, all folders one after another."""
+    """In a process of its own with one thread, all folders one after another."""
     command = [sys.executable if side == "rankscope" else str(python), __file__, "--side", side]
     command += ["--repeats", str(repeats), *map(str, folders)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    done = subprocess.run(command, env=os.environ | one, stdout=subprocess.PIPE, text=True, check=True)
     found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -302,11 +304,12 @@ def speed(arguments: argparse.Namespace, home: Path) -> None:
         folder, right = home / task, exact(home / task)
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         print(f"\n{task}: {title}, {len(right)} matrices, {size / 1e6:.0f} MB")
-        ours = 0.0
-        for side in ("rankscope", *(peers if arguments.python else [])):
-            repeats = 1 if side == "weightwatcher" else arguments.repeats  # its runs are long enough
-            found = run(side, [folder], arguments.python, repeats)[0]
-            ours = ours or found["seconds"]
+        sides, best = ["rankscope", *(peers if arguments.python else [])], dict[str, dict[str, Any]]()
+        for side in sides * arguments.rounds:  # by turns, so that a busy moment does not meet one side alone
+            found = run(side, [folder], arguments.python, arguments.repeats)[0]
+            best[side] = min(best.get(side, found), found, key=lambda one: one["seconds"])
+        ours = best["rankscope"]["seconds"]
+        for side, found in best.items():
             row = f"  {side:13} {found['version']:7} {found['seconds']:8.3f} s {found['seconds'] / ours:7.1f} x"
             row += f"   start {found['start'] / 1e6:4.0f} MB, beyond {(found['peak'] - found['start']) / 1e6:5.0f} MB"
             row += f"   {verdict(found, right)}"
@@ -393,7 +396,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="of the adapter of 8B's shapes")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--hidden", type=int, default=1024, help="of the small adapter and the pair")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2, help="of the call in a process")
+    parser.add_argument("--rounds", type=int, default=2, help="of processes")
     parser.add_argument("--answers", action="store_true", help="no times")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("folders", nargs="*", type=Path, help=argparse.SUPPRESS)
