@@ -9,10 +9,10 @@ the base's norms. weightwatcher: ``analyze(peft=True)``, which forms each produc
 ``pair``: a checkpoint and its base, bfloat16, of shapes with ``--hidden`` for Llama's 4096. modeldelta:
 ``compare_models``. weightwatcher: ``analyze`` with a base model.
 
-Each side runs in a process of its own. Seconds are of the processor, the least of ``--rounds`` times ``--repeats``, of the
-analysis call alone: from the files to the numbers, without imports. ``decomposing``: the part of weightwatcher's that finds singular
-values; the rest fits power laws, which rankscope does not. Memory: the resident set before the first call, and what its
-peak is beyond that (mapped files are in it).
+Each side runs in a process of its own with one thread, by turns. Seconds are of the processor, the least of ``--rounds``
+times ``--repeats``, of the analysis call alone: from the files to the numbers, without imports. ``decomposing``: the
+part of weightwatcher's that finds singular values; the rest fits power laws, which rankscope does not. Memory: the
+resident set before the first call, and what its peak is beyond that (mapped files are in it).
 
 Errors are the largest over layers, from numpy's float64 answer for the matrix that the method's formula gives: of every
 singular value that the tool tells, relative to the layer's largest; of its stable rank Σσ²/σ₁² and its effective rank
