@@ -9,10 +9,10 @@ the base's norms. weightwatcher: ``analyze(peft=True)``, which forms each produc
 ``pair``: a checkpoint and its base, bfloat16, of shapes with ``--hidden`` for Llama's 4096. modeldelta:
 ``compare_models``. weightwatcher: ``analyze`` with a base model.
 
-Each side runs in a process of its own with one thread, by turns. Seconds are of the processor, the least of ``--rounds``
-times ``--repeats``, of the analysis call alone: from the files to the numbers, without imports. ``decomposing``: the
-part of weightwatcher's that finds singular values; the rest fits power laws, which rankscope does not. Memory: the
-resident set before the first call, and what its peak is beyond that (mapped files are in it).
+Each side runs in a process of its own with one thread, by turns. Seconds are of the processor, the least of
+``--rounds`` times ``--repeats``, of the analysis call alone: from the files to the numbers, without imports.
+``decomposing``: the part of weightwatcher's that finds singular values; the rest fits power laws, which rankscope does
+not. Memory: the resident set before the first call, and what its peak is beyond that (mapped files are in it).
 
 Errors are the largest over layers, from numpy's float64 answer for the matrix that the method's formula gives: of every
 singular value that the tool tells, relative to the layer's largest; of its stable rank Σσ²/σ₁² and its effective rank
@@ -378,10 +378,10 @@ def planted(home: Path, large: bool = True) -> list[str]:
     checkpoint(home / "pair" / "tuned", tuned)
     checkpoint(home / "pair, a head added" / "base", base)
     checkpoint(home / "pair, a head added" / "tuned", {"classifier.weight": normal(96, 96), **tuned})
-    rounded = {name: normal(512, 512) / math.sqrt(512) for name in names[:1]}
-    moved = {name: w + 1e-2 * normal(512, 16) @ normal(16, 512) / 512 for name, w in rounded.items()}
+    rounded = {name: (normal(512, 512) / math.sqrt(512)).bfloat16() for name in names[:1]}
+    moved = {name: w.float() + 1e-2 * normal(512, 16) @ normal(16, 512) / 512 for name, w in rounded.items()}
     case = "pair, bfloat16, update of rank 16 and relative size 2e-3"
-    checkpoint(home / case / "base", {name: weight.bfloat16() for name, weight in rounded.items()})
+    checkpoint(home / case / "base", rounded)
     checkpoint(home / case / "tuned", {name: weight.bfloat16() for name, weight in moved.items()})
     if large:
         falling = torch.diag(torch.arange(1, 8201) ** -0.5).bfloat16()
