@@ -144,7 +144,7 @@ def of_weightwatcher(folder: Path) -> Callable[[], Layers]:
 
 
 decomposing: list[float] = []
-"""Seconds of weightwatcher's in this process."""
+"""Seconds of weightwatcher's in this call, a matrix each."""
 
 SIDES = {
     "rankscope": of_rankscope,
@@ -173,15 +173,16 @@ def alone(side: str, folder: Path, repeats: int) -> dict[str, Any]:
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             act = SIDES[side](folder)
-            seconds, start = [], memory(peak=False)
+            calls, start, peak = [], memory(peak=False), 0
             for _ in range(repeats):
+                decomposing.clear()
                 began = time.process_time()
                 layers = act()
-                seconds.append(time.process_time() - began)
-                peak = memory(peak=True) if len(seconds) == 1 else peak  # noqa: F821
-        found: dict[str, Any] = {"layers": layers, "seconds": min(seconds), "start": start, "peak": peak}
-        if decomposing:
-            found["decomposing"] = sum(decomposing) / repeats
+                calls.append((time.process_time() - began, sum(decomposing)))
+                peak = peak or memory(peak=True)
+        seconds, part = min(calls)
+        found: dict[str, Any] = {"layers": layers, "seconds": seconds, "start": start, "peak": peak}
+        found |= {"decomposing": part} if decomposing else {}
     except Exception as error:  # whatever a tool does with a file that it cannot read is its answer
         found = {"error": f"{type(error).__name__}: {error}"}
     return found | {"version": version(side)}
