@@ -129,7 +129,7 @@ class Sketch:
         unit = float(steep[0][0])
         S_high, L_high = _sums(flat / unit)
         S_low, L_low = (min(sums) for sums in zip(*(_sums(energies / unit) for energies in steep), strict=True))
-        high = max(_entropy_of(S, L_high) for S in (S_low, S_high))
+        high = min(max(_entropy_of(S, L_high) for S in (S_low, S_high)), math.log(self.top.limit))
         low = _entropy_of(min(max(L_low, S_low), S_high), L_low)
         loose = np.flatnonzero(self.errors > self.top.precision * self.top.values[0])
         first = int(loose[0]) if len(loose) else len(self.errors) - 1

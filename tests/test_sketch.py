@@ -126,6 +126,13 @@ def test_what_is_open_is_an_interval() -> None:
     assert agreed("stable_rank", 1.0, 1.001) is None
 
 
+@pytest.mark.parametrize("columns", [4, 8, 24])
+def test_no_rank_can_be_above_the_smaller_side(columns: int) -> None:
+    for name in SPECTRA:
+        for measure, (_, high) in Sketch.of(with_values(SPECTRA[name]), 4, columns).bounds().items():
+            assert high <= 200 * (1 + 1e-12), (name, measure)
+
+
 def test_the_space_stays_orthonormal_when_it_is_exhausted() -> None:
     for update in (with_values(SPECTRA["rank one"]), Dense(torch.zeros(60, 50)), Dense(torch.ones(50, 60))):
         basis, _ = linalg._krylov_basis(update.matrix, 48, 0)
