@@ -29,7 +29,7 @@ MOST_ON_DEVICE = 4
 BATCH = 16
 """Layers of one shape that go to a GPU together."""
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-KEPT_BLOCK = 2**23
+KEPT_BLOCK = 2**22
 """Bytes up to which freed memory may stay with the process: page faults for every small block would take time."""
 
 
