@@ -20,6 +20,7 @@ from rankscope.cli.common import (
     tracker,
     workers_option,
 )
+from rankscope.cli.processes import shared
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,15 +91,15 @@ def command(
     output.check()
     if sketch and report:
         raise click.UsageError("--report shows every measure, and --sketch leaves some open; leave one of them out")
-    places, several = expand(paths)
-    if len(initial) > len(places):
-        raise click.UsageError(f"{len(initial)} times --initial, and {len(places)} sources")
-    results = [
-        spectrum(
-            place, base, layers or None, top, device, tracker(quiet, Path(place).name), alpha, workers, sketch, start
-        )
-        for place, start in zip_longest(places, initial)
-    ]
+    with shared():
+        places, several = expand(paths)
+        if len(initial) > len(places):
+            raise click.UsageError(f"{len(initial)} times --initial, and {len(places)} sources")
+        chosen = layers or None
+        results = [
+            spectrum(place, base, chosen, top, device, tracker(quiet, Path(place).name), alpha, workers, sketch, start)
+            for place, start in zip_longest(places, initial)
+        ]
     _give(results, several, output)
 
 

@@ -1,0 +1,178 @@
+"""Processes that share out the layers of an analysis: torchrun's. Each computes a share, and each gets all results.
+
+Only results travel, as Python objects over gloo, so GPUs need no nccl for it. Every number is computed by the code that
+one process alone runs, and is the same to the bit where a process has the threads that the one would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
+from itertools import count
+from typing import Any, NamedTuple, TypeVar, cast
+
+from rankscope.errors import ConfigError, ProcessError, RankscopeError
+
+T = TypeVar("T")
+V = TypeVar("V")
+_groups = count()
+PATIENCE = timedelta(days=1)
+"""For a process whose share takes longer; one that is lost is noticed at once, by its connection."""
+NOWHERE = -1
+"""The place of an error outside of any item: before all of them."""
+
+
+class Word(NamedTuple):
+    """What a process says when all meet. ``step``: where it stands; ``found``: results by place in the list of items;
+    ``failure``: its first error, with the place of the item."""
+
+    step: str
+    found: Sequence[tuple[int, Any]] = ()
+    failure: tuple[int, RankscopeError] | None = None
+
+
+class Sharing(NamedTuple):
+    """``size`` processes, of which this is number ``rank``; ``group`` is torch's."""
+
+    rank: int
+    size: int
+    group: Any
+
+    def meet(self, word: Word) -> list[Word]:
+        """The words of all, once all are here.
+
+        Raises:
+            RankscopeError: the first failure of any, by its place among the items; in every process the same.
+            ConfigError: the processes stand at different steps.
+            ProcessError: one of them was lost.
+        """
+        from torch import distributed as dist
+
+        words: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(words, word, self.group)
+        except RuntimeError as error:
+            raise ProcessError(
+                "another process of torchrun was lost; start the command again"
+            ) from error
+        words[self.rank] = word  # not a copy: its error has a traceback
+        failures = [(heard.failure[0], rank) for rank, heard in enumerate(words) if heard.failure]
+        if failures:
+            raise words[min(failures)[1]].failure[1]
+        if len({heard.step for heard in words}) > 1:
+            raise ConfigError(
+                "the processes differ in what they analyse; give all the same files and settings"
+            )
+        return words
+
+
+_sharing: ContextVar[Sharing | None] = ContextVar("sharing", default=None)  # a new thread has None, and computes alone
+
+
+def launched() -> tuple[int, int]:
+    """(rank, number of processes) that torchrun has given this process; (0, 1) without it."""
+    try:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        return 0, 1
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Within, ``spectrum``, ``compare`` and ``compare_all`` share layers out over the processes that torchrun started.
+
+    All processes have to make the same calls in the same order, on the same files; each gets the whole result. An error
+    in one is raised in all. Without torchrun nothing changes. Where torch's process group is open already, the
+    processes are those of it, and it stays open.
+
+    Raises:
+        ProcessError: the others did not come, or were lost.
+        RankscopeError: another process failed.
+    """
+    from torch import distributed as dist
+
+    opened = dist.is_available() and dist.is_initialized()
+    if _sharing.get() is not None or not (opened or launched()[1] > 1):
+        yield
+        return
+    with _gloo(opened) as group:
+        sharing = Sharing(dist.get_rank(), dist.get_world_size(), group)
+        token = _sharing.set(sharing)
+        try:
+            yield
+        except ProcessError:
+            raise  # there is nobody to meet
+        except RankscopeError as error:
+            sharing.meet(Word("end", failure=(NOWHERE, error)))
+        else:
+            sharing.meet(Word("end"))
+        finally:
+            _sharing.reset(token)
+
+
+@contextmanager
+def _gloo(opened: bool) -> Iterator[Any]:
+    """A group of all processes, beside the one that is open; None, for torch the main one, where there is none."""
+    from torch import distributed as dist
+
+    try:
+        if not opened:
+            store, rank, size = next(dist.rendezvous("env://"))
+            # torchrun's store keeps the addresses of a group that was closed; another one must not read those.
+            store = dist.PrefixStore(f"rankscope/{next(_groups)}", store)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        group = dist.new_group(backend="gloo", timeout=PATIENCE) if opened else None
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(f"the processes of torchrun did not find each other ({error})") from error
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
+
+
+def shared_out(
+    items: Sequence[T], cost: Callable[[T], float], collect: Callable[[Sequence[T], list[V]], None]
+) -> list[V]:
+    """The results of all items, in order; within ``processes``, each process collects those of a share of them.
+
+    Args:
+        cost: of an item, in any unit; the same in every process.
+        collect: appends the results of some items, in order, to a list.
+
+    Raises:
+        RankscopeError: the first of any process, by the order of the items.
+    """
+    found: list[V] = []
+    sharing = _sharing.get()
+    if sharing is None:
+        collect(items, found)
+        return found
+    costs = [cost(item) for item in items]
+    places = shares(costs, sharing.size)[sharing.rank]
+    step = hashlib.sha256(repr((items, costs)).encode()).hexdigest()
+    failure = None
+    try:
+        collect([items[place] for place in places], found)
+    except RankscopeError as error:
+        failure = places[len(found)], error
+    words = sharing.meet(Word(step, list(zip(places, found, strict=failure is None)), failure))
+    done = dict(pair for word in words for pair in word.found)
+    return [cast(V, done[place]) for place in range(len(items))]
+
+
+def shares(costs: Sequence[float], size: int) -> list[list[int]]:
+    """The places of each of ``size`` processes, ascending: the dearest first, each to whom has the least so far.
+
+    The longest share is at most 4/3 − 1/(3·size) times that of the best division (Graham 1969).
+    """
+    loads = [0.0] * size
+    found: list[list[int]] = [[] for _ in range(size)]
+    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+        least = loads.index(min(loads))
+        found[least].append(place)
+        loads[least] += costs[place]
+    return [sorted(places) for places in found]
