@@ -20,8 +20,11 @@ from rankscope.errors import ConfigError, ProcessError, RankscopeError
 T = TypeVar("T")
 V = TypeVar("V")
 _groups = count()
+_known: dict[str, Any] = {}  # the main group of somebody else that was used last, and the one beside it
 PATIENCE = timedelta(days=1)
 """For a process whose share takes longer; one that is lost is noticed at once, by its connection."""
+LEAVING = timedelta(minutes=1)
+"""For a process to be told the end."""
 NOWHERE = -1
 """The place of an error outside of any item: before all of them."""
 
@@ -35,12 +38,16 @@ class Word(NamedTuple):
     failure: tuple[int, RankscopeError] | None = None
 
 
-class Sharing(NamedTuple):
-    """``size`` processes, of which this is number ``rank``; ``group`` is torch's."""
+class Sharing:
+    """``size`` processes, of which this is number ``rank``; ``group`` is torch's.
 
-    rank: int
-    size: int
-    group: Any
+    Attributes:
+        over: the error with which one of them went away; there is nobody to meet any more.
+    """
+
+    def __init__(self, rank: int, size: int, group: Any) -> None:
+        self.rank, self.size, self.group = rank, size, group
+        self.over: RankscopeError | None = None
 
     def meet(self, word: Word) -> list[Word]:
         """The words of all, once all are here.
@@ -52,21 +59,23 @@ class Sharing(NamedTuple):
         """
         from torch import distributed as dist
 
+        if self.over:
+            raise self.over
         words: list[Any] = [None] * self.size
         try:
             dist.all_gather_object(words, word, self.group)
         except RuntimeError as error:
-            raise ProcessError(
-                "another process of torchrun was lost; start the command again"
-            ) from error
+            self.over = ProcessError("another process of torchrun was lost; start the command again")
+            raise self.over from error
         words[self.rank] = word  # not a copy: its error has a traceback
         failures = [(heard.failure[0], rank) for rank, heard in enumerate(words) if heard.failure]
         if failures:
-            raise words[min(failures)[1]].failure[1]
+            place, rank = min(failures)
+            failure: RankscopeError = words[rank].failure[1]
+            self.over = failure if place == NOWHERE else None
+            raise failure
         if len({heard.step for heard in words}) > 1:
-            raise ConfigError(
-                "the processes differ in what they analyse; give all the same files and settings"
-            )
+            raise ConfigError("the processes differ in what they analyse; give all the same files and settings")
         return words
 
 
@@ -99,15 +108,15 @@ def processes() -> Iterator[None]:
     if _sharing.get() is not None or not (opened or launched()[1] > 1):
         yield
         return
-    with _gloo(opened) as group:
+    with _beside() if opened else _gloo() as group:
         sharing = Sharing(dist.get_rank(), dist.get_world_size(), group)
         token = _sharing.set(sharing)
         try:
             yield
-        except ProcessError:
-            raise  # there is nobody to meet
         except RankscopeError as error:
-            sharing.meet(Word("end", failure=(NOWHERE, error)))
+            if not sharing.over:
+                sharing.meet(Word("end", failure=(NOWHERE, error)))
+            raise
         else:
             sharing.meet(Word("end"))
         finally:
@@ -115,23 +124,50 @@ def processes() -> Iterator[None]:
 
 
 @contextmanager
-def _gloo(opened: bool) -> Iterator[Any]:
-    """A group of all processes, beside the one that is open; None, for torch the main one, where there is none."""
+def _gloo() -> Iterator[Any]:
+    """A group of torchrun's processes, closed once all have left it."""
     from torch import distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     try:
-        if not opened:
-            store, rank, size = next(dist.rendezvous("env://"))
-            # torchrun's store keeps the addresses of a group that was closed; another one must not read those.
-            store = dist.PrefixStore(f"rankscope/{next(_groups)}", store)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
-        group = dist.new_group(backend="gloo", timeout=PATIENCE) if opened else None
+        shared, rank, size = next(rendezvous("env://"))
+        # torchrun's store keeps the addresses of a group that was closed; another one must not read those.
+        store = PrefixStore(f"rankscope/{next(_groups)}", shared)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise ProcessError(f"the processes of torchrun did not find each other ({error})") from error
     try:
-        yield group
+        yield dist.group.WORLD
+    except ProcessError:
+        raise  # there is nobody to wait for
+    except RankscopeError:
+        _leave(store, rank, size)
+        raise
+    else:
+        _leave(store, rank, size)
     finally:
-        dist.destroy_process_group(group)
+        dist.destroy_process_group()
+
+
+def _leave(store: Any, rank: int, size: int) -> None:
+    """Wait until all have heard the last words: a connection that is closed loses what is on its way."""
+    try:
+        store.set(f"left/{rank}", "")
+        store.wait([f"left/{other}" for other in range(size)], LEAVING)
+    except RuntimeError:
+        pass  # one was lost after it had spoken, or whoever held the store has gone: what it had to say is here
+
+
+@contextmanager
+def _beside() -> Iterator[Any]:
+    """A gloo group of the processes whose main group is open, which may be nccl's; torch closes it with that."""
+    from torch import distributed as dist
+
+    main = dist.group.WORLD
+    if _known.get("main") is not main:
+        _known.update(main=main, group=dist.new_group(backend="gloo", timeout=PATIENCE))
+    yield _known["group"]
 
 
 def shared_out(

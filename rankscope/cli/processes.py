@@ -51,4 +51,6 @@ def shared() -> Iterator[None]:
 def _ended(number: int, frame: FrameType | None) -> None:
     """torchrun ends what is left when it finds that a process was lost, maybe sooner than gloo does."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise ProcessError("torchrun ended this process: another one was lost, or all were stopped; start the command again")
+    raise ProcessError(
+        "torchrun ended this process: another one was lost, or all were stopped; start the command again"
+    )
