@@ -84,6 +84,7 @@ def command(
     k and v. Left is the output space, right the input space. φ
     is the overlap of the top k directions of each, k the smaller number of the two, with the overlap of random
     directions in brackets; z and p say how far from random it is. --json has φ for every pair of cuts.
+    Processes of torchrun -m rankscope share the layers out; the result is that of one.
 
     \b
     Examples:

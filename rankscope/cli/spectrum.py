@@ -78,6 +78,7 @@ def command(
     values noise does not explain (MP, GD). --json gives one object for one PATH, and {"results": [...]} for several
     or a study; --top shortens its lists, and the curves of --plot. --sketch is for checkpoints whose full spectra take
     too long: the energy stays exact, each value has its residual, and a measure that is not determined reads low–high.
+    Processes of torchrun -m rankscope share the layers out; the result is that of one.
 
     \b
     Examples:
