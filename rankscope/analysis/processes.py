@@ -110,6 +110,8 @@ def processes() -> Iterator[None]:
         return
     with _beside() if opened else _gloo() as group:
         sharing = Sharing(dist.get_rank(), dist.get_world_size(), group)
+        # An error keeps the frames it came through: a group that lives until Python ends may abort it with its threads.
+        del group
         token = _sharing.set(sharing)
         try:
             yield
@@ -121,6 +123,7 @@ def processes() -> Iterator[None]:
             sharing.meet(Word("end"))
         finally:
             _sharing.reset(token)
+            sharing.group = None
 
 
 @contextmanager
@@ -148,6 +151,7 @@ def _gloo() -> Iterator[Any]:
         _leave(store, rank, size)
     finally:
         dist.destroy_process_group()
+        del store, shared
 
 
 def _leave(store: Any, rank: int, size: int) -> None:
