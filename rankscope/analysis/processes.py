@@ -20,7 +20,6 @@ from rankscope.errors import ConfigError, ProcessError, RankscopeError
 T = TypeVar("T")
 V = TypeVar("V")
 _groups = count()
-_known: dict[str, Any] = {}  # the main group of somebody else that was used last, and the one beside it
 PATIENCE = timedelta(days=1)
 """For a process whose share takes longer; one that is lost is noticed at once, by its connection."""
 LEAVING = timedelta(minutes=1)
@@ -108,10 +107,9 @@ def processes() -> Iterator[None]:
     if _sharing.get() is not None or not (opened or launched()[1] > 1):
         yield
         return
-    with _beside() if opened else _gloo() as group:
+    with _gloo(opened) as group:
         sharing = Sharing(dist.get_rank(), dist.get_world_size(), group)
-        # An error keeps the frames it came through: a group that lives until Python ends may abort it with its threads.
-        del group
+        del group  # as in _gloo
         token = _sharing.set(sharing)
         try:
             yield
@@ -127,21 +125,17 @@ def processes() -> Iterator[None]:
 
 
 @contextmanager
-def _gloo() -> Iterator[Any]:
-    """A group of torchrun's processes, closed once all have left it."""
+def _gloo(opened: bool) -> Iterator[Any]:
+    """A gloo group of all processes, beside the main one where that is open already; closed once all have left it."""
     from torch import distributed as dist
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
 
     try:
-        shared, rank, size = next(rendezvous("env://"))
-        # torchrun's store keeps the addresses of a group that was closed; another one must not read those.
-        store = PrefixStore(f"rankscope/{next(_groups)}", shared)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        group, store = _beside() if opened else _main()
+        rank, size = dist.get_rank(), dist.get_world_size()
     except (RuntimeError, ValueError) as error:
         raise ProcessError(f"the processes of torchrun did not find each other ({error})") from error
     try:
-        yield dist.group.WORLD
+        yield group
     except ProcessError:
         raise  # there is nobody to wait for
     except RankscopeError:
@@ -150,8 +144,31 @@ def _gloo() -> Iterator[Any]:
     else:
         _leave(store, rank, size)
     finally:
-        dist.destroy_process_group()
-        del store, shared
+        dist.destroy_process_group(group)
+        # An error keeps the frames it came through: a group that lived until Python ends could abort it by its threads.
+        del group, store
+
+
+def _main() -> tuple[Any, Any]:
+    """The main group of torch, opened by us, and a store of its own."""
+    from torch import distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    shared, rank, size = next(rendezvous("env://"))
+    # torchrun's store keeps the addresses of a group that was closed; another one must not read those.
+    store = PrefixStore(f"rankscope/{next(_groups)}", shared)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    return dist.group.WORLD, store
+
+
+def _beside() -> tuple[Any, Any]:
+    """A gloo group of the processes of a main group, which may be nccl's, and a store of its own."""
+    from torch import distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return group, PrefixStore(f"rankscope/{next(_groups)}", _get_default_store())
 
 
 def _leave(store: Any, rank: int, size: int) -> None:
@@ -161,17 +178,6 @@ def _leave(store: Any, rank: int, size: int) -> None:
         store.wait([f"left/{other}" for other in range(size)], LEAVING)
     except RuntimeError:
         pass  # one was lost after it had spoken, or whoever held the store has gone: what it had to say is here
-
-
-@contextmanager
-def _beside() -> Iterator[Any]:
-    """A gloo group of the processes whose main group is open, which may be nccl's; torch closes it with that."""
-    from torch import distributed as dist
-
-    main = dist.group.WORLD
-    if _known.get("main") is not main:
-        _known.update(main=main, group=dist.new_group(backend="gloo", timeout=PATIENCE))
-    yield _known["group"]
 
 
 def shared_out(
