@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rankscope.analysis.comparison import compare as compare
     from rankscope.analysis.matrix import MatrixResult as MatrixResult
     from rankscope.analysis.matrix import compare_all as compare_all
+    from rankscope.analysis.processes import processes as processes
     from rankscope.analysis.spectra import SpectrumResult as SpectrumResult
     from rankscope.analysis.spectra import spectrum as spectrum
     from rankscope.errors import RankscopeError as RankscopeError
@@ -48,6 +49,7 @@ _HOME = {
     "compare": "analysis.comparison",
     "compare_all": "analysis.matrix",
     "open": "formats.store",
+    "processes": "analysis.processes",
     "run_study": "train.study",
     "spectrum": "analysis.spectra",
 }

@@ -36,6 +36,10 @@ class TrainingError(RankscopeError):
     """A training run or a study that cannot go on."""
 
 
+class ProcessError(RankscopeError):
+    """A process of torchrun that was lost, or did not come."""
+
+
 @contextmanager
 def located(where: object) -> Iterator[None]:
     """Put ``where: `` before the message of an error raised inside, keeping its class."""

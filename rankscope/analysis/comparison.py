@@ -243,7 +243,10 @@ def _compared(
         except ShapeError as error:
             return Skipped(names[0], str(error.__cause__ or error))
 
-    outcomes = spread(pairs, kind, read, one, a.device, workers, track)
+    def cost(names: tuple[str, str]) -> float:
+        return a.cost(names[0]) + b.cost(names[1])
+
+    outcomes = spread(pairs, kind, read, one, a.device, workers, track, cost=cost)
     found = [outcome for outcome in outcomes if isinstance(outcome, LayerComparison)]
     return found, [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
 

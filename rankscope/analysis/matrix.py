@@ -242,7 +242,10 @@ def _measured(
         except ShapeError as error:
             return Skipped(names[0], str(error))
 
-    outcomes = spread(shared.layers, kind, read, one, shared.sources[0].device, workers, track)
+    def cost(names: tuple[str, ...]) -> float:
+        return sum(source.cost(name) for source, name in zip(shared.sources, names, strict=True))
+
+    outcomes = spread(shared.layers, kind, read, one, shared.sources[0].device, workers, track, cost=cost)
     found = [outcome for outcome in outcomes if isinstance(outcome, _Layer)]
     return found, [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
 

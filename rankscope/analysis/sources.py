@@ -16,6 +16,7 @@ from rankscope.errors import ConfigError, RankscopeError, located
 from rankscope.formats.interface import Skipped, Store, UpdateInfo, examples, usable_device
 from rankscope.formats.names import natural_key
 from rankscope.formats.store import open as open_store
+from rankscope.linalg import krylov_columns, worth_a_sketch
 from rankscope.updates import Update
 
 Readable = str | os.PathLike[str] | Store | Mapping[str, Update]
@@ -93,13 +94,30 @@ class Source:
 
     def kind_of(self, name: str) -> Hashable | None:
         """Shape and rank where an update has thin factors, from the header; None for any other (``workers.spread``)."""
-        of: UpdateInfo | Update | None = self.info(name)
-        if isinstance(self.updates, dict):
-            of = self.updates[name]
+        of = self._known(name)
         if of is None:  # a mapping may make its updates when asked, and not be made for several threads
             return None
         thin = of.nominal_rank is not None and of.nominal_rank < min(of.shape)
         return (of.shape, of.nominal_rank) if thin else None
+
+    def cost(self, name: str, sketch: int | None = None) -> float:
+        """Multiplications that a decomposition takes, to a factor, from the header; 1 of what is made when asked.
+
+        Args:
+            sketch: how many singular values of a full update are asked for; None for all.
+        """
+        of = self._known(name)
+        if of is None:
+            return 1.0
+        out, into = of.shape
+        if of.nominal_rank is not None:
+            return float((out + into) * of.nominal_rank**2)
+        rough = sketch is not None and worth_a_sketch(of.shape, sketch)
+        return float(out * into * (krylov_columns(sketch) if sketch and rough else min(of.shape)))
+
+    def _known(self, name: str) -> UpdateInfo | Update | None:
+        """What has the shape and rank of an update without reading it; None where it is made when asked."""
+        return self.updates[name] if isinstance(self.updates, dict) else self.info(name)
 
     def where(self, name: str) -> str:
         """How messages name a layer."""

@@ -186,7 +186,10 @@ def spectrum(
     def read(name: str) -> Sequence[Update]:
         return [opened.read(name)]
 
-    spectra = spread(names, opened.kind_of, read, one, opened.device, workers, track, opened.ahead)
+    def cost(name: str) -> float:
+        return opened.cost(name, sketch)
+
+    spectra = spread(names, opened.kind_of, read, one, opened.device, workers, track, opened.ahead, cost)
     found = tuple(spectra)
     notes = (*opened.notes, *_zero_note(found), *_sketch_note(found))
     return SpectrumResult(

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from rankscope.analysis.processes import shared_out
 from rankscope.analysis.sources import Track
 from rankscope.errors import ConfigError
 from rankscope.updates import Update, square_together
@@ -54,14 +55,19 @@ def spread(
     workers: int | None = None,
     track: Track = iter,
     ahead: bool = False,
+    cost: Callable[[T], float] = lambda item: 1.0,
 ) -> list[V]:
     """``compute(item, read(item))`` for each item, in order; an error is raised when its turn comes.
+
+    Within ``processes.processes`` each process does so for a share of the items, and gets all results.
 
     Args:
         kind: what items have in common that may go to a GPU as one batch; None for those that get all cores.
         read: the updates of an item, on the device. Like ``compute``, it is called by several threads at once.
         workers: None takes the default of ``worker_count``.
+        track: wraps the items of this process.
         ahead: whether a thread may read the next of those that get all cores while this one is computed.
+        cost: of an item, by which processes share them out.
 
     Raises:
         ConfigError: fewer than one worker.
@@ -76,8 +82,8 @@ def spread(
             square_together([update for several in updates for update in several])
         return [compute(item, several) for item, several in zip(batch, updates, strict=True)]
 
-    def results() -> Generator[V, None, None]:
-        for alone, run in groupby(items, key=lambda item: kind(item) is None):
+    def results(share: Sequence[T]) -> Generator[V, None, None]:
+        for alone, run in groupby(share, key=lambda item: kind(item) is None):
             if alone and ahead:
                 yield from _read_ahead(list(run), read, compute)
             elif alone:
@@ -85,8 +91,13 @@ def spread(
             else:
                 yield from _shared_out(list(run), kind, work, device, count)
 
-    with closing(results()) as arriving:  # also where an error ends it: torch's threads are put back now, not later
-        return [next(arriving) for _ in track(list(items))]
+    def collect(share: Sequence[T], found: list[V]) -> None:
+        # Closed also where an error ends it: torch's threads are put back now, not later.
+        with closing(results(share)) as arriving:
+            for _ in track(list(share)):
+                found.append(next(arriving))
+
+    return shared_out(items, cost, collect)
 
 
 def _read_ahead(

@@ -11,6 +11,7 @@ from importlib import import_module
 
 import click
 
+from rankscope.cli.processes import SHARED, first
 from rankscope.errors import RankscopeError
 
 COMMANDS = {
@@ -50,7 +51,8 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="rankscope")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Test the low-intrinsic-rank hypothesis of LoRA on any model.
 
     \b
@@ -61,6 +63,8 @@ def cli() -> None:
       rankscope inspect lora.safetensors        what is in this file?
       rankscope report study                    how much rank does the task need? one page
     """
+    if not first() and context.invoked_subcommand not in SHARED:
+        context.exit()
 
 
 def main(args: list[str] | None = None) -> None:
@@ -68,10 +72,13 @@ def main(args: list[str] | None = None) -> None:
     try:
         code = cli.main(args=args, prog_name="rankscope", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
-        code = error.exit_code
+        code = 0  # of any process of torchrun but the first, which says it for all
+        if first():
+            error.show()
+            code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+        if first():
+            click.echo("interrupted", err=True)
         code = 130
     except RankscopeError as error:
         if "--debug" in (sys.argv[1:] if args is None else args):

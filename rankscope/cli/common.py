@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
+from rankscope.cli.processes import first
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 SHORTEST_NAME = 16
 SLOW = 2.0  # seconds after which a bar is shown
@@ -168,7 +170,7 @@ def tracker(quiet: bool, what: str) -> Callable[[list[Any]], Iterable[Any]]:
     """For the ``track`` of an analysis: a bar on stderr, on a terminal only, once it takes longer than ``SLOW``."""
 
     def track(items: list[Any]) -> Iterator[Any]:
-        if quiet or not sys.stderr.isatty():
+        if quiet or not first() or not sys.stderr.isatty():
             yield from items
             return
         from rich.console import Console
@@ -241,9 +243,13 @@ class Output(NamedTuple):
     ) -> None:
         """Notes, files, then the result on stdout; of the forms only those that were asked for are made.
 
+        Of the processes of torchrun the first gives it, and the others have nothing left to do.
+
         Pictures and pages come first: what they refuse is said before a table and not after it, and whoever pipes the
         table into head may end this process.
         """
+        if not first():
+            return
         say(self.quiet, notes)
         write_plot(draw, self.plot, self.quiet)
         write_report(page, self.report, self.quiet)

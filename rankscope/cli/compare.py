@@ -21,6 +21,7 @@ from rankscope.cli.common import (
     tracker,
     workers_option,
 )
+from rankscope.cli.processes import shared
 from rankscope.cli.spectrum import expand
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def command(
     k and v. Left is the output space, right the input space. φ
     is the overlap of the top k directions of each, k the smaller number of the two, with the overlap of random
     directions in brackets; z and p say how far from random it is. --json has φ for every pair of cuts.
+    Processes of torchrun -m rankscope share the layers out; the result is that of one.
 
     \b
     Examples:
@@ -124,7 +126,8 @@ def command(
 def _compare_two(paths: Sequence[str], layer: str | None, options: dict[str, Any], output: Output) -> None:
     from rankscope.analysis.comparison import compare
 
-    result = compare(paths[0], paths[1], **options)
+    with shared():
+        result = compare(paths[0], paths[1], **options)
 
     def draw() -> Figure:
         from rankscope.plots import plot_overlap
@@ -150,7 +153,8 @@ def _compare_two(paths: Sequence[str], layer: str | None, options: dict[str, Any
 def _compare_all(paths: Sequence[str], options: dict[str, Any], output: Output) -> None:
     from rankscope.analysis.matrix import compare_all
 
-    result = compare_all(paths, **options)
+    with shared():
+        result = compare_all(paths, **options)
 
     def draw() -> Figure:
         from rankscope.plots import plot_matrix

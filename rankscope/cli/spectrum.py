@@ -20,6 +20,7 @@ from rankscope.cli.common import (
     tracker,
     workers_option,
 )
+from rankscope.cli.processes import shared
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,6 +78,7 @@ def command(
     values noise does not explain (MP, GD). --json gives one object for one PATH, and {"results": [...]} for several
     or a study; --top shortens its lists, and the curves of --plot. --sketch is for checkpoints whose full spectra take
     too long: the energy stays exact, each value has its residual, and a measure that is not determined reads low–high.
+    Processes of torchrun -m rankscope share the layers out; the result is that of one.
 
     \b
     Examples:
@@ -90,15 +92,15 @@ def command(
     output.check()
     if sketch and report:
         raise click.UsageError("--report shows every measure, and --sketch leaves some open; leave one of them out")
-    places, several = expand(paths)
-    if len(initial) > len(places):
-        raise click.UsageError(f"{len(initial)} times --initial, and {len(places)} sources")
-    results = [
-        spectrum(
-            place, base, layers or None, top, device, tracker(quiet, Path(place).name), alpha, workers, sketch, start
-        )
-        for place, start in zip_longest(places, initial)
-    ]
+    with shared():
+        places, several = expand(paths)
+        if len(initial) > len(places):
+            raise click.UsageError(f"{len(initial)} times --initial, and {len(places)} sources")
+        chosen = layers or None
+        results = [
+            spectrum(place, base, chosen, top, device, tracker(quiet, Path(place).name), alpha, workers, sketch, start)
+            for place, start in zip_longest(places, initial)
+        ]
     _give(results, several, output)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from rankscope.cli.common import grouped
+from rankscope.cli.processes import first
 
 
 class Values(click.ParamType[tuple[Any, ...]]):
@@ -139,7 +140,6 @@ def command(
     from rankscope.train.loop import InterruptedTrainingError
     from rankscope.train.results import rows
     from rankscope.train.serving import serving
-    from rankscope.train.team import launched
     from rankscope.train.workers import run_study_with_workers
 
     settings["targets"] = settings["targets"] or None  # click gives () where the option is not given
@@ -147,7 +147,7 @@ def command(
     if ("model" in overrides or "data" in overrides) and "task" not in overrides and config_file is None:
         raise click.UsageError("--model and --data need --task classify or --task lm")
     config = read_config(Path(config_file), overrides) if config_file else make_config(overrides, "options")
-    speaks = launched()[0] == 0  # of the processes of torchrun the first alone talks
+    speaks = first()  # of the processes of torchrun the first alone talks
     try:
         with stop_on_signal() as stop, listen(quiet or not speaks, output, workers or 1) as listener:
             study = run_study_with_workers(config, output, workers or 1, listener, stop)

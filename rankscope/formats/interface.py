@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import html
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -167,13 +168,15 @@ def examples(names: list[str], count: int = 3) -> str:
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """The device, tried out.
+    """The device, tried out. ``cuda`` is the GPU of this process where torchrun started several.
 
     Raises:
         ConfigError: torch does not know it, or this machine has none.
     """
     try:
         found = torch.device(device)
+        if found.type == "cuda" and found.index is None and "LOCAL_RANK" in os.environ:
+            found = torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
         if found.type == "meta":
             raise NotImplementedError("it holds no numbers")
         torch.empty(1, device=found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -234,6 +233,4 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
     return usable_device(name)

@@ -6,7 +6,6 @@ one process, shared out, so what is learned is the same to rounding.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from rankscope.analysis.processes import launched
 from rankscope.errors import ConfigError, TrainingError
 from rankscope.train.config import StudyConfig
 from rankscope.train.tasks import Batch
@@ -110,14 +110,6 @@ def like(value: Tensor, target: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return cast(Tensor, distribute_tensor(placed, mesh, cast(Any, target).placements))
-
-
-def launched() -> tuple[int, int]:
-    """(rank, number of processes) that torchrun has given this process; (0, 1) without it."""
-    try:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    except (KeyError, ValueError):
-        return 0, 1
 
 
 @contextmanager
