@@ -254,7 +254,7 @@ def squares(tall: Tensor) -> bool:
 def squared(tall: Tensor) -> Tensor:
     """The lower triangle of MᵀM (n, n) in float64, of M (m, n), which becomes float64 a block of rows at a time."""
     n = tall.shape[1]
-    blocks = (part.to(torch.float64) for part in torch.split(tall, max(1, GRAM_BLOCK // n)))
+    blocks = (rows.to(torch.float64) for rows in _row_blocks(tall))
     if tall.device.type == "cpu":
         return _lower_triangle(blocks, n)
     total = torch.zeros(n, n, dtype=torch.float64, device=tall.device)
@@ -316,7 +316,7 @@ def leading(matrix: Tensor, k: int, columns: int | None = None, seed: int = 0) -
     Q, R = torch.linalg.qr(_times(matrix, top))
     u, s, vt = torch.linalg.svd(R)
     U, Vt = Q @ u, vt @ top.T
-    residuals = torch.linalg.vector_norm(_times(matrix.T, U) - Vt.T * s, dim=0)
+    residuals = torch.linalg.vector_norm(_times_transposed(matrix, U) - Vt.T * s, dim=0)
     return Leading(SVD(U, s, Vt), residuals, values.flip(0)[k:].clamp(min=0).sqrt())
 
 
@@ -344,8 +344,21 @@ def _of_size_one(matrix: Tensor) -> Tensor:
 
 def _times(matrix: Tensor, other: Tensor) -> Tensor:
     """matrix · other in the precision of ``other``, to which the matrix is brought a block of rows at a time."""
-    step = max(1, GRAM_BLOCK // matrix.shape[1])
-    return torch.cat([matrix[start : start + step].to(other.dtype) @ other for start in range(0, len(matrix), step)])
+    return torch.cat([rows.to(other.dtype) @ other for rows in _row_blocks(matrix)])
+
+
+def _times_transposed(matrix: Tensor, other: Tensor) -> Tensor:
+    """matrixᵀ · other, likewise; summed as otherᵀ · matrix, for which torch takes two thirds of the time."""
+    total, at = other.new_zeros(other.shape[1], matrix.shape[1]), 0
+    for rows in _row_blocks(matrix):
+        total.addmm_(other[at : at + len(rows)].T, rows.to(other.dtype))
+        at += len(rows)
+    return total.T
+
+
+def _row_blocks(matrix: Tensor) -> tuple[Tensor, ...]:
+    """The matrix in blocks of ``GRAM_BLOCK`` entries."""
+    return torch.split(matrix, max(1, GRAM_BLOCK // matrix.shape[1]))
 
 
 def ulp(weight: Tensor, stored: torch.dtype) -> Tensor:
