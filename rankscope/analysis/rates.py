@@ -12,7 +12,6 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -23,9 +22,9 @@ from torch import Tensor
 
 from rankscope.analysis.comparison import compare
 from rankscope.analysis.spectra import spectrum
-from rankscope.analysis.workers import worker_count
+from rankscope.analysis.workers import one_thread, worker_count
 from rankscope.formats.interface import usable_device
-from rankscope.linalg import working_dtype
+from rankscope.linalg import transposed_times, working_dtype
 from rankscope.result import Result
 from rankscope.updates import LowRank, Update
 
@@ -137,8 +136,8 @@ def rates(device: torch.device, workers: int, rank: int) -> Rates:
     size = 1024 if device.type == "cpu" else 8192
     products = {}
     for dtype in dict.fromkeys((torch.float32, working)):
-        square = torch.randn(size, size, device=device).to(dtype)
-        products[dtype] = _rate(partial(torch.matmul, square, square), 2.0 * size**3, device, workers)
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        products[dtype] = _rate(partial(transposed_times, a, b), 2.0 * size**3, device, workers)
     tall = torch.randn(4096, rank, device=device).to(working)
     flops = 2.0 * 4096 * rank**2 - 2 / 3 * rank**3
     qr = _rate(lambda: torch.linalg.qr(tall, mode="r"), flops, device, workers)
@@ -175,13 +174,8 @@ def _rate(act: Callable[[], object], flops: float, device: torch.device, workers
     alone = flops * together / least(several, device, 5)
     if device.type != "cpu" or workers == 1:
         return alone
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            shared = least(lambda: list(pool.map(several, range(workers))), device, 5)
-    finally:
-        torch.set_num_threads(before)
+    with one_thread(workers) as run:
+        shared = least(lambda: list(run(several, range(workers))), device, 5)
     return max(alone, workers * flops * together / shared)
 
 

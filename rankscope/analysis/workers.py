@@ -144,7 +144,7 @@ def _shared_out(
 ) -> Iterator[V]:
     batches = _batches([kind(item) for item in items], 1 if device.type == "cpu" else BATCH)
     done: dict[int, V] = {}
-    with _one_thread(min(workers, len(batches))) as run:
+    with one_thread(min(workers, len(batches))) as run:
         outcomes = run(lambda places: work([items[place] for place in places]), batches)
         arriving = zip(batches, outcomes, strict=True)
         for place in range(len(items)):
@@ -163,7 +163,7 @@ def _batches(kinds: Sequence[Hashable], size: int) -> list[list[int]]:
 
 
 @contextmanager
-def _one_thread(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
+def one_thread(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
     """A ``map`` over this many threads, in which torch and numpy use one thread; settings are put back afterwards."""
     from threadpoolctl import threadpool_limits
 
