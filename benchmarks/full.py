@@ -162,7 +162,7 @@ def draw(curve: list[tuple[float, int]], bound: float, size: float, path: Path) 
     axes.plot(seconds, [value / 1e9 for value in resident], color="#0072b2", label="resident set")
     axes.axhline(bound / 1e9, color="#d55e00", linestyle="--", label="4 largest matrices in float32 + 0.5 GB")
     axes.set(xlabel="seconds", ylabel="GB", ylim=(0, None), title=f"A pair of checkpoints, {size / 1e9:.0f} GB")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.9))
     figure.savefig(path, dpi=150)
 
 
