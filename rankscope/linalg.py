@@ -269,7 +269,9 @@ def _lower_triangle(blocks: Iterable[Tensor], n: int) -> Tensor:
 
     total = np.zeros((n, n), order="F")  # a Fortran upper triangle is, transposed, a lower one of C
     for part in blocks:
-        total = dsyrk(1.0, part.T.numpy(), beta=1.0, c=total, overwrite_c=True)
+        lies = part.numpy()
+        turned = lies.flags.f_contiguous  # of a wide matrix; dsyrk copies what does not lie as Fortran has it
+        total = dsyrk(1.0, lies if turned else lies.T, trans=turned, beta=1.0, c=total, overwrite_c=True)
     return torch.from_numpy(total.T)
 
 

@@ -2,9 +2,9 @@
 
 The floor of a spectrum is the time of 2·(out + in)·r² float64 operations a layer, the products BᵀB and AAᵀ, at the rate
 of large matrix products on the same machine in the same minute; that of a comparison is three times as much (BᵀB and
-AAᵀ of both, and B₁ᵀB₂ and A₁A₂ᵀ). The symmetric ones can be had in half of these operations, and on a CPU are
-(``linalg.transposed_times``), so it is a mark to measure by and no limit. Every time is the least of several: what other
-programs take is not this one's.
+AAᵀ of both, and B₁ᵀB₂ and A₁A₂ᵀ). A symmetric product can be had in half of these operations, and on a CPU is
+(``linalg.transposed_times``): the floor is a mark to measure by, not a limit. Every time is the least of several: what
+other programs take is not this one's.
 """
 
 from __future__ import annotations
