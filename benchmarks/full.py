@@ -1,15 +1,16 @@
 """Full updates: the time of a matrix, the accuracy of a sketch, the memory of a whole checkpoint pair.
 
 python benchmarks/full.py matrix --shape 2048x2048       all σ, mergekit-extract-lora's way, --sketch, torch.svd_lowrank
+python benchmarks/full.py layer --threads 2              the same of each matrix of a layer of Llama 3 8B, and their sum
 python benchmarks/full.py memory PAIR --sketch 64        PAIR as benchmarks/shapes.py --full writes it
 python benchmarks/full.py memory PAIR --sketch 64 --curve rss.csv --plot rss.png
 python benchmarks/full.py intruders --shape 2048x2048    with and without the base's decomposition on disk
 
 ``matrix``: mergekit-extract-lora decomposes the difference of two weights by ``torch.linalg.svd(delta.float(),
 full_matrices=False)`` and keeps the first r directions; its time here is that of this call. Times are processor time of
-one thread, which other programs cannot lengthen much; the least of ``--repeats``. The sketch's floor: its products at
-the rates of large ones in the same run (2 · out · in operations a column: of the Krylov space twice in float32, of the
-k directions twice in float64), and the reading of both weights in bfloat16.
+one thread, which other programs cannot lengthen much, or of several threads by the clock; the least of ``--repeats``. The
+sketch's floor: its products at the rates of large ones in the same run (2 · out · in operations a column: of the Krylov
+space twice in float32, of the k directions twice in float64), and the reading of both weights in bfloat16.
 
 ``memory``: ``spectrum`` in a process of its own, which does nothing else. The peak resident set beyond that of torch
 and rankscope is divided by the largest matrix in float32, for the first layer and for all: it must not grow.
@@ -26,11 +27,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from shapes import down, up, weight
+from shapes import MODELS, down, up, weight
+from threadpoolctl import threadpool_limits
 
 from rankscope.analysis.bases import Bases
 from rankscope.analysis.intruders import Intruders, intruders
@@ -42,50 +45,68 @@ from rankscope.train.costs import peak_memory, reset_peak_memory
 from rankscope.updates import LowRank
 
 CPU = torch.device("cpu")
+MERGEKIT = "SVD with vectors (mergekit)"
 
 
 def least(act: Callable[[], object], repeats: int) -> float:
-    """Processor seconds."""
+    """Seconds: of the processor with one thread, by the clock with several."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times = []
     for _ in range(repeats):
-        began = time.process_time()
+        began = clock()
         act()
-        times.append(time.process_time() - began)
+        times.append(clock() - began)
     return min(times)
 
 
 def matrix(arguments: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    print(f"{machine(CPU)}; torch {torch.__version__}, one thread")
+    print(f"{machine(CPU)}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     for text in arguments.shape:
         out, into = map(int, text.split("x"))
-        delta = weight((out, into), 1, True) - weight((out, into), 1, False)
-        k = arguments.sketch or 64
-        exact = dense_singular_values(delta)
-        mergekit = least(lambda: torch.linalg.svd(delta, full_matrices=False), 1)  # noqa: B023
-        rows = {
-            "SVD with vectors (mergekit)": mergekit,
-            "torch svdvals, float32": least(lambda: torch.linalg.svdvals(delta), arguments.repeats),  # noqa: B023
-            "rankscope, all σ": least(lambda: dense_singular_values(delta), arguments.repeats),  # noqa: B023
-            f"rankscope, sketch {k}": least(lambda: leading(delta, k), arguments.repeats),  # noqa: B023
-            f"torch.svd_lowrank {k} + 8": least(lambda: torch.svd_lowrank(delta, k + 8), arguments.repeats),  # noqa: B023
-        }
-        print(f"\n{out} x {into}")
-        for name, seconds in rows.items():
-            print(f"  {name:32} {seconds:8.3f} s   {mergekit / seconds:6.1f} x")
-        products, reading = sketch_floor(out, into, k)
-        sketch, floor = rows[f"rankscope, sketch {k}"], products + reading
-        print(f"  the sketch's products {products:.3f} s, reading {reading:.3f} s: {sketch / floor:.2f} x this floor")
-        found, lowrank = leading(delta, k), torch.svd_lowrank(delta, k + 8)[1][:k]
-        for name, s in (("sketch", found.svd.s), ("svd_lowrank", lowrank)):
-            off = (exact[:k] - s).abs() / exact[:k]
-            print(f"  {name}: relative error of the top {k}: largest {off.max():.1e}, median {off.median():.1e}")
-        print(f"  residuals of the sketch: largest {(found.residuals / found.svd.s[0]).max():.1e} of the first value")
+        one_matrix(out, into, arguments.sketch or 64, arguments.repeats)
+
+
+def layer(arguments: argparse.Namespace) -> None:
+    print(f"{machine(CPU)}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    total: Counter[str] = Counter()
+    for (out, into), count in Counter(MODELS["8b"].shapes().values()).items():
+        for name, seconds in one_matrix(out, into, arguments.sketch or 64, arguments.repeats).items():
+            total[name] += count * seconds
+    print(f"\nall {len(MODELS['8b'].shapes())} matrices of a layer")
+    tell(dict(total))
+
+
+def tell(rows: dict[str, float]) -> None:
+    for name, seconds in rows.items():
+        print(f"  {name:32} {seconds:8.3f} s   {rows[MERGEKIT] / seconds:6.1f} x", flush=True)
+
+
+def one_matrix(out: int, into: int, k: int, repeats: int) -> dict[str, float]:
+    delta = weight((out, into), 1, True) - weight((out, into), 1, False)
+    exact = dense_singular_values(delta)
+    rows = {
+        MERGEKIT: least(lambda: torch.linalg.svd(delta, full_matrices=False), 1),
+        "torch svdvals, float32": least(lambda: torch.linalg.svdvals(delta), 1),
+        "rankscope, all σ": least(lambda: dense_singular_values(delta), repeats),
+        f"rankscope, sketch {k}": least(lambda: leading(delta, k), repeats),
+        f"torch.svd_lowrank {k} + 8": least(lambda: torch.svd_lowrank(delta, k + 8), repeats),
+    }
+    print(f"\n{out} x {into}")
+    tell(rows)
+    products, reading = sketch_floor(out, into, k)
+    sketch, floor = rows[f"rankscope, sketch {k}"], products + reading
+    print(f"  the sketch's products {products:.3f} s, reading {reading:.3f} s: {sketch / floor:.2f} x this floor")
+    found, lowrank = leading(delta, k), torch.svd_lowrank(delta, k + 8)[1][:k]
+    for name, s in (("sketch", found.svd.s), ("svd_lowrank", lowrank)):
+        off = (exact[:k] - s).abs() / exact[:k]
+        print(f"  {name}: relative error of the top {k}: largest {off.max():.1e}, median {off.median():.1e}")
+    print(f"  residuals of the sketch: largest {(found.residuals / found.svd.s[0]).max():.1e} of the first value")
+    return rows
 
 
 def sketch_floor(out: int, into: int, k: int) -> tuple[float, float]:
-    """Seconds of its products on one thread, and of reading two weights in bfloat16."""
-    found = rates(CPU, 1, 64)
+    """Seconds of its products, and of reading two weights in bfloat16."""
+    found = rates(CPU, torch.get_num_threads(), 64)
     column = 4.0 * out * into
     products = column * krylov_columns(k) / found.float32 + column * k / (found.float64 or found.float32)
     return products, 2 * 2 * out * into / found.read
@@ -93,8 +114,7 @@ def sketch_floor(out: int, into: int, k: int) -> tuple[float, float]:
 
 def intruder_dimensions(arguments: argparse.Namespace) -> None:
     """Of an adapter of rank 64: two dense SVDs in float32, as the paper's code does; ours the first time and after."""
-    torch.set_num_threads(1)
-    print(f"{machine(CPU)}; torch {torch.__version__}, one thread, top 10")
+    print(f"{machine(CPU)}; torch {torch.__version__}, {torch.get_num_threads()} threads, top 10")
     for text in arguments.shape:
         out, into = map(int, text.split("x"))
         before = (
@@ -190,17 +210,23 @@ def alone(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["matrix", "memory", "intruders", "alone"])
+    parser.add_argument("what", choices=["matrix", "layer", "memory", "intruders", "alone"])
     parser.add_argument("pair", type=Path, nargs="?")
     parser.add_argument("--shape", action="append", help="OUTxIN, repeatable [2048x2048]")
     parser.add_argument("--sketch", type=int)
     parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of matrix, layer and intruders")
     parser.add_argument("--curve", type=Path, help="of memory: .csv")
     parser.add_argument("--plot", type=Path, help="of memory: .png")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     arguments.shape = arguments.shape or ["2048x2048"]
-    {"matrix": matrix, "memory": memory, "intruders": intruder_dimensions, "alone": alone}[arguments.what](arguments)
+    if arguments.what in ("memory", "alone"):
+        {"memory": memory, "alone": alone}[arguments.what](arguments)
+        return
+    torch.set_num_threads(arguments.threads)
+    with threadpool_limits(arguments.threads, "blas"):
+        {"matrix": matrix, "layer": layer, "intruders": intruder_dimensions}[arguments.what](arguments)
 
 
 if __name__ == "__main__":
