@@ -9,8 +9,8 @@ python benchmarks/full.py intruders --shape 2048x2048    with and without the ba
 ``matrix``: mergekit-extract-lora decomposes the difference of two weights by ``torch.linalg.svd(delta.float(),
 full_matrices=False)`` and keeps the first r directions; its time here is that of this call. Times are processor time of
 one thread, which other programs cannot lengthen much, or of several threads by the clock; the least of ``--repeats``.
-The sketch's floor: its products at the rates of large ones in the same run (2 · out · in operations a column: of the Krylov
-space twice in float32, of the k directions twice in float64), and the reading of both weights in bfloat16.
+The sketch's floor: its products at the rates of large ones in the same run (2 · out · in operations a column: of the
+Krylov space twice in float32, of the k directions twice in float64), and the reading of both weights in bfloat16.
 
 ``memory``: ``spectrum`` in a process of its own, which does nothing else. The peak resident set beyond that of torch
 and rankscope is divided by the largest matrix in float32, for the first layer and for all: it must not grow.
