@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from adapters import linear, normal, write_adapter, write_checkpoint, write_shards
+from damage import make_sources
 
 from rankscope import updates
 from rankscope.errors import FormatError, NonFiniteError, ShapeError
@@ -434,3 +437,24 @@ def test_a_file_that_changes_after_it_was_opened(tmp_path, base):
     write_checkpoint(tmp_path / "other.safetensors", {"norm.weight": TUNED["norm.weight"]})
     with pytest.raises(FormatError, match="has changed since it was opened"):
         again["conv"]
+
+
+KINDS = ("a", "b", "dora", "pissa", "old", "kohya", "lycoris", "diffusers", "loralib", "tuned", "updates")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_goes_with_its_last_use(kind: str, tmp_path: Path) -> None:
+    """It would keep its file mapped: nothing of it may wait for Python to look for cycles."""
+    make_sources(tmp_path)
+    path = tmp_path / kind
+    path = path / "lora.safetensors" if (path / "lora.safetensors").exists() else path
+    gc.collect()
+    gc.disable()
+    try:
+        store = formats.open(path, tmp_path / "base", alpha=2)
+        assert [store[name] for name in store.names()]
+        gone = weakref.ref(store)
+        del store
+        assert gone() is None
+    finally:
+        gc.enable()

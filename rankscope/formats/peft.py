@@ -7,7 +7,7 @@ scale·B·A under their name and, with a base, the whole update under ``name:who
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
+from operator import methodcaller
 from pathlib import Path
 
 import torch
@@ -165,7 +165,7 @@ class PeftStore(AdapterStore):
         self._factors[module] = factors
         nominal = rank + self._initial_rank(module, shape)
         info = UpdateInfo(shape, nominal, factors.scale, A.dtype, "dora-product" if key_m else "lora")
-        self._put(module, info, partial(self._product, module), partial(self._weight, module))
+        self._put(module, info, methodcaller("_product", module), methodcaller("_weight", module))
         claimed = self.config.rank(module)
         if claimed is not None and claimed != rank:
             self._claims.append((module, claimed, rank))
@@ -192,8 +192,11 @@ class PeftStore(AdapterStore):
         keys = {layer.module: layer.pair() for layer in wrappers}
         for experts in found:
             for name, info in experts.infos():
-                read = partial(self._expert, experts, keys[experts.module], name)
-                self._put(name, info, read, partial(experts.weight, name, origin))
+                read = methodcaller("_expert", experts, keys[experts.module], name)
+                self._put(name, info, read, methodcaller("_expert_weight", experts, name, origin))
+
+    def _expert_weight(self, experts: Experts, name: str, origin: Origin | None) -> Tensor | None:
+        return experts.weight(name, origin)
 
     def _expert(self, experts: Experts, keys: tuple[str, str], name: str) -> LowRank:
         A, B = (floats(self._file.read(key)) for key in keys)
@@ -228,7 +231,7 @@ class PeftStore(AdapterStore):
                 self._skip(module + WHOLE, "DoRA: the base has no weight for it")
             else:
                 info = UpdateInfo(self._infos[module].shape, None, 1.0, torch.float32, "dora")
-                self._put(module + WHOLE, info, partial(self._whole, module), partial(self._weight, module))
+                self._put(module + WHOLE, info, methodcaller("_whole", module), methodcaller("_weight", module))
         if dora:
             self.notes.append(
                 f"DoRA in {len(dora)} layers: NAME is the product scale·B·A, NAME{WHOLE} the whole update"

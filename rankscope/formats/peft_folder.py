@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,19 +71,27 @@ class Origin:
 
 
 class AdapterStore(Store):
-    """The updates of one adapter; ``_put`` gives a name its info and the functions that read it."""
+    """The updates of one adapter; ``_put`` gives a name its info and the functions of a store that read it.
+
+    They are given the store when they are called: if they held it, it would keep its file mapped after its last use,
+    until Python looks for cycles.
+    """
 
     kind = "peft"
 
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
         super().__init__(path, device)
         self._file = open_tensors(weights_file(path))
-        self._readers: dict[str, Callable[[], Update]] = {}
-        self._origins: dict[str, Callable[[], Tensor | None]] = {}
+        self._readers: dict[str, Callable[[Any], Update]] = {}
+        self._origins: dict[str, Callable[[Any], Tensor | None]] = {}
         self._others: list[str] = []
 
     def _put(
-        self, name: str, info: UpdateInfo, read: Callable[[], Update], weight: Callable[[], Tensor | None] | None = None
+        self,
+        name: str,
+        info: UpdateInfo,
+        read: Callable[[Any], Update],
+        weight: Callable[[Any], Tensor | None] | None = None,
     ) -> None:
         if name in self._infos:
             raise FormatError(f"{self._file.path}: two parts of it are called {name}; rename one of the modules")
@@ -92,10 +100,10 @@ class AdapterStore(Store):
             self._origins[name] = weight
 
     def _read(self, name: str) -> Update:
-        return self._readers[name]().to(self.device)
+        return self._readers[name](self).to(self.device)
 
     def _read_weight(self, name: str) -> Tensor | None:
-        return self._origins[name]() if name in self._origins else None
+        return self._origins[name](self) if name in self._origins else None
 
     def _gather(self, parse: Callable[[str], ParsedKey | None]) -> dict[str, dict[str, str]]:
         """Keys by module and part; all that ``parse`` knows nothing of is kept in ``_others``.
@@ -159,13 +167,13 @@ class AdapterStore(Store):
             )
         turned = bool(origin.checkpoint.conv1d) and len(info.shape) == 2 and CONV1D_NAME.search(name) is not None
 
-        def read() -> Dense:
-            tuned = self._file.read(key).flatten(1)
+        def read(store: AdapterStore) -> Dense:
+            tuned = store._file.read(key).flatten(1)
             return Dense.difference((tuned.T if turned else tuned)[:rows], origin.matrix(name)[:rows])
 
         out, into = origin.shape(name) or (0, 0)
         told = UpdateInfo((rows or out, into), None, 1.0, info.dtype, "full")
-        self._put(name.removesuffix(WEIGHT), told, read, lambda: origin.matrix(name)[:rows])
+        self._put(name.removesuffix(WEIGHT), told, read, lambda _: origin.matrix(name)[:rows])
         return None
 
     def _add_tokens(self, key: str, origin: Origin, indices: object) -> str | None:
@@ -179,15 +187,15 @@ class AdapterStore(Store):
         if not all(0 <= place < shape[0] for place in places):
             return f"{TOKENS}; the base has {shape[0]} rows, none for {max(places)}"
 
-        def read() -> LowRank:
-            rows = floats(self._file.read(key)).float() - origin.matrix(module + WEIGHT)[places].float()
+        def read(store: AdapterStore) -> LowRank:
+            rows = floats(store._file.read(key)).float() - origin.matrix(module + WEIGHT)[places].float()
             where = torch.zeros(shape[0], len(places))
             where[places, torch.arange(len(places))] = 1.0
             return LowRank(where, rows)
 
         name = module if module not in self._infos else f"{module}:tokens"
         told = UpdateInfo(shape, len(places), 1.0, info.dtype, "tokens")
-        self._put(name, told, read, partial(origin.matrix, module + WEIGHT))
+        self._put(name, told, read, lambda _: origin.matrix(module + WEIGHT))
         return None
 
 

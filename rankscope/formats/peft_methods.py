@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,7 +149,8 @@ class MethodStore(AdapterStore):
         if base is not None and recipes:
             self._weights = BaseWeights(base, {name: recipe.info.shape for name, recipe in recipes.items()}, fan)
         for name, recipe in recipes.items():
-            self._put(name, recipe.info, partial(self._build, name, layers[name], recipe), partial(self._weight, name))
+            read = methodcaller("_build", name, layers[name], recipe)
+            self._put(name, recipe.info, read, methodcaller("_weight", name))
         self._add_others(origin, self.config.token_indices or self.config.trainable_token_indices)
         if not self._infos:
             seen = f"; skipped {self.skipped[0].name}: {self.skipped[0].reason}" if self.skipped else ""
