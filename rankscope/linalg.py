@@ -25,6 +25,8 @@ KRYLOV_BLOCK = 16
 KRYLOV_COLUMNS = 5
 """Columns of a Krylov space for each singular value that is wanted of it, and ``KRYLOV_BLOCK`` times twice as many at
 least."""
+LARGEST_ENTRY = 1e30
+"""Above this a float32 matrix is scaled before it is multiplied, as sums over its rows and columns may overflow."""
 SMALLEST_SQUARE = 1e-280
 """Below this, and above its inverse, squares and their sums begin to lose digits."""
 
@@ -269,7 +271,7 @@ def _lower_triangle(blocks: Iterable[Tensor], n: int) -> Tensor:
 
     total = np.zeros((n, n), order="F")  # a Fortran upper triangle is, transposed, a lower one of C
     for part in blocks:
-        lies = part.numpy()
+        lies = part.detach().numpy()
         turned = lies.flags.f_contiguous  # of a wide matrix; dsyrk copies what does not lie as Fortran has it
         total = dsyrk(1.0, lies if turned else lies.T, trans=turned, beta=1.0, c=total, overwrite_c=True)
     return torch.from_numpy(total.T)
@@ -309,6 +311,10 @@ def leading(matrix: Tensor, k: int, columns: int | None = None, seed: int = 0) -
         columns: of the space; None takes ``krylov_columns``. Never fewer than k, nor more than the smaller side.
         seed: of the starting block, which is drawn on the host: the same on every device.
     """
+    largest = float(torch.stack(matrix.aminmax()).abs().max())
+    if largest > LARGEST_ENTRY:
+        (U, s, Vt), *others = leading(matrix / largest, k, columns, seed)
+        return Leading(SVD(U, s * largest, Vt), *(values * largest for values in others))
     columns = max(k, min(columns or krylov_columns(k), *matrix.shape))
     basis, images = _krylov_basis(matrix, columns, seed)
     working = working_dtype(matrix.device)

@@ -313,6 +313,12 @@ def test_blocks_of_rows_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.allclose(linalg.squared(M).tril(), whole.tril(), rtol=1e-14, atol=1e-13)
 
 
+@pytest.mark.parametrize("shape", [(50, 40), (40, 50)])
+def test_weights_in_training_are_decomposed_too(shape: tuple[int, int]) -> None:
+    M = normal(*shape).float().requires_grad_()
+    assert np.allclose(dense_singular_values(M).detach().numpy(), np.linalg.svd(M.detach().numpy())[1], rtol=1e-5)
+
+
 def test_working_precision() -> None:
     assert working_dtype(torch.device("cpu")) == torch.float64
     assert working_dtype(torch.device("mps")) == torch.float32  # which has no float64

@@ -139,6 +139,17 @@ def test_the_space_stays_orthonormal_when_it_is_exhausted() -> None:
         assert torch.allclose(basis.T @ basis, torch.eye(48), atol=3e-6)
 
 
+def test_entries_near_the_end_of_float32_are_sketched_too() -> None:
+    """Sums of them would overflow."""
+    update = with_values(SPECTRA["power"])
+    size = 3e38 / float(update.matrix.abs().max())
+    huge = (update.matrix.double() * size).float()
+    found, large = leading(update.matrix, 4, 64), leading(huge, 4, 64)
+    assert np.allclose(large.svd.s.numpy() / size, found.svd.s.numpy(), rtol=1e-6)
+    assert np.allclose(large.residuals.numpy() / size, found.residuals.numpy(), atol=1e-6)
+    assert Sketch.of(Dense(huge), 4, 64).bounds()["stable_rank"][0] > 1
+
+
 def test_a_zero_update_is_known_whole() -> None:
     found = Sketch.of(Dense(torch.zeros(60, 50)), 3)
     assert set(found.bounds().values()) == {(0.0, 0.0)}
