@@ -5,7 +5,7 @@ python benchmarks/analysis.py --device cuda --no-peft           the same on a GP
 python benchmarks/analysis.py --model 70b --layers 8
 
 The floor is the time of 2·(out + in)·r² operations a layer at the rate of large float64 matrix products, measured
-before and after in the same run (for a comparison three times as many); see ``rankscope.analysis.rates``. On a GPU the
+before and after in the same run (for a comparison three times as many); see ``rankscope.analysis.benchmark``. On a GPU the
 file also has to cross the bus, which is measured as well. Times are the least of ``--repeats``. Processor time is the
 whole process's in one more run: it does not count what other programs took.
 
@@ -32,11 +32,11 @@ import torch
 from safetensors.torch import load_file
 from shapes import MODELS, down, up, write_adapter
 
+from rankscope.analysis.benchmark import best_rates, least_seconds, machine_name, measure_rates, spectrum_flops
 from rankscope.analysis.comparison import compare
+from rankscope.analysis.layer_spectra import spectrum
 from rankscope.analysis.matrix import compare_all
-from rankscope.analysis.rates import best_of, least, machine, rates, spectrum_flops
-from rankscope.analysis.spectra import spectrum
-from rankscope.analysis.workers import worker_count
+from rankscope.analysis.worker_threads import worker_count
 from rankscope.formats.peft_keys import factor_keys
 from rankscope.train.costs import peak_memory, reset_peak_memory
 
@@ -69,7 +69,7 @@ def report(arguments: argparse.Namespace, home: Path) -> None:
     model, device = MODELS[arguments.model], torch.device(arguments.device)
     layers, rank = arguments.layers or model.layers, arguments.rank
     workers = worker_count(arguments.workers, device)
-    print(f"{machine(device)}; {device}, torch {torch.__version__}, {workers} workers")
+    print(f"{machine_name(device)}; {device}, torch {torch.__version__}, {workers} workers")
     ranks = [int(r) for r in arguments.growth.split(",") if r]
     if arguments.growth_only:
         growth(arguments, home, ranks, max(1, layers // 4), layers)
@@ -80,7 +80,7 @@ def report(arguments: argparse.Namespace, home: Path) -> None:
     shapes = [shape for shape in model.shapes().values() for _ in range(layers)]
     print(f"Llama 3 {arguments.model}, {len(shapes)} matrices, rank {rank}, bfloat16: {size / 1e6:.0f} MB\n")
 
-    before = rates(device, workers, rank)
+    before = measure_rates(device, workers, rank)
 
     def spectrum_once() -> object:
         return spectrum(home / "a", device=device, workers=workers)
@@ -88,8 +88,8 @@ def report(arguments: argparse.Namespace, home: Path) -> None:
     def compare_once() -> object:
         return compare(home / "a", home / "b", device=device, workers=workers)
 
-    one, two = (least(act, device, arguments.repeats) for act in (spectrum_once, compare_once))
-    found = best_of(before, rates(device, workers, rank))
+    one, two = (least_seconds(act, device, arguments.repeats) for act in (spectrum_once, compare_once))
+    found = best_rates(before, measure_rates(device, workers, rank))
     rate = found.float64 or found.float32
     floor = spectrum_flops(shapes, rank) / rate
     print(f"matrix products in float64 {rate / 1e9:.0f} Gflop/s, in float32 {found.float32 / 1e9:.0f} Gflop/s")
@@ -178,7 +178,7 @@ def crossing(folder: Path, device: torch.device) -> None:
         for tensor in load_file(folder / "adapter_model.safetensors").values():
             tensor.to(device)
 
-    print(f"all factors read and copied to the GPU, one after another: {least(copy, device, 3):.3f} s")
+    print(f"all factors read and copied to the GPU, one after another: {least_seconds(copy, device, 3):.3f} s")
 
 
 def alone(folders: list[str], device: str, workers: int | None) -> dict[str, int]:

@@ -35,12 +35,12 @@ import torch
 from shapes import MODELS, down, up, weight
 from threadpoolctl import threadpool_limits
 
-from rankscope.analysis.bases import Bases
+from rankscope.analysis.benchmark import machine_name, measure_rates
 from rankscope.analysis.intruders import Intruders, intruders
-from rankscope.analysis.rates import machine, rates
-from rankscope.analysis.spectra import spectrum
+from rankscope.analysis.layer_spectra import spectrum
+from rankscope.analysis.svd_cache import SVDCache
 from rankscope.formats.store import open as open_store
-from rankscope.linalg import dense_singular_values, krylov_columns, leading
+from rankscope.linalg import dense_singular_values, krylov_columns, leading_triplets
 from rankscope.train.costs import peak_memory, reset_peak_memory
 from rankscope.updates import LowRank
 
@@ -60,14 +60,14 @@ def least(act: Callable[[], object], repeats: int) -> float:
 
 
 def matrix(arguments: argparse.Namespace) -> None:
-    print(f"{machine(CPU)}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{machine_name(CPU)}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     for text in arguments.shape:
         out, into = map(int, text.split("x"))
         one_matrix(out, into, arguments.sketch or 64, arguments.repeats)
 
 
 def layer(arguments: argparse.Namespace) -> None:
-    print(f"{machine(CPU)}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{machine_name(CPU)}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     total: Counter[str] = Counter()
     for (out, into), count in Counter(MODELS["8b"].shapes().values()).items():
         for name, seconds in one_matrix(out, into, arguments.sketch or 64, arguments.repeats).items():
@@ -88,7 +88,7 @@ def one_matrix(out: int, into: int, k: int, repeats: int) -> dict[str, float]:
         MERGEKIT: least(lambda: torch.linalg.svd(delta, full_matrices=False), 1),
         "torch svdvals, float32": least(lambda: torch.linalg.svdvals(delta), 1),
         "rankscope, all σ": least(lambda: dense_singular_values(delta), repeats),
-        f"rankscope, sketch {k}": least(lambda: leading(delta, k), repeats),
+        f"rankscope, sketch {k}": least(lambda: leading_triplets(delta, k), repeats),
         f"torch.svd_lowrank {k} + 8": least(lambda: torch.svd_lowrank(delta, k + 8), repeats),
     }
     print(f"\n{out} x {into}")
@@ -96,7 +96,7 @@ def one_matrix(out: int, into: int, k: int, repeats: int) -> dict[str, float]:
     products, reading = sketch_floor(out, into, k)
     sketch, floor = rows[f"rankscope, sketch {k}"], products + reading
     print(f"  the sketch's products {products:.3f} s, reading {reading:.3f} s: {sketch / floor:.2f} x this floor")
-    found, lowrank = leading(delta, k), torch.svd_lowrank(delta, k + 8)[1][:k]
+    found, lowrank = leading_triplets(delta, k), torch.svd_lowrank(delta, k + 8)[1][:k]
     for name, s in (("sketch", found.svd.s), ("svd_lowrank", lowrank)):
         off = (exact[:k] - s).abs() / exact[:k]
         print(f"  {name}: relative error of the top {k}: largest {off.max():.1e}, median {off.median():.1e}")
@@ -106,7 +106,7 @@ def one_matrix(out: int, into: int, k: int, repeats: int) -> dict[str, float]:
 
 def sketch_floor(out: int, into: int, k: int) -> tuple[float, float]:
     """Seconds of its products, and of reading two weights in bfloat16."""
-    found = rates(CPU, torch.get_num_threads(), 64)
+    found = measure_rates(CPU, torch.get_num_threads(), 64)
     column = 4.0 * out * into
     products = column * krylov_columns(k) / found.float32 + column * k / (found.float64 or found.float32)
     return products, 2 * 2 * out * into / found.read
@@ -114,7 +114,7 @@ def sketch_floor(out: int, into: int, k: int) -> tuple[float, float]:
 
 def intruder_dimensions(arguments: argparse.Namespace) -> None:
     """Of an adapter of rank 64: two dense SVDs in float32, as the paper's code does; ours the first time and after."""
-    print(f"{machine(CPU)}; torch {torch.__version__}, {torch.get_num_threads()} threads, top 10")
+    print(f"{machine_name(CPU)}; torch {torch.__version__}, {torch.get_num_threads()} threads, top 10")
     for text in arguments.shape:
         out, into = map(int, text.split("x"))
         before = (
@@ -128,15 +128,15 @@ def intruder_dimensions(arguments: argparse.Namespace) -> None:
                 old, new = (torch.linalg.svd(matrix, full_matrices=False)[0] for matrix in (before, tuned))  # noqa: B023
                 (old.T @ new[:, :10]).abs().amax(0)
 
-            def ours(bases: Bases) -> Intruders:
+            def ours(bases: SVDCache) -> Intruders:
                 return intruders(update, before.double(), bases.svd(before))  # noqa: B023
 
-            kept = Bases(Path(folder))
+            kept = SVDCache(Path(folder))
             first = least(lambda: ours(kept), 1)  # noqa: B023
             read = least(lambda: ours(kept), arguments.repeats)  # noqa: B023
             base = kept.svd(before)
             held = least(lambda: intruders(update, before.double(), base), arguments.repeats)  # noqa: B023
-            size = kept.size[1]
+            size = kept.disk_usage[1]
         two = least(dense, 1)
         print(f"\n{out} x {into}, entry of {size / 1e6:.0f} MB")
         for name, seconds in (
@@ -154,7 +154,7 @@ def memory(arguments: argparse.Namespace) -> None:
     largest = 4 * max(out * into for out, into in shapes)
     layers = sorted({name.split(".")[2] for name in store}, key=int)
     size = sum(file.stat().st_size for file in arguments.pair.glob("*/*.safetensors"))
-    print(f"{machine(CPU)}; pair of {size / 1e9:.2f} GB, largest matrix {largest / 1e6:.0f} MB in float32")
+    print(f"{machine_name(CPU)}; pair of {size / 1e9:.2f} GB, largest matrix {largest / 1e6:.0f} MB in float32")
     for n in sorted({1, len(layers)}):
         command = [sys.executable, __file__, "alone", str(arguments.pair), "--layers", str(n)]
         command += ["--sketch", str(arguments.sketch)] if arguments.sketch else []

@@ -16,7 +16,7 @@ import warnings
 import torch
 
 from rankscope.lora import AdapterSpec, Bank
-from rankscope.train.config import generator
+from rankscope.train.config import make_generator
 from rankscope.train.costs import peak_memory
 from rankscope.train.pretrained import import_transformers
 
@@ -40,7 +40,7 @@ def train(model: torch.nn.Module, weights: list[torch.nn.Parameter], rows: int) 
 def bank(path: str, count: int, rank: int) -> None:
     model = load(path)
     specs = [AdapterSpec(rank=rank, alpha=2 * rank, targets=("query", "value"))] * count
-    made = Bank.attach(model, specs, [generator("memory", i) for i in range(count)])
+    made = Bank.attach(model, specs, [make_generator("memory", i) for i in range(count)])
     made.select(None if count > 1 else 0)
     train(model, made.trainable_parameters(), 2 * count)
 

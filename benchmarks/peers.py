@@ -62,7 +62,7 @@ def module(name: str) -> str:
 
 
 def of_rankscope(folder: Path) -> Callable[[], Layers]:
-    from rankscope.analysis.spectra import spectrum
+    from rankscope.analysis.layer_spectra import spectrum
 
     base = folder / "base"
 

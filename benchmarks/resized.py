@@ -15,14 +15,14 @@ import torch
 from rankscope.evidence.material import Material
 from rankscope.lora import load
 from rankscope.surgery.resize import resize
-from rankscope.surgery.truncate import Budget, Choice, Energy, Rank
+from rankscope.surgery.truncate import Budget, Energy, Rank, RankChoice
 from rankscope.train.runs import Run
 from rankscope.train.study import Study
 
 
 def score(material: Material, run: Run, adapter: Path) -> float:
     """The metric of the run's base with this adapter."""
-    model = material.fresh(run)
+    model = material.copy_base(run)
     load(model, adapter)
     return material.score(model.to(material.device))
 
@@ -40,7 +40,7 @@ def resized(material: Material, run: Run) -> Iterator[tuple[str, str]]:
         yield title, f"{done.parameters_after:12}{done.retained:10.4f}{done.relative_error:8.4f}{after:16.4f}"
 
 
-def choices(parameters: int) -> dict[str, Choice]:
+def choices(parameters: int) -> dict[str, RankChoice]:
     return {
         "energy .95": Energy(0.95),
         "half the parameters": Budget(parameters // 2),

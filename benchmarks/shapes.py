@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rankscope.formats.files import TensorInfo, write_json
+from rankscope.formats.file_io import TensorInfo, write_json
 from rankscope.formats.peft_keys import factor_keys
-from rankscope.formats.peft_write import write_folder
-from rankscope.formats.streaming import Pending, write_streamed
+from rankscope.formats.peft_write import write_peft_folder
+from rankscope.formats.streaming import LazyTensor, write_streamed
 
 FULL_RANK = 128  # directions of a full update that stand out of its noise
 FALL = 0.7  # strength of the l-th direction of B: l^-FALL
@@ -68,17 +68,17 @@ def write_adapter(
     folder: Path, model: Model, rank: int, layers: int | None = None, seed: int = 0, dtype: torch.dtype = torch.bfloat16
 ) -> int:
     """Write an adapter of the first ``layers`` layers (all); returns the bytes of its weights."""
-    tensors: dict[str, Pending] = {}
+    tensors: dict[str, LazyTensor] = {}
     for layer in range(model.layers if layers is None else layers):
         for i, (name, shape) in enumerate(model.shapes().items()):
             keys = factor_keys(f"model.layers.{layer}.{name}")
             number = 2 * (1000 * seed + 10 * layer + i)
             for key, make, size, n in ((keys.A, down, (rank, shape[1]), 0), (keys.B, up, (shape[0], rank), 1)):
                 read = lambda make=make, shape=shape, n=n, number=number: make(shape, rank, number + n).to(dtype)  # noqa: E731
-                tensors[key] = Pending(TensorInfo(size, dtype), read)
+                tensors[key] = LazyTensor(TensorInfo(size, dtype), read)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank}
     config["target_modules"] = sorted(name.rpartition(".")[2] for name in model.shapes())
-    write_folder(folder, config, tensors)
+    write_peft_folder(folder, config, tensors)
     return sum(pending.size for pending in tensors.values())
 
 
@@ -94,12 +94,12 @@ def write_checkpoints(
     for name, moved in (("base", False), ("tuned", True)):
         weight_map, number = {}, 0
         for first in range(0, layers or model.layers, shard_layers):
-            tensors: dict[str, Pending] = {}
+            tensors: dict[str, LazyTensor] = {}
             for layer in range(first, min(first + shard_layers, layers or model.layers)):
                 for key, shape in model.shapes().items():
                     number += 1
                     read = lambda a=(shape, number, moved): weight(*a).to(dtype)  # noqa: E731
-                    tensors[f"model.layers.{layer}.{key}.weight"] = Pending(TensorInfo(shape, dtype), read)
+                    tensors[f"model.layers.{layer}.{key}.weight"] = LazyTensor(TensorInfo(shape, dtype), read)
             file = f"model-{first:05d}.safetensors"
             write_streamed(folder / name / file, tensors)
             weight_map.update(dict.fromkeys(tensors, file))

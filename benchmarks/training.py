@@ -30,11 +30,13 @@ import torch
 
 from rankscope.train.config import StudyConfig
 from rankscope.train.costs import peak_memory, reset_peak_memory
-from rankscope.train.loop import Group, Silent, autocast, batch_size, move, precision
-from rankscope.train.runs import Run, grid
-from rankscope.train.sweep import CPU_TOKENS, WIDEST
-from rankscope.train.tasks import Task, base_folder, make_task
-from rankscope.train.trainee import rate_share
+from rankscope.train.docs import embedded_base_folder
+from rankscope.train.loop import RunGroup, Silent, autocast, batch_size, move_batch, set_precision
+from rankscope.train.run_state import schedule_factor
+from rankscope.train.runs import Run, plan_runs
+from rankscope.train.sweep import CPU_TOKENS, MAX_RANK_RATIO
+from rankscope.train.task import Task
+from rankscope.train.tasks import make_task
 
 
 def now(device: torch.device) -> float:
@@ -75,7 +77,7 @@ class Job:
         )
         self.task: Task = make_task(self.config)
         self.task.draws = False  # see quiet_dropout
-        self.runs = [run for run in grid(self.config, self.task) if run.is_lora]
+        self.runs = [run for run in plan_runs(self.config, self.task) if run.is_lora]
         self.warm, self.steps = arguments.warm, arguments.steps
 
     def __reduce__(self) -> Any:
@@ -92,7 +94,7 @@ def passes_of(runs: list[Run], together: int) -> list[list[Run]]:
     found: list[list[Run]] = []
     for run in runs:
         ranks = [other.rank or 1 for other in (*(found[-1] if found else []), run)]
-        if found and len(found[-1]) < together and max(ranks) <= WIDEST * min(ranks):
+        if found and len(found[-1]) < together and max(ranks) <= MAX_RANK_RATIO * min(ranks):
             found[-1].append(run)
         else:
             found.append([run])
@@ -106,7 +108,7 @@ def ours(job: Job, passes: Iterable[list[Run]]) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         for some in passes:
             group = make_group(job, some, Path(folder))
-            with precision(job.device, job.config):
+            with set_precision(job.device, job.config):
                 for _ in range(job.warm):
                     group.try_step()
                 began = now(job.device)
@@ -117,9 +119,9 @@ def ours(job: Job, passes: Iterable[list[Run]]) -> Measured:
     return Measured(seconds, losses, peak_memory(job.device) or 0)
 
 
-def make_group(job: Job, runs: list[Run], folder: Path) -> Group:
+def make_group(job: Job, runs: list[Run], folder: Path) -> RunGroup:
     before: dict[int, dict[str, dict[str, float]]] = {run.seed: {} for run in runs}
-    group = Group(job.task, job.config, runs, [folder / run.name for run in runs], before, job.device, Silent())
+    group = RunGroup(job.task, job.config, runs, [folder / run.name for run in runs], before, job.device, Silent())
     quiet_dropout(group.model)
     return group
 
@@ -172,7 +174,7 @@ def theirs(job: Job) -> Measured:
             start = make_group(job, [run], Path(folder))
             start.trained.save_initial(0, Path(folder))
             model = peft.PeftModel.from_pretrained(base_of(job, run), Path(folder) / "initial", is_trainable=True)
-            with precision(job.device, job.config):
+            with set_precision(job.device, job.config):
                 took, losses[run.name] = train_peft(job, run, model.to(job.device))
             seconds += took
     return Measured(seconds, losses, peak_memory(job.device) or 0)
@@ -183,7 +185,7 @@ def base_of(job: Job, run: Run) -> Any:
         return job.task.model(run.seed)
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base_folder(), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(embedded_base_folder(), dtype=torch.float32)
     model.config.use_cache = False
     return model
 
@@ -198,8 +200,8 @@ def train_peft(job: Job, run: Run, model: Any) -> tuple[float, list[float]]:
     for step in range(total):
         if step == job.warm:
             began = now(job.device)
-        optimizer.param_groups[0]["lr"] = (run.lr or 0.0) * rate_share(step, total, job.config)
-        batch = move(job.task.batch(run.seed, step, batch_size(job.task, job.config)), job.device)
+        optimizer.param_groups[0]["lr"] = (run.lr or 0.0) * schedule_factor(step, total, job.config)
+        batch = move_batch(job.task.batch(run.seed, step, batch_size(job.task, job.config)), job.device)
         with autocast(job.device, job.config):
             loss = peft_loss(job, model, batch)
         loss.backward()

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankscope.analysis.comparison import CompareResult as CompareResult
     from rankscope.analysis.comparison import compare as compare
+    from rankscope.analysis.layer_spectra import SpectrumResult as SpectrumResult
+    from rankscope.analysis.layer_spectra import spectrum as spectrum
     from rankscope.analysis.matrix import MatrixResult as MatrixResult
     from rankscope.analysis.matrix import compare_all as compare_all
-    from rankscope.analysis.processes import processes as processes
-    from rankscope.analysis.spectra import SpectrumResult as SpectrumResult
-    from rankscope.analysis.spectra import spectrum as spectrum
+    from rankscope.analysis.process_sharing import processes as processes
     from rankscope.errors import RankscopeError as RankscopeError
     from rankscope.formats.store import open as open
     from rankscope.lora.bank import Bank as Bank
@@ -42,16 +42,16 @@ _HOME = {
     "RankCallback": "train.callback",
     "RankscopeError": "errors",
     "Spectrum": "spectra",
-    "SpectrumResult": "analysis.spectra",
+    "SpectrumResult": "analysis.layer_spectra",
     "Study": "train.study",
     "StudyConfig": "train.config",
     "Subspace": "subspace",
     "compare": "analysis.comparison",
     "compare_all": "analysis.matrix",
     "open": "formats.store",
-    "processes": "analysis.processes",
+    "processes": "analysis.process_sharing",
     "run_study": "train.study",
-    "spectrum": "analysis.spectra",
+    "spectrum": "analysis.layer_spectra",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604 (strings all)

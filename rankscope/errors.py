@@ -41,7 +41,7 @@ class ProcessError(RankscopeError):
 
 
 @contextmanager
-def located(where: object) -> Iterator[None]:
+def prefix_errors(where: object) -> Iterator[None]:
     """Put ``where: `` before the message of an error raised inside, keeping its class."""
     try:
         yield

@@ -25,7 +25,7 @@ LEVELS = 64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Null:
+class NullDistribution:
     """What grids of k_a × k_b overlaps in dimension ``d`` hold by chance, from ``DRAWS`` of them.
 
     ``least``: (draws,), the least p of each grid, ascending. ``low`` and ``high``: (min(k_a, k_b),), the ends between
@@ -38,7 +38,7 @@ class Null:
     low: Array
     high: Array
 
-    def corrected(self, p: Array) -> Array:
+    def familywise_p(self, p: Array) -> Array:
         """P(least p of a grid ≤ p) by chance, for p of any shape: (1 + #{least ≤ p})/(1 + draws).
 
         What is rarer than the draws can tell is bounded by the number of cells times p (Bonferroni), so that a further
@@ -51,10 +51,10 @@ class Null:
         return found
 
     def __repr__(self) -> str:
-        return f"Null({self.shape[0]} × {self.shape[1]} in dimension {self.d}, {len(self.least)} draws)"
+        return f"NullDistribution({self.shape[0]} × {self.shape[1]} in dimension {self.d}, {len(self.least)} draws)"
 
 
-def corrected(p: Array, d: int) -> Array:
+def familywise_p_values(p: Array, d: int) -> Array:
     """p of each cell of an overlap grid (k_a, k_b), corrected for looking at them all; the least is the whole grid's.
 
     Args:
@@ -65,10 +65,10 @@ def corrected(p: Array, d: int) -> Array:
     """
     if p.ndim != 2:
         raise ShapeError(f"p of a whole grid (k_a, k_b) is needed, not {p.shape}")
-    return null(d, *p.shape).corrected(p)
+    return null_distribution(d, *p.shape).familywise_p(p)
 
 
-def null(d: int, k_a: int, k_b: int) -> Null:
+def null_distribution(d: int, k_a: int, k_b: int) -> NullDistribution:
     """The chance level of grids of this size; the same at every call, drawn once.
 
     It takes ``DRAWS``·k_a·k_b numbers of memory, 130 MB for 64 × 64 with what is computed on the way.
@@ -78,19 +78,19 @@ def null(d: int, k_a: int, k_b: int) -> Null:
     """
     if not 1 <= min(k_a, k_b) <= max(k_a, k_b) <= d:
         raise ShapeError(f"there are no {k_a} and {k_b} directions in dimension {d}")
-    return _null(d, max(k_a, k_b), min(k_a, k_b))
+    return _draw_null_distribution(d, max(k_a, k_b), min(k_a, k_b))
 
 
 @lru_cache(maxsize=256)
-def _null(d: int, more: int, fewer: int) -> Null:
-    """``null`` for the wider grid of the two: the other one is its transpose, and has the same p."""
+def _draw_null_distribution(d: int, more: int, fewer: int) -> NullDistribution:
+    """``null_distribution`` for the wider grid of the two: the other one is its transpose, and has the same p."""
     rng = np.random.default_rng((d, more, fewer))
-    squared = np.concatenate([cosines(d, more, fewer, BATCH, rng) for _ in range(0, DRAWS, BATCH)])
+    squared = np.concatenate([random_squared_cosines(d, more, fewer, BATCH, rng) for _ in range(0, DRAWS, BATCH)])
     grids = np.cumsum(np.cumsum(squared, axis=1, out=squared), axis=2, out=squared)
     grids /= np.minimum.outer(np.arange(1.0, more + 1), np.arange(1.0, fewer + 1))
     diagonals = grids.diagonal(axis1=1, axis2=2)
     low, high = np.quantile(diagonals, [(1 - BAND) / 2, (1 + BAND) / 2], axis=0)
-    return Null(d, (more, fewer), np.sort(least_p(grids, d)), low, high)
+    return NullDistribution(d, (more, fewer), np.sort(least_p(grids, d)), low, high)
 
 
 def least_p(grids: Array, d: int) -> Array:
@@ -110,7 +110,7 @@ def least_p(grids: Array, d: int) -> Array:
     return found
 
 
-def cosines(d: int, k_a: int, k_b: int, draws: int, rng: np.random.Generator) -> Array:
+def random_squared_cosines(d: int, k_a: int, k_b: int, draws: int, rng: np.random.Generator) -> Array:
     """Squared entries of UᵀV for independent, uniformly random orthonormal U (d, k_a), V (d, k_b): (draws, k_a, k_b).
 
     As only the angle between them counts, U may be the first k_a axes. V is the Q of a Gaussian (d, k_b), and of the
@@ -125,3 +125,7 @@ def cosines(d: int, k_a: int, k_b: int, draws: int, rng: np.random.Generator) ->
     Q = np.linalg.qr(np.concatenate((seen, unseen), axis=1))[0]
     squared: Array = Q[:, :k_a] ** 2
     return squared
+
+
+corrected = familywise_p_values
+"""The name that this function had at first, for scripts that use it."""

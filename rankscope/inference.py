@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-LEVEL = 0.95
+CONFIDENCE_LEVEL = 0.95
 """Coverage of every interval, unless said otherwise."""
-LARGEST = 1e150
+LARGEST_VALUE = 1e150
 """Values beyond it are refused: their squares overflow."""
 
 
@@ -32,7 +32,7 @@ class Interval(NamedTuple):
         return self.low is not None and self.high is not None
 
 
-def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+def mean_interval(values: Sequence[float], level: float = CONFIDENCE_LEVEL) -> Interval:
     """Mean with Student's t interval; without ends for a single value.
 
     Raises:
@@ -46,7 +46,9 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], level: float = LEVEL) -> Interval:
+def ratio_interval(
+    numerators: Sequence[float], denominators: Sequence[float], level: float = CONFIDENCE_LEVEL
+) -> Interval:
     """Ratio of two means of paired values with Fieller's interval (Fieller 1954).
 
     The interval is the set of ratios c for which the mean of numerator − c·denominator is not told from zero by a t
@@ -76,7 +78,7 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], l
     return Interval(ratio, min(ratio, (b - root) / a), max(ratio, (b + root) / a))
 
 
-def median_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+def median_interval(values: Sequence[float], level: float = CONFIDENCE_LEVEL) -> Interval:
     """Median with the interval between two order statistics, whatever the distribution; without ends below 6 values.
 
     The ends are the k-th smallest and k-th largest value with the largest k for which the binomial tails leave
@@ -117,7 +119,7 @@ def equivalence(differences: Sequence[float], margin: float) -> float | None:
     return float(t.sf(room / error, len(x) - 1))
 
 
-def rank_correlation(x: Sequence[float], y: Sequence[float], level: float = LEVEL) -> Interval:
+def rank_correlation(x: Sequence[float], y: Sequence[float], level: float = CONFIDENCE_LEVEL) -> Interval:
     """Spearman's ρ with the interval of Bonett & Wright (2000): Fisher's z with variance (1 + ρ²/2)/(n − 3).
 
     Of n pairs ρ takes steps of 12/(n³ − n). Where the order is perfect, z is taken half a step inside of ±1, as chance
@@ -143,7 +145,7 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], level: float = LEVE
     return Interval(rho, min(rho, math.tanh(z - half)), max(rho, math.tanh(z + half)))
 
 
-def slope(x: Sequence[float], y: Sequence[float], level: float = LEVEL) -> Interval:
+def slope(x: Sequence[float], y: Sequence[float], level: float = CONFIDENCE_LEVEL) -> Interval:
     """Least-squares slope of y on x with its t interval; without ends below three points.
 
     Raises:
@@ -210,7 +212,7 @@ def first_reaching(shares: Sequence[tuple[int, Interval]], share: float) -> Reac
     )
 
 
-def short_up_to(shares: Sequence[tuple[int, Interval | None]], share: float) -> int:
+def largest_insufficient_rank(shares: Sequence[tuple[int, Interval | None]], share: float) -> int:
     """The largest rank such that it and all that were tried below surely stay under ``share``; 0 where the smallest may
     reach it.
 
@@ -235,6 +237,6 @@ def _vector(values: Sequence[float]) -> NDArray[np.float64]:
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or not len(x):
         raise ValueError("no value")
-    if not (np.abs(x) <= LARGEST).all():
-        raise ValueError(f"a value is not a number, or beyond {LARGEST:g}")
+    if not (np.abs(x) <= LARGEST_VALUE).all():
+        raise ValueError(f"a value is not a number, or beyond {LARGEST_VALUE:g}")
     return x

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GRAM_FROM = 17
+GRAM_MIN_COLUMNS = 17
 """Columns from which Cholesky of a Gram matrix is worth its certificate; up to here Householder's QR is as fast."""
-SQUARED_UP_TO = 8192
+GRAM_MAX_SIDE = 8192
 """Smaller side up to which a CPU has all σ of a float32 matrix sooner from its float64 Gram matrix than from an SVD."""
 GRAM_BLOCK = 2**22
 """Entries of a float32 matrix that are turned into float64 at a time: 32 MB."""
@@ -44,7 +44,7 @@ def working_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def may_copy_ahead(device: torch.device) -> bool:
+def supports_non_blocking(device: torch.device) -> bool:
     """Whether the host may go on while a copy to the device runs (``non_blocking``).
 
     CUDA stages memory that is not pinned before it returns. Apple's GPUs read it later, when it may have been freed:
@@ -63,7 +63,7 @@ class Basis(NamedTuple):
         """The first k columns."""
         return Basis(self.tall[:, :k]) if self.small is None else Basis(self.tall, self.small[:, :k])
 
-    def formed(self) -> Tensor:
+    def to_dense(self) -> Tensor:
         """The columns, multiplied out."""
         return self.tall if self.small is None else self.tall @ self.small
 
@@ -73,7 +73,7 @@ class Basis(NamedTuple):
 
     def coordinates(self, other: Basis) -> Tensor:
         """selfᵀ · other, (k, l): one product of the tall factors, all else is small."""
-        product = transposed_times(self.tall, other.tall)
+        product = transpose_matmul(self.tall, other.tall)
         product = product if self.small is None else self.small.T @ product
         return product if other.small is None else product @ other.small
 
@@ -85,12 +85,12 @@ class FactoredSVD(NamedTuple):
     s: Tensor
     V: Basis
 
-    def formed(self) -> SVD:
-        U = self.U.formed()
-        return SVD(U, self.s.to(U.device), self.V.formed().T)
+    def to_svd(self) -> SVD:
+        U = self.U.to_dense()
+        return SVD(U, self.s.to(U.device), self.V.to_dense().T)
 
 
-def transposed_times(a: Tensor, b: Tensor) -> Tensor:
+def transpose_matmul(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ·b, a (…, d, r) and b (…, d, s).
 
     In float64 on the host by numpy: its BLAS takes half the time where b is a, as aᵀa is symmetric, and for thin
@@ -102,41 +102,41 @@ def transposed_times(a: Tensor, b: Tensor) -> Tensor:
 
 
 def gram(tall: Tensor) -> Tensor | None:
-    """MᵀM of M (…, d, r) where squares may do: in float64, r ≤ d, and on a CPU r ≥ ``GRAM_FROM``; else None."""
-    least = GRAM_FROM if tall.device.type == "cpu" else 1  # on a GPU a QR costs many times what the product does
+    """MᵀM of M (…, d, r) where squares may do: in float64, r ≤ d, and on a CPU r ≥ ``GRAM_MIN_COLUMNS``; else None."""
+    least = GRAM_MIN_COLUMNS if tall.device.type == "cpu" else 1  # on a GPU a QR costs many times what the product does
     if tall.dtype != torch.float64 or not least <= tall.shape[-1] <= tall.shape[-2]:
         return None
-    return transposed_times(tall, tall)
+    return transpose_matmul(tall, tall)
 
 
-def triangle(tall: Tensor, squared: Tensor | None = None) -> Tensor:
+def triangular_factor(tall: Tensor, squared: Tensor | None = None) -> Tensor:
     """R (min(d, r), r) of M = Q · R for M (d, r), on the host: by Cholesky where proven as good, or by Householder.
 
     The Gram matrix of columns of length 1 is wrong by at most √(d·r)/8·eps (measured: up to .11·√(d·r)·eps, for columns
     of one sign, and a fifth of it for signs at random). With κ = ‖R⁻¹‖ for such columns, R is then exact for columns
     that are off by √(d·r)/8·eps·κ of their length (Householder's: a few eps), and M·R⁻¹ is orthonormal to
     √(d·r)/4·eps·κ². R⁻¹ itself bounds κ. Cholesky's R is taken while values cannot move by more than d·eps/2, half of
-    what ``Spectrum.cutoff`` calls zero: κ ≤ 4√(d/r); where vectors are made of it (``orthogonal``), κ² ≤ 4√(d/r).
+    what ``Spectrum.cutoff`` calls zero: κ ≤ 4√(d/r); where vectors are made of it (``decompose_qr``), κ² ≤ 4√(d/r).
 
     Args:
         squared: MᵀM, where it is known.
     """
-    found = _certified(tall, squared)
-    if found is not None and found.condition <= _limit(tall):
+    found = _certify_cholesky(tall, squared)
+    if found is not None and found.condition <= _condition_limit(tall):
         return found.R
     R: Tensor = torch.linalg.qr(tall, mode="r")[1].cpu()
     return R
 
 
-def orthogonal(tall: Tensor, squared: Tensor | None = None) -> tuple[Basis, Tensor]:
-    """Q, where M is, and R, on the host: as ``triangle``.
+def decompose_qr(tall: Tensor, squared: Tensor | None = None) -> tuple[Basis, Tensor]:
+    """Q, where M is, and R, on the host: as ``triangular_factor``.
 
     Between the two limits Householder's R serves, with which M·R⁻¹ is orthonormal to a few eps·κ.
     """
-    found = _certified(tall, squared)
-    if found is not None and found.condition <= _limit(tall):
+    found = _certify_cholesky(tall, squared)
+    if found is not None and found.condition <= _condition_limit(tall):
         R, inverse = found.R, found.inverse
-        if found.condition**2 > _limit(tall):
+        if found.condition**2 > _condition_limit(tall):
             R = torch.linalg.qr(tall, mode="r")[1].cpu()
             inverse = _inverse(R)[0]
         return Basis(tall, inverse.to(tall.device)), R
@@ -144,23 +144,23 @@ def orthogonal(tall: Tensor, squared: Tensor | None = None) -> tuple[Basis, Tens
     return Basis(Q), R.cpu()
 
 
-class _Certified(NamedTuple):
-    """Cholesky's R with R⁻¹ and a bound on κ (``triangle``)."""
+class _CertifiedCholesky(NamedTuple):
+    """Cholesky's R with R⁻¹ and a bound on κ (``triangular_factor``)."""
 
     R: Tensor
     inverse: Tensor
     condition: float
 
 
-def _limit(tall: Tensor) -> float:
+def _condition_limit(tall: Tensor) -> float:
     d, r = tall.shape
     return 4 * math.sqrt(d / r)
 
 
-def _certified(tall: Tensor, squared: Tensor | None) -> _Certified | None:
+def _certify_cholesky(tall: Tensor, squared: Tensor | None) -> _CertifiedCholesky | None:
     squared = gram(tall) if squared is None else squared
     R = None if squared is None else _cholesky(squared.cpu())
-    return None if R is None else _Certified(R, *_inverse(R))
+    return None if R is None else _CertifiedCholesky(R, *_inverse(R))
 
 
 def _cholesky(squared: Tensor) -> Tensor | None:
@@ -182,20 +182,20 @@ def _inverse(R: Tensor) -> tuple[Tensor, float]:
     return inverse, float(torch.linalg.matrix_norm(fourth)) ** 0.25
 
 
-def product_factors(
+def factored_product_svd(
     left: Tensor, right: Tensor, scale: float = 1.0, squared: tuple[Tensor | None, Tensor | None] = (None, None)
 ) -> tuple[FactoredSVD, tuple[Tensor, Tensor]]:
     """Thin SVD of scale · left · right, left (out, r) and right (r, in), and both triangles that it came from.
 
-    O((out + in) r²); nothing of the product's size is formed, and U and V are left as factors. ``squared``: the Gram
+    O((out + in) r²); nothing of the product's size is formed, and U and V are left as factors. ``gram_lower_triangle``: the Gram
     matrices leftᵀ·left and right·rightᵀ, where they are known.
     """
-    (q_left, r_left), (q_right, r_right) = orthogonal(left, squared[0]), orthogonal(right.T, squared[1])
+    (q_left, r_left), (q_right, r_right) = decompose_qr(left, squared[0]), decompose_qr(right.T, squared[1])
     u, s, vt = torch.linalg.svd(r_left @ r_right.T * scale, full_matrices=False)
-    return FactoredSVD(_rotated(q_left, u), s, _rotated(q_right, vt.T)), (r_left, r_right)
+    return FactoredSVD(_rotate(q_left, u), s, _rotate(q_right, vt.T)), (r_left, r_right)
 
 
-def _rotated(basis: Basis, by: Tensor) -> Basis:
+def _rotate(basis: Basis, by: Tensor) -> Basis:
     """The columns of basis · by."""
     by = by.to(basis.tall.device)
     return Basis(basis.tall, by if basis.small is None else basis.small @ by)
@@ -203,12 +203,12 @@ def _rotated(basis: Basis, by: Tensor) -> Basis:
 
 def product_svd(left: Tensor, right: Tensor) -> SVD:
     """Thin SVD of left · right without forming it. O((out + in) r²)."""
-    return product_factors(left, right)[0].formed()
+    return factored_product_svd(left, right)[0].to_svd()
 
 
 def product_singular_values(left: Tensor, right: Tensor) -> Tensor:
     """Singular values of left · right, largest first, min(out, r, in) of them, on the host."""
-    return core_singular_values(triangle(left), triangle(right.T))
+    return core_singular_values(triangular_factor(left), triangular_factor(right.T))
 
 
 def core_singular_values(R_left: Tensor, R_right: Tensor, scale: float = 1.0) -> Tensor:
@@ -230,17 +230,17 @@ def dense_svd(matrix: Tensor) -> SVD:
 
 
 def dense_singular_values(matrix: Tensor) -> Tensor:
-    """All singular values, largest first: as roots of the eigenvalues of MᵀM where ``squares`` says so, by SVD else."""
+    """All singular values, largest first: as roots of the eigenvalues of MᵀM where ``should_use_gram`` says so, by SVD else."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    if not squares(tall):
+    if not should_use_gram(tall):
         values: Tensor = torch.linalg.svdvals(tall)
         return values
-    eigenvalues = torch.linalg.eigvalsh(squared(tall))  # of the lower triangle
+    eigenvalues = torch.linalg.eigvalsh(gram_lower_triangle(tall))  # of the lower triangle
     found: Tensor = eigenvalues.flip(0).clamp(min=0).sqrt()
     return found
 
 
-def squares(tall: Tensor) -> bool:
+def should_use_gram(tall: Tensor) -> bool:
     """Whether MᵀM in float64 gives the singular values of M (m, n), n ≤ m, as well as an SVD of M, and sooner.
 
     The eigenvalues are right to some √m·2⁻⁵³·σ₁²: a σ below 1e-8·m^¼·σ₁ is noise of that size, and all above are right
@@ -250,10 +250,10 @@ def squares(tall: Tensor) -> bool:
     """
     if tall.dtype != torch.float32 or working_dtype(tall.device) != torch.float64:
         return False
-    return tall.device.type != "cpu" or tall.shape[1] <= SQUARED_UP_TO
+    return tall.device.type != "cpu" or tall.shape[1] <= GRAM_MAX_SIDE
 
 
-def squared(tall: Tensor) -> Tensor:
+def gram_lower_triangle(tall: Tensor) -> Tensor:
     """The lower triangle of MᵀM (n, n) in float64, of M (m, n), which becomes float64 a block of rows at a time."""
     n = tall.shape[1]
     blocks = (rows.to(torch.float64) for rows in _row_blocks(tall))
@@ -266,7 +266,7 @@ def squared(tall: Tensor) -> Tensor:
 
 
 def _lower_triangle(blocks: Iterable[Tensor], n: int) -> Tensor:
-    """As ``squared``: BLAS has a product of a matrix with its transpose, at half the cost; torch does not offer it."""
+    """As ``gram_lower_triangle``: BLAS has a product of a matrix with its transpose, at half the cost; torch does not offer it."""
     from scipy.linalg.blas import dsyrk
 
     total = np.zeros((n, n), order="F")  # a Fortran upper triangle is, transposed, a lower one of C
@@ -277,7 +277,7 @@ def _lower_triangle(blocks: Iterable[Tensor], n: int) -> Tensor:
     return torch.from_numpy(total.T)
 
 
-class Leading(NamedTuple):
+class LeadingTriplets(NamedTuple):
     """The k largest singular triplets of M as far as they were found.
 
     ``svd``: U (out, k) and Vt (k, in) orthonormal to float64, s the singular values of M·V, so s_l ≤ σ_l.
@@ -289,17 +289,17 @@ class Leading(NamedTuple):
     further: Tensor
 
 
-def worth_a_sketch(shape: tuple[int, int], k: int) -> bool:
-    """Whether ``leading`` costs well below all singular values: where its space is a small part of the whole."""
+def sketch_is_cheaper(shape: tuple[int, int], k: int) -> bool:
+    """Whether ``leading_triplets`` costs well below all singular values: where its space is a small part of the whole."""
     return 4 * krylov_columns(k) <= min(shape)
 
 
 def krylov_columns(k: int) -> int:
-    """Columns of the Krylov space that ``leading`` builds for k singular values."""
+    """Columns of the Krylov space that ``leading_triplets`` builds for k singular values."""
     return KRYLOV_COLUMNS * max(k, 2 * KRYLOV_BLOCK)
 
 
-def leading(matrix: Tensor, k: int, columns: int | None = None, seed: int = 0) -> Leading:
+def leading_triplets(matrix: Tensor, k: int, columns: int | None = None, seed: int = 0) -> LeadingTriplets:
     """The k largest singular triplets of a float32 matrix by block Krylov (Musco & Musco 2015, algorithm 2).
 
     The space is that of (MᵀM)^q·G for a Gaussian block G of ``KRYLOV_BLOCK`` columns, each new block orthogonalised
@@ -313,19 +313,19 @@ def leading(matrix: Tensor, k: int, columns: int | None = None, seed: int = 0) -
     """
     largest = float(torch.stack(matrix.aminmax()).abs().max())
     if largest > LARGEST_ENTRY:
-        (U, s, Vt), *others = leading(matrix / largest, k, columns, seed)
-        return Leading(SVD(U, s * largest, Vt), *(values * largest for values in others))
+        (U, s, Vt), *others = leading_triplets(matrix / largest, k, columns, seed)
+        return LeadingTriplets(SVD(U, s * largest, Vt), *(values * largest for values in others))
     columns = max(k, min(columns or krylov_columns(k), *matrix.shape))
     basis, images = _krylov_basis(matrix, columns, seed)
     working = working_dtype(matrix.device)
     images = images.to(working)
-    values, vectors = torch.linalg.eigh(transposed_times(images, images))
+    values, vectors = torch.linalg.eigh(transpose_matmul(images, images))
     top = torch.linalg.qr(basis.to(working) @ vectors.flip(1)[:, :k])[0]
     Q, R = torch.linalg.qr(_times(matrix, top))
     u, s, vt = torch.linalg.svd(R)
     U, Vt = Q @ u, vt @ top.T
     residuals = torch.linalg.vector_norm(_times_transposed(matrix, U) - Vt.T * s, dim=0)
-    return Leading(SVD(U, s, Vt), residuals, values.flip(0)[k:].clamp(min=0).sqrt())
+    return LeadingTriplets(SVD(U, s, Vt), residuals, values.flip(0)[k:].clamp(min=0).sqrt())
 
 
 def _krylov_basis(matrix: Tensor, columns: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ def noise_edge(per_entry: float, shape: tuple[int, int]) -> float:
     return per_entry * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
 
 
-def shrink(values: Array, per_entry: float, shape: tuple[int, int]) -> Array:
+def shrink_singular_values(values: Array, per_entry: float, shape: tuple[int, int]) -> Array:
     """Singular values after the optimal shrinkage of noise with a known root mean square per entry.
 
     η(y) = √((y² − β − 1)² − 4β)/y for y > 1 + √β, else 0, with y = σ/(per_entry·√max(out, in)): the least

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rankscope.linalg import leading, worth_a_sketch
+from rankscope.linalg import leading_triplets, sketch_is_cheaper
 from rankscope.noise import Array
 from rankscope.spectra import MEASURES, RoundingFloor, Spectrum, rounding_floor
 from rankscope.updates import Dense, Update
 
-Interval = tuple[float, float]
-AGREE = 5e-4
+Bounds = tuple[float, float]
+AGREEMENT_TOLERANCE = 5e-4
 """Bounds that differ by less of the upper one are one number, to the four digits that tables show."""
 SHARES = {"k90": 0.90, "k95": 0.95, "k99": 0.99}
 
@@ -39,7 +39,7 @@ class Sketch:
     @classmethod
     def of(cls, update: Dense, k: int, columns: int | None = None) -> Sketch:
         """Of the k largest, by ``rankscope.linalg.leading``."""
-        found = leading(update.matrix, k, columns)
+        found = leading_triplets(update.matrix, k, columns)
         residuals: Array = found.residuals.cpu().double().numpy()
         top = Spectrum.from_values(update, found.svd.s)
         errors: Array = np.sqrt(np.cumsum(residuals**2))
@@ -78,7 +78,7 @@ class Sketch:
         left: float = self.top.energy - float(self.top.values @ self.top.values)
         return max(0.0, min(left, n * (self.top.precision * first) ** 2))
 
-    def bounds(self) -> dict[str, Interval]:
+    def bounds(self) -> dict[str, Bounds]:
         """Lower and upper bound of each of ``MEASURES``, to the precision of the dtype; equal where nothing is open.
 
         Every measure but ``numerical_rank`` and ``entropy_rank`` is monotone in the majorisation order of the energies
@@ -94,7 +94,7 @@ class Sketch:
         found["entropy_rank"] = self._entropy(flat, steep)
         return {name: found[name] for name in MEASURES}
 
-    def _extremes(self, name: str, flat: Array, steep: list[Array]) -> Interval:
+    def _extremes(self, name: str, flat: Array, steep: list[Array]) -> Bounds:
         measure = MEASURES[name]
         low = min(measure(self._with(energies)) for energies in steep)
         return float(low), float(max(low, measure(self._with(flat))))
@@ -103,13 +103,13 @@ class Sketch:
         values = np.sqrt(np.sort(np.maximum(energies, 0.0))[::-1] / energies.max())
         return Spectrum(values, float(values @ values), self.top.shape, 0.0)
 
-    def _energy_ranks(self, share: float, flat: Array, steep: Array) -> Interval:
+    def _energy_ranks(self, share: float, flat: Array, steep: Array) -> Bounds:
         """Energies closer than the precision of σ² are equal, so a share may be reached that much earlier."""
         least, most = (share - 2 * self.top.precision) * steep.sum(), share * flat.sum()
         reached = np.cumsum(flat) >= most * (1 - 1e-12)
         return float(1 + np.argmax(np.cumsum(steep) >= least)), float(1 + np.argmax(reached))
 
-    def _counts(self, above: float) -> Interval:
+    def _counts(self, above: float) -> Bounds:
         """#{σ > above}: those seen, or that the energy needs where all others lie below; those that it suffices for."""
         lower, highest = np.concatenate((self.top.values, self.further)), self._highest
         seen, n = int(np.count_nonzero(lower > above)), self.top.limit
@@ -120,7 +120,7 @@ class Sketch:
         left = max(0.0, self.top.energy - float((lower[:seen] ** 2).sum())) + doubt
         return float(max(seen, 1 + int(np.argmax(enough)))), float(min(n, seen + math.floor(left / above**2)))
 
-    def _entropy(self, flat: Array, steep: list[Array]) -> Interval:
+    def _entropy(self, flat: Array, steep: list[Array]) -> Bounds:
         """exp H with H = ln S + L/S, S = Σσ and L = −Σσ ln σ in units of the largest that σ₁ can be.
 
         S and L are concave in the energies, so both lie between their values at the extremes; H does too where no σ
@@ -143,11 +143,11 @@ class Sketch:
         return rounding_floor(self.top) if self.top.values[-1] + self.errors[-1] <= self.top.cutoff else None
 
 
-def agreed(name: str, low: float, high: float) -> float | int | None:
+def resolve_bounds(name: str, low: float, high: float) -> float | int | None:
     """The one number that two bounds stand for; None where they differ."""
     if name == "numerical_rank" or name in SHARES:
         return int(low) if low == high else None
-    return (low + high) / 2 if high - low <= AGREE * high else None
+    return (low + high) / 2 if high - low <= AGREEMENT_TOLERANCE * high else None
 
 
 def _sums(energies: Array) -> tuple[float, float]:
@@ -160,6 +160,6 @@ def _entropy_of(S: float, L: float) -> float:
     return math.log(S) + L / S
 
 
-def sketched(update: Update, k: int) -> Sketch | None:
+def sketch_update(update: Update, k: int) -> Sketch | None:
     """The sketch of an update's top k; None where an exact spectrum costs no more."""
-    return Sketch.of(update, k) if isinstance(update, Dense) and worth_a_sketch(update.shape, k) else None
+    return Sketch.of(update, k) if isinstance(update, Dense) and sketch_is_cheaper(update.shape, k) else None

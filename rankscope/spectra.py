@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rankscope.errors import NonFiniteError, RankscopeError, ShapeError
 from rankscope.linalg import working_dtype
-from rankscope.noise import Array, gd_omega, mp_median, mp_quantile, noise_edge, shrink
+from rankscope.noise import Array, gd_omega, mp_median, mp_quantile, noise_edge, shrink_singular_values
 from rankscope.structured import Hadamard, Kronecker
 from rankscope.updates import Dense, LowRank, Update
 
@@ -399,12 +399,12 @@ def rounding_floor(spectrum: Spectrum) -> RoundingFloor | None:
     norm = spectrum.rounding * math.sqrt(out * into)
     total = math.sqrt(spectrum.energy)
     above = int(np.count_nonzero(spectrum.values > edge))
-    measures = without_noise(spectrum, spectrum.rounding).measures()
+    measures = denoise_spectrum(spectrum, spectrum.rounding).measures()
     return RoundingFloor(spectrum.stored, norm, edge, norm / total if total else 0.0, above, measures)
 
 
-def without_noise(spectrum: Spectrum, per_entry: float) -> Spectrum:
+def denoise_spectrum(spectrum: Spectrum, per_entry: float) -> Spectrum:
     """The spectrum after optimal shrinkage of noise with this root mean square per entry (``noise.shrink``)."""
     values = np.zeros(min(spectrum.shape))
-    values[: len(spectrum.values)] = shrink(spectrum.values, per_entry, spectrum.shape)
+    values[: len(spectrum.values)] = shrink_singular_values(spectrum.values, per_entry, spectrum.shape)
     return replace(spectrum, values=values, energy=float(values @ values), rounding=0.0)

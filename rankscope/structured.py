@@ -72,17 +72,17 @@ class Kronecker(Update):
         return kron(self.W1.working_matrix, self.W2.working_matrix) * self.scale
 
     def singular_values(self) -> Tensor:
-        return self._sorted(self.W1.singular_values(), self.W2.singular_values())[0]
+        return self._sort_products(self.W1.singular_values(), self.W2.singular_values())[0]
 
     def svd(self) -> SVD:
         one, two = self.W1.svd(), self.W2.svd()
-        s, order = self._sorted(one.s, two.s)
+        s, order = self._sort_products(one.s, two.s)
         first, second = order // len(two.s), order % len(two.s)
         U = khatri_rao(one.U[:, first], two.U[:, second])
         Vt = khatri_rao(one.Vt.T[:, first], two.Vt.T[:, second]).T
         return SVD(U * math.copysign(1.0, self.scale), s, Vt)
 
-    def _sorted(self, s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
+    def _sort_products(self, s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
         """All products of singular values, largest first, and their places in the list of (1, 1), (1, 2), …"""
         working = working_dtype(self.device)
         products = torch.outer(s1.to(working), s2.to(working)).flatten() * abs(self.scale)

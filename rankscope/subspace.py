@@ -56,7 +56,7 @@ class Subspace:
     @cached_property
     def basis(self) -> Tensor:
         """The directions as a matrix (d, k)."""
-        return self.factors.formed()
+        return self.factors.to_dense()
 
     @classmethod
     def of(cls, update: Update, side: Side, k: int | None = None) -> Subspace:
@@ -91,7 +91,7 @@ class Subspace:
     @classmethod
     def _side(cls, vectors: Basis, side: Side, k: int, spectrum: Spectrum) -> Subspace:
         kept = vectors.top(k)
-        return cls(kept if kept.small is not None else orthonormal(kept.tall), side, spectrum.gaps[:k])
+        return cls(kept if kept.small is not None else orthonormalize(kept.tall), side, spectrum.gaps[:k])
 
     @property
     def dim(self) -> int:
@@ -124,7 +124,7 @@ class Subspace:
         return f"Subspace({self.side}, k={self.k} of dimension {self.dim})"
 
 
-def orthonormal(vectors: Tensor) -> Tensor:
+def orthonormalize(vectors: Tensor) -> Tensor:
     """Orthonormal in the working precision, (d, k) → (d, k), spanning the same first i columns for every i.
 
     Singular vectors that were computed in float32 are orthonormal to 1e-7 only; angles need better.

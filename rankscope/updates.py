@@ -20,9 +20,9 @@ from rankscope.linalg import (
     core_singular_values,
     dense_singular_values,
     dense_svd,
+    factored_product_svd,
     gram,
-    product_factors,
-    triangle,
+    triangular_factor,
     ulp,
     working_dtype,
 )
@@ -200,7 +200,7 @@ class LowRank(Update):
         if found is None:
             working = working_dtype(self.device)
             left, right = self._recall("squares") or (None, None)
-            found = triangle(self.B.to(working), left), triangle(self.A.to(working).T, right)
+            found = triangular_factor(self.B.to(working), left), triangular_factor(self.A.to(working).T, right)
             self._remember("triangles", found)
         return found
 
@@ -227,12 +227,12 @@ class LowRank(Update):
         return core_singular_values(*self.triangles, self.scale).to(self.device)
 
     def svd(self) -> SVD:
-        return self.factored_svd().formed()
+        return self.factored_svd().to_svd()
 
     def factored_svd(self) -> FactoredSVD:
         working = working_dtype(self.device)
         squares = self._recall("squares") or (None, None)
-        found, triangles = product_factors(self.B.to(working), self.A.to(working), self.scale, squares)
+        found, triangles = factored_product_svd(self.B.to(working), self.A.to(working), self.scale, squares)
         self._remember("triangles", triangles)
         return found
 
@@ -365,7 +365,7 @@ def block_rows(columns: int) -> int:
     return max(1, BLOCK // columns)
 
 
-def square_together(updates: Sequence[Update]) -> None:
+def cache_gram_matrices(updates: Sequence[Update]) -> None:
     """Find BᵀB and AAᵀ of all products in one multiplication per shape, for a GPU that single ones leave idle.
 
     Each product remembers its own, on the host.

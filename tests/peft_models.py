@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rankscope.formats import store as formats
-from rankscope.formats.interface import Store
+from rankscope.formats.abstract_store import Store
 from rankscope.structured import Hadamard, Kronecker
 from rankscope.updates import Dense, LowRank
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from makers import float64, frame, normal, planted, planted_dense
 
-from rankscope.analysis.agreement import LayerAgreement, Target, agree, captured
+from rankscope.analysis.layer_agreement import FullUpdate, LayerAgreement, captured_energy, compare_with_full_update
 from rankscope.errors import ShapeError
-from rankscope.haar import corrected
+from rankscope.haar import familywise_p_values
 from rankscope.subspace import Subspace
 from rankscope.updates import Dense, LowRank, Update
 
@@ -71,7 +71,7 @@ def test_every_number_against_whole_matrices(shape: tuple[int, int], sign: int) 
     F = full(shape)
     some = lora(shape)
     L = LowRank(some.B, some.A, math.copysign(0.4, F.inner(some)) * sign)
-    found = agree(F, L)
+    found = compare_with_full_update(F, L)
     assert numbers(found) == pytest.approx(reference(float64(F), float64(L), 3), rel=1e-6, abs=1e-9)
     assert (found.shape, found.rank, found.scale > 0) == (shape, 3, sign > 0)
     assert found.left.chance == pytest.approx(3 / shape[0])
@@ -81,7 +81,7 @@ def test_every_number_against_whole_matrices(shape: tuple[int, int], sign: int) 
 
 def test_the_top_directions_are_full_fine_tunings_against_loras() -> None:
     F, L = full((30, 18)), lora((30, 18))
-    found = agree(F, L, top=5)
+    found = compare_with_full_update(F, L, top=5)
     u, _, vt = np.linalg.svd(float64(F))
     U, _, Vt = np.linalg.svd(float64(L))
     for side, ours, theirs in ((found.left_directions, u, U), (found.right_directions, vt.T, Vt.T)):
@@ -89,16 +89,16 @@ def test_the_top_directions_are_full_fine_tunings_against_loras() -> None:
         assert side.overlap[0, 0] == pytest.approx((ours[:, 0] @ theirs[:, 0]) ** 2, rel=1e-4)
         assert side.overlap[4, 2] == pytest.approx(np.linalg.norm(ours[:, :5].T @ theirs[:, :3]) ** 2 / 3, rel=1e-4)
     assert (found.left_directions.d, found.right_directions.d) == (30, 18)
-    assert found.p_left == corrected(found.left_directions.p, 30).min()
-    assert found.p_right == corrected(found.right_directions.p, 18).min()
-    assert agree(F, L, top=2).left_directions.overlap.shape == (2, 2)
+    assert found.p_left == familywise_p_values(found.left_directions.p, 30).min()
+    assert found.p_right == familywise_p_values(found.right_directions.p, 18).min()
+    assert compare_with_full_update(F, L, top=2).left_directions.overlap.shape == (2, 2)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_best_of_a_rank_agrees_in_all_that_the_rank_can(shape: tuple[int, int]) -> None:
     F = full(shape)
-    best = Target.of(F).cut(3)
-    found = agree(F, best)
+    best = FullUpdate.of(F).truncate(3)
+    found = compare_with_full_update(F, best)
     s = np.linalg.svd(float64(F), compute_uv=False)
     expected = math.sqrt((s[3:] ** 2).sum() / (s**2).sum())
     assert (found.floor, found.achieved, found.scaled) == pytest.approx((expected,) * 3, rel=1e-5)
@@ -114,7 +114,7 @@ def test_no_update_of_a_rank_goes_below_the_floor() -> None:
     F = full((30, 18))
     for rank in (1, 2, 3, 5, 18, 40):
         for seed in range(5):
-            found = agree(F, lora((30, 18), rank, seed=seed))
+            found = compare_with_full_update(F, lora((30, 18), rank, seed=seed))
             assert found.floor - 1e-9 <= found.scaled <= min(1.0, found.achieved) + 1e-9
             assert 0 <= found.efficiency <= 1 + 1e-9
     assert found.floor == 0  # a rank of 40 reaches everything
@@ -122,8 +122,8 @@ def test_no_update_of_a_rank_goes_below_the_floor() -> None:
 
 
 def test_a_scale_changes_the_error_and_nothing_that_is_scaled() -> None:
-    F, L = full((30, 18)), Target.of(full((30, 18))).cut(2)
-    one, four = agree(F, L), agree(F, L * 4.0)
+    F, L = full((30, 18)), FullUpdate.of(full((30, 18))).truncate(2)
+    one, four = compare_with_full_update(F, L), compare_with_full_update(F, L * 4.0)
     assert (four.scaled, four.efficiency, four.cosine) == pytest.approx((one.scaled, one.efficiency, one.cosine))
     assert four.scale == pytest.approx(one.scale / 4)
     assert four.ratio == pytest.approx(4 * one.ratio)
@@ -132,7 +132,7 @@ def test_a_scale_changes_the_error_and_nothing_that_is_scaled() -> None:
 
 def test_an_update_the_other_way_agrees_in_nothing() -> None:
     F = full((30, 18))
-    found = agree(F, Target.of(F).cut(3) * -1.0)
+    found = compare_with_full_update(F, FullUpdate.of(F).truncate(3) * -1.0)
     assert (found.efficiency, found.scaled, found.scale) == (0, 1, 0)
     assert found.cosine < -0.8
     assert found.achieved > 1.8
@@ -144,7 +144,7 @@ def test_planted_directions_and_energies() -> None:
     U, V = frame(20, 3), frame(15, 3, seed=1)
     F = LowRank(U * torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64), V.T)
     L = LowRank(torch.stack((U[:, 0], U[:, 2]), 1), torch.stack((V[:, 0], V[:, 1])))
-    found = agree(F, L)
+    found = compare_with_full_update(F, L)
     assert found.inner == pytest.approx(4)
     assert found.cosine == pytest.approx(4 / math.sqrt(21 * 2))
     assert found.floor == pytest.approx(math.sqrt(1 / 21))
@@ -160,7 +160,7 @@ def test_random_updates_agree_as_chance_has_it() -> None:
     """Negative control: 60 random updates capture k/out, k/in and their product, and explain next to nothing."""
     shape, rank = (40, 25), 4
     F = full(shape)
-    found = [agree(F, lora(shape, rank, seed=2 * seed + 100)) for seed in range(60)]
+    found = [compare_with_full_update(F, lora(shape, rank, seed=2 * seed + 100)) for seed in range(60)]
     for name in ("left", "right", "both"):
         shares = np.array([getattr(one, name).share for one in found])
         error = 4 * shares.std() / math.sqrt(len(shares))
@@ -171,28 +171,34 @@ def test_random_updates_agree_as_chance_has_it() -> None:
 
 def test_what_was_taken_apart_once_serves_every_rank() -> None:
     F = full((30, 18))
-    target = Target.of(F, 8)
+    target = FullUpdate.of(F, 8)
     for rank in (1, 4):
-        once, again = agree(target, lora((30, 18), rank), top=8), agree(F, lora((30, 18), rank), top=8)
+        once, again = (
+            compare_with_full_update(target, lora((30, 18), rank), top=8),
+            compare_with_full_update(F, lora((30, 18), rank), top=8),
+        )
         assert numbers(once) == numbers(again)
         assert np.array_equal(once.left_directions.overlap, again.left_directions.overlap)
-    assert repr(target) == "Target(Dense(30 × 18, stored as float32), top 8)"
+    assert repr(target) == "FullUpdate(Dense(30 × 18, stored as float32), top 8)"
 
 
 def test_a_cut_is_the_best_approximation() -> None:
     F = full((30, 18))
     U, s, Vt = np.linalg.svd(float64(F))
     for rank in (1, 3, 18):
-        assert np.allclose(float64(Target.of(F).cut(rank)), (U[:, :rank] * s[:rank]) @ Vt[:rank], atol=1e-5)
-    assert float64(Target.of(planted_dense((9, 7), [2.0, 1.0])).cut(5)).shape == (9, 7)  # it has no more than 2
+        assert np.allclose(float64(FullUpdate.of(F).truncate(rank)), (U[:, :rank] * s[:rank]) @ Vt[:rank], atol=1e-5)
+    assert float64(FullUpdate.of(planted_dense((9, 7), [2.0, 1.0])).truncate(5)).shape == (
+        9,
+        7,
+    )  # it has no more than 2
     with pytest.raises(ShapeError, match="no cut at 5"):
-        Target.of(F, 4).cut(5)
+        FullUpdate.of(F, 4).truncate(5)
 
 
 def test_captured_energy_of_known_subspaces() -> None:
     F = planted((12, 8), [3.0, 2.0, 1.0])
     left, right = Subspace.pair(F)
-    found = captured(F, left.top(1), right.top(2))
+    found = captured_energy(F, left.top(1), right.top(2))
     assert found["left"].share == pytest.approx(9 / 14)
     assert found["right"].share == pytest.approx(13 / 14)
     assert found["both"].share == pytest.approx(9 / 14)
@@ -206,18 +212,18 @@ def test_nothing_multiplies_factors_out(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(LowRank, "dense", refuse)
     shape = (100_000, 100_000)
     big = LowRank(normal(shape[0], 3, seed=1), normal(3, shape[1], seed=2))
-    found = agree(big, LowRank(big.B[:, :2], big.A[:2]))
+    found = compare_with_full_update(big, LowRank(big.B[:, :2], big.A[:2]))
     assert 0 < found.scaled < 1
-    agree(full((30, 18)), lora((30, 18)))
+    compare_with_full_update(full((30, 18)), lora((30, 18)))
 
 
 def test_errors() -> None:
     F, L = full((30, 18)), lora((30, 18))
     with pytest.raises(ShapeError, match=r"\(30, 18\) and \(18, 30\)"):
-        agree(F, L.T)
+        compare_with_full_update(F, L.T)
     with pytest.raises(ShapeError, match="is zero"):
-        agree(Dense(torch.zeros(30, 18)), L)
+        compare_with_full_update(Dense(torch.zeros(30, 18)), L)
     with pytest.raises(ShapeError, match="is zero"):
-        agree(F, LowRank(torch.zeros(30, 2), normal(2, 18)))
+        compare_with_full_update(F, LowRank(torch.zeros(30, 2), normal(2, 18)))
     with pytest.raises(ShapeError, match="too small"):
-        agree(F, L * 1e-150)
+        compare_with_full_update(F, L * 1e-150)

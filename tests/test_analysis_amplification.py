@@ -10,7 +10,7 @@ import torch
 from makers import MAKERS, float64, frame, generator, normal
 from scipy.stats import norm
 
-from rankscope.analysis.amplification import Coordinates, amplification, positions, random_moments
+from rankscope.analysis.amplification import WeightBasisCoordinates, amplification, positions, random_moments
 from rankscope.errors import ShapeError
 from rankscope.linalg import dense_svd
 from rankscope.updates import Dense, LowRank
@@ -74,8 +74,8 @@ def test_moments_of_one_direction_on_each_side(m: int, n: int) -> None:
 def test_directions_that_fill_the_space_leave_nothing_to_chance() -> None:
     s = np.array([3.0, 2.0, 1.0])
     null = random_moments(s, (3, 3), 3, 3)
-    assert (null.mean, null.variance, null.tail(99.0)) == (pytest.approx(14), 0, 1)
-    whole = amplification(Coordinates.of(Dense(normal(3, 3)), dense_svd(torch.diag(torch.from_numpy(s)))), 3)
+    assert (null.mean, null.variance, null.tail_probability(99.0)) == (pytest.approx(14), 0, 1)
+    whole = amplification(WeightBasisCoordinates.of(Dense(normal(3, 3)), dense_svd(torch.diag(torch.from_numpy(s)))), 3)
     assert whole.own == pytest.approx(whole.top) == pytest.approx(whole.random)
     assert (whole.z, whole.p) == (0, 1)
 
@@ -88,7 +88,7 @@ def test_tail_is_hardly_too_small(power: float, r: int) -> None:
     null = random_moments(dense_svd(weight).s.numpy(), (24, 20), r, r)
     extreme = np.sort(monte_carlo(weight, r, r, 10_000))[[-10, -100, -500]]
     share = np.array([10, 100, 500]) / 10_000
-    p = np.array([null.tail(float(value)) for value in extreme])
+    p = np.array([null.tail_probability(float(value)) for value in extreme])
     assert (p > share / 3).all()
     assert (p < share * 15).all()
     if r == 1:
@@ -97,7 +97,7 @@ def test_tail_is_hardly_too_small(power: float, r: int) -> None:
 
 def test_tail_falls_from_one() -> None:
     null = random_moments(np.array([2.0, 1.0]), (5, 6), 1, 1)
-    p = [null.tail(value) for value in (0.0, 0.01, 0.1, 1.0, 4.0)]
+    p = [null.tail_probability(value) for value in (0.0, 0.01, 0.1, 1.0, 4.0)]
     assert p[0] == 1
     assert p == sorted(p, reverse=True)
     assert p[-1] < 0.01
@@ -112,7 +112,7 @@ def test_columns_by_definition(name: str) -> None:
     update, weight = MAKERS[name].make(20, 14, 3), decaying(20, 14)
     U, s, Vt = np.linalg.svd(float64(update))
     r = 2
-    found = amplification(Coordinates.of(update, dense_svd(weight)), r)
+    found = amplification(WeightBasisCoordinates.of(update, dense_svd(weight)), r)
     own = float(np.linalg.norm(U[:, :r].T @ weight.numpy() @ Vt[:r].T))
     assert found.own == pytest.approx(own, rel=1e-5)
     assert found.top == pytest.approx(math.sqrt(1 + 1 / 4))
@@ -129,23 +129,23 @@ def test_columns_by_definition(name: str) -> None:
 def test_planted_amplification() -> None:
     """Along directions 3 and 5 of W (σ = 1/3, 1/5) with σ = (6, 3) and scale 2: ‖ΔW‖ = 2√45, own = √(1/9 + 1/25)."""
     weight = decaying(12, 9)
-    found = amplification(Coordinates.of(along(weight, [2, 4], [6.0, 3.0], 2.0), dense_svd(weight)), 2)
+    found = amplification(WeightBasisCoordinates.of(along(weight, [2, 4], [6.0, 3.0], 2.0), dense_svd(weight)), 2)
     own = math.sqrt(1 / 9 + 1 / 25)
     assert found.own == pytest.approx(own)
     assert found.amplification == pytest.approx(2 * math.sqrt(45) / own)
-    first = amplification(Coordinates.of(along(weight, [2, 4], [6.0, 3.0], 2.0), dense_svd(weight)), 1)
+    first = amplification(WeightBasisCoordinates.of(along(weight, [2, 4], [6.0, 3.0], 2.0), dense_svd(weight)), 1)
     assert (first.r, first.own, first.norm) == (1, pytest.approx(1 / 3), pytest.approx(found.norm))
 
 
 def test_strong_and_absent_directions() -> None:
     weight = decaying(30, 30, 0.5)
     base = dense_svd(weight)
-    strong = amplification(Coordinates.of(along(weight, [0, 1], [2.0, 1.0]), base), 2)
+    strong = amplification(WeightBasisCoordinates.of(along(weight, [0, 1], [2.0, 1.0]), base), 2)
     assert strong.own == pytest.approx(strong.top)
     assert strong.z > 10
     assert strong.p < 1e-4
     crossed = LowRank(base.U[:, :1], base.Vt[1:2])  # u_1 v_2ᵀ: between strong directions, where W has nothing
-    absent = amplification(Coordinates.of(crossed, base), 1)
+    absent = amplification(WeightBasisCoordinates.of(crossed, base), 1)
     assert absent.own == pytest.approx(0, abs=1e-14)
     assert absent.z < 0
     assert absent.p == pytest.approx(1)
@@ -154,25 +154,25 @@ def test_strong_and_absent_directions() -> None:
 def test_more_directions_than_there_are() -> None:
     weight = decaying(8, 6)
     update = along(weight, [0, 3], [1.0, 0.5])
-    assert amplification(Coordinates.of(update, dense_svd(weight)), 5).r == 2
-    assert Coordinates.of(update, dense_svd(weight), 1).k == 1
+    assert amplification(WeightBasisCoordinates.of(update, dense_svd(weight)), 5).r == 2
+    assert WeightBasisCoordinates.of(update, dense_svd(weight), 1).k == 1
 
 
 def test_errors() -> None:
     weight = decaying(8, 6)
     update = along(weight, [0], [1.0])
     with pytest.raises(ShapeError, match="transposed"):
-        Coordinates.of(update, dense_svd(weight.T))
+        WeightBasisCoordinates.of(update, dense_svd(weight.T))
     with pytest.raises(ShapeError, match=r"\(8, 5\).*\(8, 6\)"):
-        Coordinates.of(update, dense_svd(decaying(8, 5)))
+        WeightBasisCoordinates.of(update, dense_svd(decaying(8, 5)))
     with pytest.raises(ShapeError, match="is zero"):
-        Coordinates.of(update * 0.0, dense_svd(weight))
-    found = Coordinates.of(update, dense_svd(weight))
+        WeightBasisCoordinates.of(update * 0.0, dense_svd(weight))
+    found = WeightBasisCoordinates.of(update, dense_svd(weight))
     for call in (amplification, positions):
         with pytest.raises(ShapeError, match="at least one"):
             call(found, 0)
     with pytest.raises(ShapeError, match="no strength"):
-        amplification(Coordinates.of(update, dense_svd(weight * 0)), 1)
+        amplification(WeightBasisCoordinates.of(update, dense_svd(weight * 0)), 1)
     for i, j in ((0, 1), (1, 0), (9, 1), (1, 7)):
         with pytest.raises(ShapeError, match="do not fit"):
             random_moments(np.ones(6), (8, 6), i, j)
@@ -184,7 +184,7 @@ def test_errors() -> None:
 def test_positions_of_planted_directions() -> None:
     """Directions 2 and 5 of W: all energy at these two places, φ(2, m) by counting."""
     weight = decaying(12, 7)
-    found = positions(Coordinates.of(along(weight, [1, 4], [2.0, 1.0]), dense_svd(weight)), 2)
+    found = positions(WeightBasisCoordinates.of(along(weight, [1, 4], [2.0, 1.0]), dense_svd(weight)), 2)
     for side, d in ((found.left, 12), (found.right, 7)):
         assert side.d == d
         assert np.allclose(side.energy, [0, 1, 0, 0, 1, 0, 0])
@@ -196,7 +196,7 @@ def test_positions_of_planted_directions() -> None:
 def test_left_and_right_are_told_apart() -> None:
     weight = decaying(9, 9)
     base = dense_svd(weight)
-    found = positions(Coordinates.of(LowRank(base.U[:, 2:3], base.Vt[5:6]), base), 8)
+    found = positions(WeightBasisCoordinates.of(LowRank(base.U[:, 2:3], base.Vt[5:6]), base), 8)
     assert found.i == 1
     assert (int(found.left.energy.argmax()), int(found.right.energy.argmax())) == (2, 5)
 
@@ -204,7 +204,7 @@ def test_left_and_right_are_told_apart() -> None:
 def test_energy_outside_a_tall_weights_columns_is_missing() -> None:
     weight = decaying(12, 4)
     outside = torch.linalg.svd(weight)[0][:, -1:]
-    found = positions(Coordinates.of(LowRank(outside, normal(1, 4)), dense_svd(weight)), 1)
+    found = positions(WeightBasisCoordinates.of(LowRank(outside, normal(1, 4)), dense_svd(weight)), 1)
     assert np.allclose(found.left.energy, 0)
     assert found.right.energy.sum() == pytest.approx(1)
 
@@ -213,7 +213,7 @@ def test_positions_of_random_directions_are_at_chance() -> None:
     """Mean over seeds within four standard errors at every place, d ≠ n on the left."""
     base = dense_svd(decaying(24, 10))
     sides = [
-        positions(Coordinates.of(LowRank(normal(24, 3, seed=s), normal(3, 10, seed=s + 999)), base), 3)
+        positions(WeightBasisCoordinates.of(LowRank(normal(24, 3, seed=s), normal(3, 10, seed=s + 999)), base), 3)
         for s in range(300)
     ]
     for side in ("left", "right"):

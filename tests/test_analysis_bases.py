@@ -9,10 +9,10 @@ import torch
 from makers import normal
 from torch import Tensor
 
-from rankscope.analysis import bases as module
-from rankscope.analysis.bases import Bases
+from rankscope.analysis import svd_cache as module
+from rankscope.analysis.svd_cache import SVDCache
 from rankscope.errors import FormatError
-from rankscope.formats.files import read_tensors, write_tensors
+from rankscope.formats.file_io import read_tensors, write_tensors
 from rankscope.linalg import SVD, dense_svd
 
 
@@ -33,20 +33,20 @@ def same(a: SVD, b: SVD) -> bool:
 
 
 def test_computed_once_and_read_after_that(tmp_path: Path, computed: list[tuple[int, ...]]) -> None:
-    kept, weights = Bases(tmp_path / "kept"), [normal(12, 7), normal(7, 12), normal(12, 7, seed=1).float()]
+    kept, weights = SVDCache(tmp_path / "kept"), [normal(12, 7), normal(7, 12), normal(12, 7, seed=1).float()]
     first = [kept.svd(weight) for weight in weights]
-    again = [Bases(tmp_path / "kept").svd(weight) for weight in weights]
+    again = [SVDCache(tmp_path / "kept").svd(weight) for weight in weights]
     assert computed == [(12, 7), (7, 12), (12, 7)]
     for one, two, weight in zip(first, again, weights, strict=True):
         assert same(one, two)
         assert same(one, dense_svd(weight.double()))
-    count, size = kept.size
+    count, size = kept.disk_usage
     assert (count, size) == (3, sum(file.stat().st_size for file in (tmp_path / "kept").iterdir()))
     assert size > 0
 
 
 def test_the_content_decides_not_the_layout_or_the_dtype(tmp_path: Path, computed: list[tuple[int, ...]]) -> None:
-    kept, weight = Bases(tmp_path), normal(6, 6).float()
+    kept, weight = SVDCache(tmp_path), normal(6, 6).float()
     for same_numbers in (weight, weight.double(), weight.T.contiguous().T):
         kept.svd(same_numbers)
     assert len(computed) == 1
@@ -59,17 +59,17 @@ def test_the_content_decides_not_the_layout_or_the_dtype(tmp_path: Path, compute
 
 
 def test_nothing_is_kept_without_a_folder(computed: list[tuple[int, ...]]) -> None:
-    kept = Bases()
+    kept = SVDCache()
     kept.svd(normal(5, 4))
     kept.svd(normal(5, 4))
     assert len(computed) == 2
-    assert kept.size == (0, 0)
+    assert kept.disk_usage == (0, 0)
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty", "other tensors", "another weight", "folder gone"])
 def test_a_damaged_entry_is_written_again(tmp_path: Path, damage: str, computed: list[tuple[int, ...]]) -> None:
     folder = tmp_path / "kept"
-    kept, weight = Bases(folder), normal(9, 5)
+    kept, weight = SVDCache(folder), normal(9, 5)
     right = kept.svd(weight)
     (entry,) = folder.iterdir()
     whole = entry.read_bytes()
@@ -99,4 +99,4 @@ def test_a_damaged_entry_is_written_again(tmp_path: Path, damage: str, computed:
 def test_a_folder_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FormatError, match="cannot be written"):
-        Bases(tmp_path / "file").svd(normal(4, 3))
+        SVDCache(tmp_path / "file").svd(normal(4, 3))

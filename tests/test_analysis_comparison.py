@@ -14,7 +14,7 @@ from makers import float64, frame, normal, planted, planted_dense
 from scipy.linalg import subspace_angles
 
 from rankscope.analysis.comparison import CompareResult, compare
-from rankscope.analysis.pairs import MOST_DIRECTIONS, difference
+from rankscope.analysis.layer_comparison import MAX_DIRECTIONS, difference_norm
 from rankscope.errors import ConfigError, FormatError, NonFiniteError, RankscopeError
 from rankscope.structured import Hadamard, Kronecker
 from rankscope.updates import Dense, LowRank
@@ -218,7 +218,7 @@ def test_top_limits_the_grid() -> None:
     assert layer.left.overlap.shape == layer.left.z.shape == (3, 3)
     whole = compare({"w": full}, {"w": full})
     assert whole.layers[0].left is not None
-    assert whole.layers[0].left.overlap.shape == (MOST_DIRECTIONS, MOST_DIRECTIONS)
+    assert whole.layers[0].left.overlap.shape == (MAX_DIRECTIONS, MAX_DIRECTIONS)
     assert any("top 64" in note for note in whole.notes)
     small = compare({"w": Dense(normal(9, 8))}, {"w": Dense(normal(9, 8))})  # all 8 are compared
     assert small.notes == ()
@@ -380,4 +380,4 @@ def test_thin_products_of_any_kind_are_subtracted_exactly() -> None:
         (Hadamard(one, two), Hadamard(one * (1 + 1e-9), two)),
         (Kronecker(three, four), Kronecker(three, four * (1 + 1e-9))),
     ):
-        assert difference(a, b, a.inner(b), (a.norm, b.norm)) == pytest.approx(1e-9 * a.norm, rel=1e-5)
+        assert difference_norm(a, b, a.inner(b), (a.norm, b.norm)) == pytest.approx(1e-9 * a.norm, rel=1e-5)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from rankscope import cli
 from rankscope.analysis.inspection import Inspection, inspect
 from rankscope.errors import FormatError
-from rankscope.formats.files import TensorFile
+from rankscope.formats.file_io import TensorFile
 
 Q = "lora_unet_down_blocks_{}_attn1_to_out_0"
 

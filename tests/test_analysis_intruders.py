@@ -10,7 +10,14 @@ import torch
 from makers import MAKERS, float64, frame, normal
 
 from rankscope.analysis import intruders as module
-from rankscope.analysis.intruders import EPSILON, SWEEP, Intruders, block_krylov, intruders, random_cosine
+from rankscope.analysis.intruders import (
+    INTRUDER_THRESHOLD,
+    SWEEP_THRESHOLDS,
+    Intruders,
+    block_krylov,
+    intruders,
+    random_cosine,
+)
 from rankscope.errors import ShapeError
 from rankscope.linalg import SVD, dense_svd
 from rankscope.updates import Dense, LowRank, Update
@@ -55,9 +62,9 @@ def new_direction(weight: torch.Tensor, base: SVD, sigma: float) -> LowRank:
 @pytest.mark.parametrize("name", MAKERS)
 def test_against_two_dense_svds(name: str, shape: tuple[int, int], route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way to the top directions, every kind of update, wide and tall."""
-    monkeypatch.setattr(module, "BASIS_UP_TO", 1 / 4 if route == "basis" else 0)
-    monkeypatch.setattr(module, "GRAM_UP_TO", 1000 if route == "gram" else 0)
-    monkeypatch.setattr(module, "MOST_COLUMNS", 0 if route == "dense" else 400)
+    monkeypatch.setattr(module, "BASIS_MAX_RANK_SHARE", 1 / 4 if route == "basis" else 0)
+    monkeypatch.setattr(module, "GRAM_MAX_DIMENSION", 1000 if route == "gram" else 0)
+    monkeypatch.setattr(module, "MAX_KRYLOV_COLUMNS", 0 if route == "dense" else 400)
     update, weight = MAKERS[name].make(*shape, 4) * 0.2, weight_of(*shape)
     base = dense_svd(weight)
     # LowRank.dense() rounds to float32; gaps of some percent keep directions that good.
@@ -70,14 +77,14 @@ def test_a_planted_intruder_is_found() -> None:
     base = dense_svd(weight)
     found = intruders(new_direction(weight, base, 8.0), weight, base)
     assert len(found.directions) == 10
-    (first,) = found.found
+    (first,) = found.intruding_directions
     assert first is found.directions[0]
     assert first.cosine < 3 / math.sqrt(64)
     assert first.inside == pytest.approx(0.25, abs=0.15)  # as spread as a random direction
     assert found.inside_chance == 0.25
     assert first.share == pytest.approx(64 / (64 + float(weight.square().sum())), rel=0.1)
-    assert min(one.cosine for one in found.directions[1:]) > EPSILON
-    assert found.counts[SWEEP.index(EPSILON)] == 1
+    assert min(one.cosine for one in found.directions[1:]) > INTRUDER_THRESHOLD
+    assert found.counts[SWEEP_THRESHOLDS.index(INTRUDER_THRESHOLD)] == 1
     assert list(found.counts) == sorted(found.counts)
 
 
@@ -88,17 +95,17 @@ def test_no_intruders() -> None:
     copy = LowRank(base.U[:, :1] * 5, base.Vt[:1])
     for update in (new_direction(weight, base, 1e-3), Dense(torch.zeros(40, 64)), Dense(-2 * weight), copy):
         found = intruders(update, weight, base)
-        assert not found.found
+        assert not found.intruding_directions
         assert found.directions[0].cosine > 0.9
-        assert found.counts == (0,) * len(SWEEP)
+        assert found.counts == (0,) * len(SWEEP_THRESHOLDS)
 
 
 def test_strength_decides() -> None:
     """The same direction weaker than the top ten of the weight does not enter them."""
     weight = weight_of(64, 64)
     base = dense_svd(weight)
-    assert not intruders(new_direction(weight, base, 0.5), weight, base).found
-    assert len(intruders(new_direction(weight, base, 6.0), weight, base).found) == 1
+    assert not intruders(new_direction(weight, base, 0.5), weight, base).intruding_directions
+    assert len(intruders(new_direction(weight, base, 6.0), weight, base).intruding_directions) == 1
 
 
 def test_signs_do_not_matter() -> None:
@@ -170,7 +177,7 @@ def test_krylov_needs_its_steps() -> None:
 
 
 def test_krylov_says_when_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_COLUMNS", 20)
+    monkeypatch.setattr(module, "MAX_KRYLOV_COLUMNS", 20)
     tuned = normal(300, 200)
     assert block_krylov(lambda x: tuned @ x, lambda y: tuned.T @ y, normal(200, 10, seed=1), 5) is None
 
@@ -187,8 +194,8 @@ def test_thin_factors_are_laid_into_the_old_basis(shape: tuple[int, int], monkey
 
 
 def test_krylov_multiplies_no_factors_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BASIS_UP_TO", 0)
-    monkeypatch.setattr(module, "GRAM_UP_TO", 0)
+    monkeypatch.setattr(module, "BASIS_MAX_RANK_SHARE", 0)
+    monkeypatch.setattr(module, "GRAM_MAX_DIMENSION", 0)
     monkeypatch.setattr(LowRank, "dense", lambda _: pytest.fail("dense() was called"))
     weight = weight_of(120, 90)
     update = LowRank(normal(120, 2), normal(2, 90, seed=1), 0.2)

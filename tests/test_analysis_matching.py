@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from rankscope import cli
 from rankscope.analysis.comparison import compare
-from rankscope.analysis.matching import match
+from rankscope.analysis.matching import match_layers
 from rankscope.analysis.sources import Source
 from rankscope.errors import ConfigError, RankscopeError
 from rankscope.structured import Kronecker
@@ -61,7 +61,7 @@ def test_a_fused_projection_is_its_blocks(fused, split, dense):
 
 def test_the_order_is_q_k_v_and_rows_are_exact():
     whole, parts = fused_and_split(dense=True)
-    matched = match(Source.of({"m.qkv": whole}), Source.of(dict(zip(["m.q", "m.k", "m.v"], parts, strict=True))))
+    matched = match_layers(Source.of({"m.qkv": whole}), Source.of(dict(zip(["m.q", "m.k", "m.v"], parts, strict=True))))
     for part, update in zip("qkv", parts, strict=True):
         block = matched.a.read(f"m.qkv:{part}")
         np.testing.assert_allclose(block.dense().numpy(), float64(update), atol=1e-6)
@@ -169,6 +169,6 @@ def test_renaming_on_the_command_line(tmp_path, capsys):
 
 def test_a_renamed_source_reads_what_it_read():
     update = planted((4, 3), [1])
-    matched = match(Source.of({"a": update}), Source.of({"b": replace(update)}), [("a", "b")])
+    matched = match_layers(Source.of({"a": update}), Source.of({"b": replace(update)}), [("a", "b")])
     assert matched.a.read("b") is update or torch.equal(matched.a.read("b").B, update.B)
     assert len(matched.a.updates) == 1

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 import rankscope
 from rankscope.analysis.comparison import compare
-from rankscope.analysis.matrix import MatrixResult, compare_all, matrix_p
-from rankscope.analysis.text import distinct_names
+from rankscope.analysis.display import distinct_names
+from rankscope.analysis.matrix import MatrixResult, combine_p_values, compare_all
 from rankscope.errors import ConfigError, FormatError, NonFiniteError, RankscopeError
-from rankscope.formats.peft import PeftStore
+from rankscope.formats.peft_lora import PeftStore
 from rankscope.updates import Dense, LowRank, Update
 
 SHAPE = (90, 80)
@@ -277,11 +277,11 @@ def test_json_round_trip() -> None:
 def test_p_of_more_than_half_of_the_layers() -> None:
     """By hand: two pairs would need three sources; one side of one pair, layers' p of .01 to .05."""
     layers = np.array([0.05, 0.01, 0.03, 0.02, 0.04])[:, None, None] * np.ones((2, 2))
-    assert matrix_p([layers])[0][0, 1] == pytest.approx(0.03 * 5 / 3)  # the third of five
-    assert matrix_p([layers, layers])[1][0, 1] == pytest.approx(2 * 0.03 * 5 / 3)
-    assert matrix_p([layers[:1]])[0][0, 1] == pytest.approx(0.05)
-    assert matrix_p([layers[:2]])[0][1, 0] == pytest.approx(0.05)  # both of two
-    assert matrix_p([layers * 40])[0][0, 1] == 1
+    assert combine_p_values([layers])[0][0, 1] == pytest.approx(0.03 * 5 / 3)  # the third of five
+    assert combine_p_values([layers, layers])[1][0, 1] == pytest.approx(2 * 0.03 * 5 / 3)
+    assert combine_p_values([layers[:1]])[0][0, 1] == pytest.approx(0.05)
+    assert combine_p_values([layers[:2]])[0][1, 0] == pytest.approx(0.05)  # both of two
+    assert combine_p_values([layers * 40])[0][0, 1] == 1
 
 
 def test_chance_is_beyond_it_no_more_often_than_said() -> None:

@@ -18,10 +18,10 @@ from adapters import linear, write_adapter, write_checkpoint
 from command_line import run
 from makers import normal
 
-from rankscope.analysis.processes import shares
+from rankscope.analysis.process_sharing import divide_by_cost
 from rankscope.analysis.sources import Source
-from rankscope.cli import processes as cli_processes
-from rankscope.formats import interface
+from rankscope.cli import torchrun as cli_processes
+from rankscope.formats import abstract_store as interface
 from rankscope.formats.store import write_updates
 from rankscope.updates import LowRank
 
@@ -196,16 +196,16 @@ def reading(pid: int) -> str | None:
 
 
 def test_the_dearest_go_first_each_to_whom_has_least() -> None:
-    assert shares([1, 9, 2, 5, 5, 1], 2) == [[1, 2, 5], [0, 3, 4]]
-    assert shares([3, 3, 3, 3], 3) == [[0, 3], [1], [2]]
-    assert shares([], 2) == [[], []]
-    assert shares([4], 3) == [[0], [], []]
+    assert divide_by_cost([1, 9, 2, 5, 5, 1], 2) == [[1, 2, 5], [0, 3, 4]]
+    assert divide_by_cost([3, 3, 3, 3], 3) == [[0, 3], [1], [2]]
+    assert divide_by_cost([], 2) == [[], []]
+    assert divide_by_cost([4], 3) == [[0], [], []]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_every_item_has_one_process_and_none_much_more_than_its_part(size: int) -> None:
     costs = normal(101, seed=size).exp().tolist()
-    found = shares(costs, size)
+    found = divide_by_cost(costs, size)
     assert sorted(place for places in found for place in places) == list(range(101))
     assert all(places == sorted(places) for places in found)
     loads = [sum(costs[place] for place in places) for places in found]
@@ -233,12 +233,12 @@ def test_what_a_full_layer_costs(tmp_path: Path) -> None:
 )
 def test_a_gpu_for_each_process(asked: Any, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interface.torch, "empty", lambda *size, device: None)
-    assert str(interface.usable_device(asked)) == ("cuda" if str(asked) == "cuda" else found)
+    assert str(interface.check_device(asked)) == ("cuda" if str(asked) == "cuda" else found)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert str(interface.usable_device(asked)) == found
+    assert str(interface.check_device(asked)) == found
 
 
 def test_the_commands_that_are_shared() -> None:
     from rankscope.cli import COMMANDS
 
-    assert set(cli_processes.SHARED) < set(COMMANDS)
+    assert set(cli_processes.SHARED_COMMANDS) < set(COMMANDS)

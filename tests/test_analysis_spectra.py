@@ -17,8 +17,8 @@ from makers import normal, planted, planted_dense
 from peft_models import LINEAR, Saved, import_peft, two
 from safetensors.torch import load_file, save_file
 
-from rankscope.analysis.sources import fits
-from rankscope.analysis.spectra import SpectrumResult, spectrum
+from rankscope.analysis.layer_spectra import SpectrumResult, spectrum
+from rankscope.analysis.sources import matches_pattern
 from rankscope.errors import ConfigError, FormatError, NonFiniteError, RankscopeError
 from rankscope.formats.store import open as open_store
 from rankscope.spectra import MEASURES, noise_measures
@@ -224,7 +224,7 @@ def test_checkpoint_minus_base_lists_what_it_skips(tmp_path: Path) -> None:
 )
 def test_patterns(pattern: str, kept: list[str]) -> None:
     names = ["layers.1.q_proj", "layers.1.v_proj", "layers.10.q_proj"]
-    assert [name for name in names if fits(name, pattern)] == kept
+    assert [name for name in names if matches_pattern(name, pattern)] == kept
 
 
 def test_layers_are_selected_in_order() -> None:

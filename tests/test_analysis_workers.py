@@ -19,14 +19,14 @@ import pytest
 import torch
 from makers import normal, planted_dense
 
-from rankscope.analysis import pairs
-from rankscope.analysis import workers as module
+from rankscope.analysis import layer_comparison as pairs
+from rankscope.analysis import worker_threads as module
 from rankscope.analysis.comparison import compare
+from rankscope.analysis.layer_spectra import spectrum
 from rankscope.analysis.sources import Source
-from rankscope.analysis.spectra import spectrum
-from rankscope.analysis.workers import spread, worker_count
+from rankscope.analysis.worker_threads import compute_items, worker_count
 from rankscope.errors import ConfigError, FormatError, NonFiniteError
-from rankscope.formats.files import write_json, write_tensors
+from rankscope.formats.file_io import write_json, write_tensors
 from rankscope.formats.store import write_updates
 from rankscope.updates import LowRank, Update
 
@@ -99,7 +99,9 @@ def collect(items: Sequence[Any], alone: set[Any], workers: int, track: Any = it
         computed.append(item)
         return item, torch.get_num_threads(), threading.current_thread() is threading.main_thread()
 
-    return spread(items, lambda item: None if item in alone else 0, lambda item: [], compute, CPU, workers, track)
+    return compute_items(
+        items, lambda item: None if item in alone else 0, lambda item: [], compute, CPU, workers, track
+    )
 
 
 def test_thin_layers_have_one_thread_each_and_full_ones_all() -> None:
@@ -146,10 +148,10 @@ def test_what_is_not_thin_is_not_shared_out() -> None:
     mixed = layers(0)
     mixed |= {"layers.2.q": planted_dense((60, 50), [3.0, 1.0]), "layers.9.q": LowRank(normal(9, 9), normal(9, 9))}
     source = Source.of(mixed)
-    alone = {name for name in mixed if source.kind_of(name) is None}
+    alone = {name for name in mixed if source.batch_key(name) is None}
     assert alone == {"layers.2.q", "layers.9.q"}
     # A mapping of another kind may make its updates when asked, and not be made for threads.
-    assert Source.of(MappingProxyType(mixed)).kind_of("layers.0.q") is None
+    assert Source.of(MappingProxyType(mixed)).batch_key("layers.0.q") is None
     assert spectrum(mixed, workers=3) == spectrum(mixed, workers=1)
 
 
@@ -163,7 +165,7 @@ def test_how_many_workers() -> None:
     assert worker_count(None, CPU) == torch.get_num_threads() == 2
     assert worker_count(7, CPU) == 7
     torch.set_num_threads(64)
-    assert worker_count(None, torch.device("cuda")) == module.MOST_ON_DEVICE
+    assert worker_count(None, torch.device("cuda")) == module.MAX_WORKERS_ON_DEVICE
     torch.set_num_threads(2)
     for nothing in (0, -1):
         with pytest.raises(ConfigError, match="at least one"):
@@ -209,7 +211,7 @@ def test_one_full_matrix_is_read_ahead_and_no_more(length: int) -> None:
         return updates[0].norm
 
     def ahead() -> list[float]:
-        return spread(range(length), lambda n: None, read, compute, CPU, ahead=True)
+        return compute_items(range(length), lambda n: None, read, compute, CPU, ahead=True)
 
     before = torch.get_num_threads()
     if length == 5:
@@ -225,8 +227,8 @@ def test_one_full_matrix_is_read_ahead_and_no_more(length: int) -> None:
 def test_only_stores_are_read_ahead(tmp_path: Path) -> None:
     write_updates(tmp_path / "u.safetensors", {"a": normal(6, 5).float(), "b": normal(5, 6).float()})
     stored = Source.of(tmp_path / "u.safetensors")
-    assert stored.ahead
-    assert not Source.of(layers(0)).ahead
+    assert stored.can_read_ahead
+    assert not Source.of(layers(0)).can_read_ahead
     assert [layer.energy for layer in spectrum(tmp_path / "u.safetensors").layers] == [
         stored.read(name).energy for name in ("a", "b")
     ]
@@ -235,7 +237,7 @@ def test_only_stores_are_read_ahead(tmp_path: Path) -> None:
 BLOCKS = """
 import resource, torch
 from pathlib import Path
-from rankscope.analysis.workers import freed_at_once
+from rankscope.analysis.worker_threads import freed_at_once
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 2**20

@@ -8,17 +8,19 @@ import pytest
 import torch
 
 from rankscope import linalg
-from rankscope.analysis import rates
-from rankscope.analysis.rates import BenchResult, Rates, bench, best_of, spectrum_flops
+from rankscope.analysis import benchmark as rates
+from rankscope.analysis.benchmark import BenchResult, MachineRates, bench, best_rates, spectrum_flops
 from rankscope.cli import main
 from rankscope.errors import ConfigError
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "SHAPES", {(60, 40): 2, (90, 30): 1})
-    monkeypatch.setattr(rates, "READ", 2**12)
-    monkeypatch.setattr(rates, "rates", lambda device, workers, rank: Rates(read=1e9, float32=4e9, float64=2e9, qr=1e9))
+    monkeypatch.setattr(rates, "LLAMA_SHAPES", {(60, 40): 2, (90, 30): 1})
+    monkeypatch.setattr(rates, "READ_BYTES", 2**12)
+    monkeypatch.setattr(
+        rates, "measure_rates", lambda device, workers, rank: MachineRates(read=1e9, float32=4e9, float64=2e9, qr=1e9)
+    )
 
 
 def test_floors_and_ratios(small: None) -> None:
@@ -45,26 +47,26 @@ def test_every_repetition_computes_anew(small: None, monkeypatch: pytest.MonkeyP
 
 def test_a_rate_is_operations_over_the_least_time(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(rates, "least", lambda act, device, repeats: (act(), 0.5)[1])
-    found = rates._rate(lambda: calls.append(1), 1e8, torch.device("cpu"), 1)
+    monkeypatch.setattr(rates, "least_seconds", lambda act, device, repeats: (act(), 0.5)[1])
+    found = rates._measure_rate(lambda: calls.append(1), 1e8, torch.device("cpu"), 1)
     assert found == 1e8 * len(calls) / 0.5 == 2e9
-    assert rates._rate(lambda: None, 1e8, torch.device("cpu"), 3) == 3 * 2e9
+    assert rates._measure_rate(lambda: None, 1e8, torch.device("cpu"), 3) == 3 * 2e9
 
 
 def test_the_operations_of_an_adapter() -> None:
     """8B at rank 64: 81 920 rows and columns a layer."""
-    shapes = [shape for shape, count in rates.SHAPES.items() for _ in range(count)]
+    shapes = [shape for shape, count in rates.LLAMA_SHAPES.items() for _ in range(count)]
     assert spectrum_flops(shapes, 64) == 2 * 81_920 * 64**2
 
 
 def test_the_best_of_two_measurements() -> None:
-    a, b = Rates(read=1, float32=5, float64=2, qr=1), Rates(read=2, float32=4, float64=3, qr=0.5)
-    assert best_of(a, b) == Rates(read=2, float32=5, float64=3, qr=1)
-    assert best_of(a, Rates(read=1, float32=1, float64=None, qr=1)).float64 is None
+    a, b = MachineRates(read=1, float32=5, float64=2, qr=1), MachineRates(read=2, float32=4, float64=3, qr=0.5)
+    assert best_rates(a, b) == MachineRates(read=2, float32=5, float64=3, qr=1)
+    assert best_rates(a, MachineRates(read=1, float32=1, float64=None, qr=1)).float64 is None
 
 
 def test_real_rates_are_those_of_a_machine() -> None:
-    found = rates.rates(torch.device("cpu"), 2, 8)
+    found = rates.measure_rates(torch.device("cpu"), 2, 8)
     assert found.float64 is not None
     for rate in (found.read, found.float32, found.float64, found.qr):
         assert 1e6 < rate < 1e15

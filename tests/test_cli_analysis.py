@@ -18,7 +18,7 @@ from makers import normal
 from torch import Tensor
 
 import rankscope
-from rankscope.analysis import workers
+from rankscope.analysis import worker_threads as workers
 from rankscope.cli import common, main
 from rankscope.train.config import StudyConfig
 from rankscope.train.study import run_study
@@ -311,7 +311,7 @@ def test_names_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(("p", "shown"), [(0.0, "<1e-12"), (9e-13, "<1e-12"), (3.21e-5, "3.2e-05"), (0.25, "0.25")])
 def test_probabilities(p: float, shown: str) -> None:
-    assert common.probability(p) == shown
+    assert common.format_p_value(p) == shown
 
 
 class Terminal(io.StringIO):
@@ -335,16 +335,16 @@ def test_a_narrow_terminal_loses_no_number(monkeypatch: pytest.MonkeyPatch) -> N
 def test_progress_shows_on_a_slow_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    assert list(common.tracker(quiet=False, what="fast")([1, 2])) == [1, 2]
+    assert list(common.progress_tracker(quiet=False, what="fast")([1, 2])) == [1, 2]
     assert "fast" not in screen.getvalue()
-    monkeypatch.setattr(common, "SLOW", -1.0)
-    assert list(common.tracker(quiet=True, what="quiet")([1, 2])) == [1, 2]
+    monkeypatch.setattr(common, "PROGRESS_DELAY", -1.0)
+    assert list(common.progress_tracker(quiet=True, what="quiet")([1, 2])) == [1, 2]
     assert "quiet" not in screen.getvalue()
-    assert list(common.tracker(quiet=False, what="layers")([1, 2])) == [1, 2]
+    assert list(common.progress_tracker(quiet=False, what="layers")([1, 2])) == [1, 2]
     assert "layers" in screen.getvalue()
     pipe = io.StringIO()
     monkeypatch.setattr(sys, "stderr", pipe)
-    assert list(common.tracker(quiet=False, what="layers")([1, 2])) == [1, 2]
+    assert list(common.progress_tracker(quiet=False, what="layers")([1, 2])) == [1, 2]
     assert pipe.getvalue() == ""
 
 

@@ -15,8 +15,8 @@ from command_line import run
 from makers import frame, normal
 
 from rankscope.analysis.comparison import compare
+from rankscope.analysis.layer_spectra import spectrum
 from rankscope.analysis.matrix import MatrixResult, compare_all
-from rankscope.analysis.spectra import spectrum
 from rankscope.formats.store import open as open_store
 from rankscope.plots import plot_matrix, save
 from rankscope.updates import LowRank

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rankscope.cli.progress import Lines, View, listen, stop_on_signal
-from rankscope.cli.standing import Metric, Speed, Standing, duration, summary
+from rankscope.cli.progress import LiveProgress, PlainProgress, open_listener, stop_on_signal
+from rankscope.cli.progress_state import Metric, ProgressState, Speed, format_duration, summarize_group
 from rankscope.train.loop import Listener, Silent
-from rankscope.train.runs import Record, Run
+from rankscope.train.runs import Run, RunRecord
 
 LOSS, ACCURACY = Metric("loss", False), Metric("accuracy", True)
 ERASED = "\x1b[2K"
@@ -40,9 +40,11 @@ def lora(rank: int = 1, lr: float = 0.01, seed: int = 0, method: str = "lora", t
     return Run(method=method, seed=seed, targets=targets, rank=rank, alpha=2.0 * rank, lr=lr)  # type: ignore[arg-type]
 
 
-def record(run: Run, score: float | None = None, status: str = "done", steps: int = 10, metric: str = "loss") -> Record:
+def record(
+    run: Run, score: float | None = None, status: str = "done", steps: int = 10, metric: str = "loss"
+) -> RunRecord:
     metrics = {} if score is None else {"validation": {metric: score}, "test": {metric: -1.0}}
-    return Record(run=run, status=status, steps=steps, metrics=metrics)  # type: ignore[arg-type]
+    return RunRecord(run=run, status=status, steps=steps, metrics=metrics)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -51,8 +53,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def standing(clock: Clock) -> Standing:
-    return Standing(lambda: LOSS, clock=clock)
+def standing(clock: Clock) -> ProgressState:
+    return ProgressState(lambda: LOSS, clock=clock)
 
 
 # Speed
@@ -85,27 +87,27 @@ def test_speed_of_steps_longer_than_the_window(clock: Clock) -> None:
 # Steps and time
 
 
-def test_steps_of_a_group_and_time_left(standing: Standing, clock: Clock) -> None:
+def test_steps_of_a_group_and_time_left(standing: ProgressState, clock: Clock) -> None:
     runs = [lora(r) for r in (1, 2, 4)]
     standing.planned([BASE, *runs], [])
-    assert (standing.done, standing.total, standing.share) == (0, 3, 0)
+    assert (standing.done_count, standing.run_count, standing.done_share) == (0, 3, 0)
     for run in runs[:2]:
         standing.started(run, 10, 0)
     for _ in range(4):
         clock.now += 1
         standing.stepped(runs[:2], 50)
-    assert standing.in_training() == [(runs[:2], 4)]
+    assert standing.training_groups() == [(runs[:2], 4)]
     assert standing.speed.per_second() == 50
     # 8 of 30 steps in 4 s.
-    assert standing.share == pytest.approx(8 / 30)
+    assert standing.done_share == pytest.approx(8 / 30)
     assert standing.seconds_left() == pytest.approx(22 * 4 / 8)
     standing.ended(record(runs[0], 0.5, steps=10))
     standing.ended(record(runs[1], status="diverged", steps=4))
-    assert standing.in_training() == []
-    assert (standing.done, standing.share) == (2, pytest.approx(20 / 30))
+    assert standing.training_groups() == []
+    assert (standing.done_count, standing.done_share) == (2, pytest.approx(20 / 30))
 
 
-def test_what_was_done_before_does_not_count_as_pace(standing: Standing, clock: Clock) -> None:
+def test_what_was_done_before_does_not_count_as_pace(standing: ProgressState, clock: Clock) -> None:
     runs = [lora(r) for r in (1, 2, 4)]
     standing.planned(runs, [record(runs[0], 0.5)])
     standing.started(runs[1], 10, 6)
@@ -113,25 +115,25 @@ def test_what_was_done_before_does_not_count_as_pace(standing: Standing, clock: 
     for _ in range(2):
         clock.now += 3
         standing.stepped([runs[1]], 50)
-    assert standing.in_training() == [([runs[1]], 8)]
+    assert standing.training_groups() == [([runs[1]], 8)]
     assert standing.seconds_left() == pytest.approx(12 * 3)
-    assert standing.share == pytest.approx(18 / 30)
+    assert standing.done_share == pytest.approx(18 / 30)
 
 
-def test_several_steps_in_one_report(standing: Standing, clock: Clock) -> None:
+def test_several_steps_in_one_report(standing: ProgressState, clock: Clock) -> None:
     run = lora()
     standing.planned([run], [])
     standing.started(run, 100, 0)
     clock.now += 4
     standing.stepped([run], 2000, steps=20)
-    assert standing.in_training() == [([run], 20)]
+    assert standing.training_groups() == [([run], 20)]
     assert standing.speed.per_second() == 500
     assert standing.seconds_left() == pytest.approx(16)
     standing.evaluated(run, 50, {"loss": 1.0})  # an evaluation knows where it stands
-    assert standing.in_training() == [([run], 50)]
+    assert standing.training_groups() == [([run], 50)]
 
 
-def test_an_end_knows_how_many_steps_there_were(standing: Standing, clock: Clock) -> None:
+def test_an_end_knows_how_many_steps_there_were(standing: ProgressState, clock: Clock) -> None:
     runs = [lora(1), lora(2)]
     standing.planned(runs, [])
     standing.started(runs[0], 10, 0)
@@ -140,33 +142,33 @@ def test_an_end_knows_how_many_steps_there_were(standing: Standing, clock: Clock
     assert standing.seconds_left() == pytest.approx(20)
 
 
-def test_planned_may_come_often_and_grow(standing: Standing) -> None:
+def test_planned_may_come_often_and_grow(standing: ProgressState) -> None:
     runs = [lora(r) for r in (1, 2)]
     for _ in range(2):
         standing.planned([BASE, *runs], [record(BASE, 2.0), record(runs[0], 0.5)])
-    assert (standing.done, standing.total, standing.base) == (1, 2, None)
+    assert (standing.done_count, standing.run_count, standing.base_score) == (1, 2, None)
     standing.planned([BASE, *runs, lora(4)], [])
     standing.planned([BASE, *runs], [record(runs[0], 0.5), record(runs[1], 0.4)])
-    assert (standing.done, standing.total) == (2, 3)
+    assert (standing.done_count, standing.run_count) == (2, 3)
 
 
 def test_groups_of_several_workers(clock: Clock) -> None:
     a, b, c, d = (lora(r) for r in (1, 2, 4, 8))
-    standing = Standing(lambda: LOSS, workers=2, clock=clock)
+    standing = ProgressState(lambda: LOSS, workers=2, clock=clock)
     standing.planned([a, b, c, d], [])
     for run in (a, b, c, d):
         standing.started(run, 10, 0)
     standing.stepped([a, b], 1)
     standing.stepped([c], 1)
     standing.stepped([a, b], 1)
-    assert standing.in_training() == [([c], 1), ([a, b], 2)]
+    assert standing.training_groups() == [([c], 1), ([a, b], 2)]
     standing.stepped([b], 1)  # a has left
-    assert standing.in_training() == [([c], 1), ([b], 3)]
+    assert standing.training_groups() == [([c], 1), ([b], 3)]
     standing.stepped([d], 1)  # a worker has gone on to another group; c was left at a rung
-    assert standing.in_training() == [([b], 3), ([d], 1)]
+    assert standing.training_groups() == [([b], 3), ([d], 1)]
 
 
-def test_a_group_that_begins_again_goes_back(standing: Standing) -> None:
+def test_a_group_that_begins_again_goes_back(standing: ProgressState) -> None:
     run = lora()
     standing.planned([run], [])
     standing.started(run, 10, 0)
@@ -174,7 +176,7 @@ def test_a_group_that_begins_again_goes_back(standing: Standing) -> None:
         standing.stepped([run], 1)
     standing.started(run, 10, 5)
     standing.stepped([run], 1)
-    assert standing.in_training() == [([run], 6)]
+    assert standing.training_groups() == [([run], 6)]
 
 
 # Scores
@@ -182,7 +184,7 @@ def test_a_group_that_begins_again_goes_back(standing: Standing) -> None:
 
 @pytest.mark.parametrize(("metric", "best"), [(LOSS, (0.3, 0.01)), (ACCURACY, (0.6, 0.03))])
 def test_leaders_take_the_mean_over_seeds(metric: Metric, best: tuple[float, float]) -> None:
-    standing = Standing(lambda: metric)
+    standing = ProgressState(lambda: metric)
     scores = {(0.01, 0): 0.1, (0.01, 1): 0.5, (0.03, 0): 0.6, (0.03, 1): 0.6, (0.1, 0): 0.4}
     runs = {key: lora(8, *key) for key in scores}
     full = Run(method="full", seed=0, lr=0.001)
@@ -195,10 +197,10 @@ def test_leaders_take_the_mean_over_seeds(metric: Metric, best: tuple[float, flo
     assert (lead.label, lead.ended, lead.lost, lead.planned) == ("r = 8", 5, 0, 6)
     assert (lead.score, lead.lr) == (pytest.approx(best[0]), best[1])
     assert other == ("full", None, None, 0, 0, 1)
-    assert standing.base == 2.0
+    assert standing.base_score == 2.0
 
 
-def test_a_rate_that_lost_a_seed_comes_last(standing: Standing) -> None:
+def test_a_rate_that_lost_a_seed_comes_last(standing: ProgressState) -> None:
     good, bad = [lora(lr=0.01, seed=s) for s in (0, 1)], [lora(lr=0.1, seed=s) for s in (0, 1)]
     standing.planned(good + bad, [])
     standing.evaluated(bad[0], 5, {"loss": 0.3})
@@ -213,12 +215,12 @@ def test_a_rate_that_lost_a_seed_comes_last(standing: Standing) -> None:
     assert (lead.score, lead.lr, lead.ended, lead.lost) == (0.7, 0.01, 2, 1)
 
 
-def test_base_is_the_mean_over_seeds(standing: Standing) -> None:
+def test_base_is_the_mean_over_seeds(standing: ProgressState) -> None:
     standing.planned([lora(seed=0), lora(seed=1)], [])
     standing.evaluated(lora(seed=0), 0, {"loss": 2.0})
     before = {"validation": {"loss": 4.0}, "test": {"loss": 9.0}}
-    standing.ended(Record(run=lora(seed=1), status="diverged", steps=3, before=before))
-    assert standing.base == 3.0
+    standing.ended(RunRecord(run=lora(seed=1), status="diverged", steps=3, before=before))
+    assert standing.base_score == 3.0
 
 
 # Words
@@ -235,7 +237,7 @@ def test_base_is_the_mean_over_seeds(standing: Standing) -> None:
     ],
 )
 def test_summary_of_a_group(runs: list[Run], said: str) -> None:
-    assert summary(runs) == said
+    assert summarize_group(runs) == said
 
 
 @pytest.mark.parametrize(
@@ -243,7 +245,7 @@ def test_summary_of_a_group(runs: list[Run], said: str) -> None:
     [(0.2, "1 s"), (41.4, "41 s"), (60, "1 min"), (3560, "59 min"), (3590, "1 h 00 min"), (7500, "2 h 05 min")],
 )
 def test_duration(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+    assert format_duration(seconds) == said
 
 
 # In a pipe
@@ -269,9 +271,9 @@ def sweep(listener: Listener, clock: Clock, seconds: float = 1.0) -> list[Run]:
     return runs
 
 
-def test_lines_of_a_log(standing: Standing, clock: Clock) -> None:
+def test_lines_of_a_log(standing: ProgressState, clock: Clock) -> None:
     said: list[str] = []
-    lines = Lines(standing, said.append, clock)
+    lines = PlainProgress(standing, said.append, clock)
     runs = sweep(lines, clock)
     lines.started(runs[2], 10, 5)  # again, in other company
     lines.ended(record(runs[2], status="stopped", steps=5))
@@ -286,33 +288,33 @@ def test_lines_of_a_log(standing: Standing, clock: Clock) -> None:
     ]
 
 
-def test_a_log_has_a_line_a_minute(standing: Standing, clock: Clock) -> None:
+def test_a_log_has_a_line_a_minute(standing: ProgressState, clock: Clock) -> None:
     said: list[str] = []
-    sweep(Lines(standing, said.append, clock), clock, seconds=25)
+    sweep(PlainProgress(standing, said.append, clock), clock, seconds=25)
     alive = [line for line in said if "tokens/s" in line]
     # Every third step of 25 s, counted from the last line; of 30 steps, 6 lie behind after 75 s.
     assert alive[0] == "0/3 runs, step 3/10 of r = 1,2  lr 0.01  seed 0, 20 tokens/s, about 5 min left"
     assert len(alive) == 3
 
 
-def test_a_study_taken_up_says_what_has_ended(standing: Standing, clock: Clock) -> None:
+def test_a_study_taken_up_says_what_has_ended(standing: ProgressState, clock: Clock) -> None:
     said: list[str] = []
-    lines = Lines(standing, said.append, clock)
+    lines = PlainProgress(standing, said.append, clock)
     for _ in range(2):
         lines.planned([BASE, lora(1), lora(2)], [record(lora(1), 0.5)])
     lines.planned([BASE, lora(1), lora(2), lora(4)], [record(lora(1), 0.5)])
     assert said == ["2 runs, 1 ended", "3 runs, 1 ended"]
 
 
-def test_a_log_has_no_control_characters(standing: Standing, clock: Clock) -> None:
+def test_a_log_has_no_control_characters(standing: ProgressState, clock: Clock) -> None:
     said: list[str] = []
-    Lines(standing, said.append, clock).noted("\x1b[2J and a\nsecond line")
+    PlainProgress(standing, said.append, clock).noted("\x1b[2J and a\nsecond line")
     assert said == ["note: \ufffd[2J and a\ufffdsecond line"]
 
 
 def test_without_a_metric_there_are_no_scores(clock: Clock) -> None:
     said: list[str] = []
-    sweep(Lines(Standing(lambda: None, clock=clock), said.append, clock), clock)
+    sweep(PlainProgress(ProgressState(lambda: None, clock=clock), said.append, clock), clock)
     assert "[2/3] lora-r2-lr0.01-s0: done" in said
     assert not any("validation" in line for line in said)
 
@@ -334,15 +336,17 @@ def big_grid() -> list[Run]:
     ]
 
 
-def shown(view: View, width: int) -> list[str]:
+def shown(view: LiveProgress, width: int) -> list[str]:
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(view.frame())
     return console.export_text().splitlines()
 
 
-def a_view(clock: Clock, height: int, workers: int = 1) -> View:
+def a_view(clock: Clock, height: int, workers: int = 1) -> LiveProgress:
     """In the middle of a grid of 62 runs of 17 labels."""
-    view = View(Standing(lambda: LOSS, workers, clock), Console(width=80, height=height, file=io.StringIO()))
+    view = LiveProgress(
+        ProgressState(lambda: LOSS, workers, clock), Console(width=80, height=height, file=io.StringIO())
+    )
     runs = big_grid()
     view.planned([BASE, *runs], [])
     for start in range(0, 30, 6):
@@ -393,7 +397,7 @@ def test_a_short_screen_says_how_much_is_left_out(clock: Clock) -> None:
 
 
 def test_names_do_not_steer_the_terminal(clock: Clock) -> None:
-    view = View(Standing(lambda: LOSS, clock=clock), Console(height=24, file=io.StringIO()))
+    view = LiveProgress(ProgressState(lambda: LOSS, clock=clock), Console(height=24, file=io.StringIO()))
     run = lora(targets="q\x1b[31m[red]")
     view.planned([run], [])
     view.started(run, 10, 0)
@@ -404,7 +408,7 @@ def test_names_do_not_steer_the_terminal(clock: Clock) -> None:
 
 
 def test_drawing_does_not_wait(clock: Clock) -> None:
-    view = View(Standing(lambda: LOSS, clock=clock), Console(height=24, file=io.StringIO()))
+    view = LiveProgress(ProgressState(lambda: LOSS, clock=clock), Console(height=24, file=io.StringIO()))
     before = shown(view, 80)
     with view.lock:  # a report is being taken in
         view.standing.planned([lora()], [])
@@ -452,8 +456,8 @@ def test_a_terminal_gets_a_view_that_goes_away(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     began = time.monotonic()
-    with terminal() as heard, listen(False, study_of(tmp_path)) as listener:
-        assert isinstance(listener, View)
+    with terminal() as heard, open_listener(False, study_of(tmp_path)) as listener:
+        assert isinstance(listener, LiveProgress)
         sweep(listener, clock)
         time.sleep(0.7)
         sys.stdout.write("data\n")
@@ -473,20 +477,20 @@ def test_a_terminal_gets_a_view_that_goes_away(
 def test_a_dumb_terminal_gets_lines() -> None:
     with terminal(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("TERM", "dumb")
-        with listen(False) as listener:
-            assert isinstance(listener, Lines)
+        with open_listener(False) as listener:
+            assert isinstance(listener, PlainProgress)
 
 
 def test_a_pipe_gets_lines_and_quiet_nothing(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with listen(False, study_of(tmp_path, ACCURACY)) as listener:
+    with open_listener(False, study_of(tmp_path, ACCURACY)) as listener:
         listener.planned([BASE, lora()], [])
         listener.ended(record(lora(), 0.5, metric="accuracy"))
     said = capsys.readouterr()
     assert said.err == "1 run\n[1/1] lora-r1-lr0.01-s0: validation accuracy 0.5000\n"
-    with listen(True, tmp_path) as listener:
+    with open_listener(True, tmp_path) as listener:
         assert isinstance(listener, Silent)
         sweep(listener, clock)
     assert capsys.readouterr() == ("", "")
@@ -508,7 +512,7 @@ def test_a_signal_asks_and_a_second_one_insists(capsys: pytest.CaptureFixture[st
 
 
 def test_the_word_of_stopping_stays_above_the_view(tmp_path: Path, clock: Clock) -> None:
-    with terminal() as heard, stop_on_signal() as stop, listen(False, study_of(tmp_path)) as listener:
+    with terminal() as heard, stop_on_signal() as stop, open_listener(False, study_of(tmp_path)) as listener:
         sweep(listener, clock)
         time.sleep(0.4)
         signal.raise_signal(signal.SIGINT)

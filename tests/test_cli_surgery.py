@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from rankscope import cli
-from rankscope.surgery.result import Surgery
+from rankscope.surgery.surgery_result import SurgeryResult
 
 NAMES = ["resize", "extract", "merge", "unmerge", "subtract", "average"]
 
@@ -83,7 +83,7 @@ def test_json_is_the_result(
 ) -> None:
     code, out, err = run(capsys, "resize", adapter, *option, "-o", tmp_path / "out", "--json", "--quiet")
     assert (code, err) == (0, "")
-    result = Surgery.from_json(json.loads(out))
+    result = SurgeryResult.from_json(json.loads(out))
     assert tuple(layer.rank_after for layer in result.layers) == ranks
     assert result.choice == choice
     assert json.loads((tmp_path / "out" / "rankscope.json").read_text()) == json.loads(out)

@@ -11,10 +11,10 @@ import pytest
 from msgspec.structs import replace
 
 from rankscope.cli import main
-from rankscope.cli.cost_table import _digits, _percent, _short, costs
-from rankscope.cli.study_output import _point, print_study, series, write_plots
-from rankscope.train.results import Row
-from rankscope.train.runs import Cost, Record, Run
+from rankscope.cli.cost_table import _digits, _percent, _short, cost_entries
+from rankscope.cli.study_output import _point, print_study, series_name, write_plots
+from rankscope.train.results import RunResult
+from rankscope.train.runs import Run, RunCost, RunRecord
 from rankscope.train.study import Study
 
 QUICK = ["train", "--task", "planted", "--ranks", "1,4", "--steps", "20"]
@@ -74,7 +74,7 @@ def test_piped_progress_is_plain_lines(study: Path, capsys: pytest.CaptureFixtur
 # The tables, of studies whose numbers are known
 
 
-def cost(trainable: int = 10, together: int = 1, **changes: Any) -> Cost:
+def cost(trainable: int = 10, together: int = 1, **changes: Any) -> RunCost:
     """Of a model of 1000 parameters, in float32 under AdamW."""
     numbers = {
         "parameters": 1000,
@@ -88,13 +88,13 @@ def cost(trainable: int = 10, together: int = 1, **changes: Any) -> Cost:
         "seconds_per_step": 0.05,
         "together": together,
     }
-    return Cost(**{**numbers, **changes})
+    return RunCost(**{**numbers, **changes})
 
 
-def ended(run: Run, score: float, took: Cost | None = None, status: str = "done") -> Record:
+def ended(run: Run, score: float, took: RunCost | None = None, status: str = "done") -> RunRecord:
     """The test score is one more than the validation score."""
     metrics = {"validation": {"loss": score}, "test": {"loss": score + 1}} if status == "done" else {}
-    return Record(run=run, status=status, steps=5, metrics=metrics, before=metrics, cost=took)  # type: ignore[arg-type]
+    return RunRecord(run=run, status=status, steps=5, metrics=metrics, before=metrics, cost=took)  # type: ignore[arg-type]
 
 
 def lora(lr: float, seed: int, rank: int = 8, **changes: Any) -> Run:
@@ -105,7 +105,7 @@ def full(lr: float = 0.001, seed: int = 0) -> Run:
     return Run(method="full", seed=seed, lr=lr)
 
 
-def known(folder: Path, records: list[Record], device: str = "cpu") -> tuple[Study, list[Row]]:
+def known(folder: Path, records: list[RunRecord], device: str = "cpu") -> tuple[Study, list[RunResult]]:
     """A study of these records; each update's effective ranks are 2 more than its seed."""
     folder.mkdir()
     described = {"schema": "rankscope.study/2", "config": {}, "metric": "loss", "higher_is_better": False}
@@ -118,14 +118,14 @@ def known(folder: Path, records: list[Record], device: str = "cpu") -> tuple[Stu
     return study, [row_of(record, choices.get(record.run.label)) for record in study.records]
 
 
-def row_of(record: Record, choice: Any) -> Row:
+def row_of(record: RunRecord, choice: Any) -> RunResult:
     if record.status != "done":
-        return Row(record, None, None, {}, None, None)
+        return RunResult(record, None, None, {}, None, None)
     ranked = record.run.method in ("lora", "full")
     ranks = dict.fromkeys(("entropy_rank", "stable_rank", "k90"), 2.0 + record.run.seed) if ranked else {}
     chosen = choice if choice is not None and choice.lr == record.run.lr else None
     scores = (record.metrics[split]["loss"] for split in ("test", "validation"))
-    return Row(record, *scores, ranks, None, chosen)
+    return RunResult(record, *scores, ranks, None, chosen)
 
 
 SEVERAL = [
@@ -246,7 +246,7 @@ def test_a_peak_has_no_ratio_to_one_that_is_not_known(study: Path) -> None:
         ended(lora(0.01, 0), 0.5, cost()),
         ended(full(), 0.4, cost(1000, peak_memory=None, seconds_per_step=0.0)),
     ]
-    of_full = costs(known(study, records)[1])[0]["of_full"]
+    of_full = cost_entries(known(study, records)[1])[0]["of_full"]
     assert (of_full["peak_memory"], of_full["seconds_per_step"], of_full["trainable"]) == (None, None, 0.01)
 
 
@@ -289,9 +289,9 @@ def test_a_point_is_its_run(study: Path) -> None:
 
 
 def test_series_are_told_apart_by_method_and_targets() -> None:
-    assert series(lora(0.1, 0)) == "LoRA"
-    assert series(lora(0.1, 0, method="pissa", targets="q,v")) == "PiSSA on q,v"
-    assert series(Run(method="bias", seed=0)) == "biases only"
+    assert series_name(lora(0.1, 0)) == "LoRA"
+    assert series_name(lora(0.1, 0, method="pissa", targets="q,v")) == "PiSSA on q,v"
+    assert series_name(Run(method="bias", seed=0)) == "biases only"
 
 
 # Wrong input

@@ -18,17 +18,17 @@ from makers import MAKERS
 from test_train_bank import MIXED, Notes, assert_equal_to_rounding, curve, sizes, small
 
 from rankscope.analysis.comparison import compare
-from rankscope.analysis.spectra import spectrum
+from rankscope.analysis.layer_spectra import spectrum
 from rankscope.formats.store import open as open_store
 from rankscope.formats.store import write_updates
 from rankscope.spectra import Spectrum
 from rankscope.subspace import Subspace, angles, overlap
 from rankscope.surgery.resize import resize
 from rankscope.surgery.truncate import Rank
-from rankscope.train.config import StudyConfig, make_config
+from rankscope.train.config import StudyConfig, make_study_config
 from rankscope.train.costs import peak_memory
-from rankscope.train.loop import Group, InterruptedTrainingError, Silent, precision
-from rankscope.train.runs import grid
+from rankscope.train.loop import InterruptedTrainingError, RunGroup, Silent, set_precision
+from rankscope.train.runs import plan_runs
 from rankscope.train.study import run_study
 from rankscope.train.tasks import make_task
 
@@ -39,7 +39,7 @@ DOCS = {"task": "docs", "batch": 4, "max_length": 64, "steps": 12, "evaluations"
 
 
 def docs(**changes: Any) -> StudyConfig:
-    return make_config({**DOCS, "device": "cuda", **changes}, "test")
+    return make_study_config({**DOCS, "device": "cuda", **changes}, "test")
 
 
 @contextmanager
@@ -143,10 +143,10 @@ def test_other_arithmetic_stays_near(tmp_path: Path, changes: dict[str, Any], to
 def test_a_training_step_never_waits_for_the_device(tmp_path: Path, method: str, dtype: str) -> None:
     config = docs(methods=("lora", "subspace"), dims=(8,), ranks=(2, 4), lrs=(1e-3,), dtype=dtype, dropout=0.1)
     task = make_task(config)
-    runs = [run for run in grid(config, task) if run.method == method][: 2 if method == "lora" else 1]
+    runs = [run for run in plan_runs(config, task) if run.method == method][: 2 if method == "lora" else 1]
     folders = [tmp_path / run.name for run in runs]
-    group = Group(task, config, runs, folders, {0: {"validation": {"loss": 1.0}}}, CUDA, Silent())
-    with precision(CUDA, config):
+    group = RunGroup(task, config, runs, folders, {0: {"validation": {"loss": 1.0}}}, CUDA, Silent())
+    with set_precision(CUDA, config):
         group.try_step()  # allocates, and picks kernels
         with no_waits():
             group.try_step()

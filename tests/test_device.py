@@ -15,12 +15,12 @@ from makers import MAKERS, generator, normal, planted_dense
 from torch import Tensor, nn
 
 from rankscope import linalg, subspace, updates
-from rankscope.analysis import pairs
-from rankscope.analysis import workers as analysis_workers
+from rankscope.analysis import layer_comparison as pairs
+from rankscope.analysis import worker_threads as analysis_workers
 from rankscope.analysis.comparison import compare
-from rankscope.analysis.pairs import compare_layers
-from rankscope.analysis.spectra import spectrum
-from rankscope.formats.files import read_tensors, write_json, write_tensors
+from rankscope.analysis.layer_comparison import compare_layers
+from rankscope.analysis.layer_spectra import spectrum
+from rankscope.formats.file_io import read_tensors, write_json, write_tensors
 from rankscope.formats.store import open as open_store
 from rankscope.formats.store import write_updates
 from rankscope.lora import AdapterSpec, Bank, load
@@ -28,8 +28,8 @@ from rankscope.spectra import Spectrum
 from rankscope.subspace import Subspace, angles, chance, overlap
 from rankscope.train.config import StudyConfig, resolve_device
 from rankscope.train.llama import Llama, LlamaConfig
-from rankscope.train.loop import Group, InterruptedTrainingError, Silent, move
-from rankscope.train.runs import grid
+from rankscope.train.loop import InterruptedTrainingError, RunGroup, Silent, move_batch
+from rankscope.train.runs import plan_runs
 from rankscope.train.study import run_study
 from rankscope.train.tasks import make_task
 from rankscope.updates import Dense, LowRank, Update
@@ -278,12 +278,12 @@ def test_a_study_stopped_on_one_device_goes_on_on_another(tmp_path: Path, after:
     assert losses(resumed) == pytest.approx(losses(whole), rel=0 if first == "fake" else FLOAT32)
 
 
-def looped(folder: Path, task: str = "planted", method: str = "lora", **changes: Any) -> Group:
+def looped(folder: Path, task: str = "planted", method: str = "lora", **changes: Any) -> RunGroup:
     """A run on the device, ready to step."""
     config = settings("fake", task=task, methods=("lora", "subspace"), dims=(8,), **changes)
     made = make_task(config)
-    run = next(run for run in grid(config, made) if run.method == method)
-    return Group(made, config, [run], [folder], {run.seed: {"validation": {"loss": 1.0}}}, DEVICE, Silent())
+    run = next(run for run in plan_runs(config, made) if run.method == method)
+    return RunGroup(made, config, [run], [folder], {run.seed: {"validation": {"loss": 1.0}}}, DEVICE, Silent())
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "subspace"])
@@ -364,7 +364,7 @@ def test_batches_wait_for_apple_gpus_alone() -> None:
             asked.append((device.type, non_blocking))
 
     for name in ("cuda", "mps"):
-        move({"x": Batch()}, torch.device(name))
+        move_batch({"x": Batch()}, torch.device(name))
     assert asked == [("pinned", True), ("cuda", True), ("mps", False)]
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from rankscope import linalg
 from rankscope.analysis.comparison import compare
+from rankscope.analysis.layer_spectra import SpectrumResult, spectrum
 from rankscope.analysis.matrix import compare_all
-from rankscope.analysis.spectra import SpectrumResult, spectrum
 
 R, OUT, INTO, SCALE = 24, 150, 110, 0.5
 EPS = 2.0**-52
@@ -191,7 +191,7 @@ def test_full_updates(
 ) -> None:
     tuned, base, exact = pair
     if route == "svd":
-        monkeypatch.setattr(linalg, "SQUARED_UP_TO", 0)
+        monkeypatch.setattr(linalg, "GRAM_MAX_SIDE", 0)
     off = 1e-5 if route == "svd" else 2e-7  # LAPACK in float32 leaves some 5e-6 of a flat spectrum
     check_full(spectrum(tuned, base, device="fake" if route == "a device" else "cpu"), exact, off)
 

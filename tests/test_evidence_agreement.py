@@ -10,15 +10,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from rankscope.evidence.agreement import Agreement, RankAgreement, agreement, verdicts
+from rankscope.evidence.agreement.figure import plot_agreement
+from rankscope.evidence.agreement.measure import Agreement, RankAgreement, measure_agreement, verdicts
+from rankscope.evidence.agreement.section import section
 from rankscope.evidence.material import Material
-from rankscope.evidence.verdict import MissingEvidenceError
 from rankscope.inference import Interval
-from rankscope.plots.agreement import plot_agreement
-from rankscope.report.agreement import section
 from rankscope.result import _array, json_values
 from rankscope.train.config import StudyConfig
 from rankscope.train.study import Study, run_study
+from rankscope.verdict import MissingEvidenceError
 
 RANKS, SEEDS, LAYERS = (2, 4), (0, 1), ("first", "second")
 
@@ -31,7 +31,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 @pytest.fixture(scope="module")
 def found(study: Study) -> Agreement:
-    return agreement(Material(study))
+    return measure_agreement(Material(study))
 
 
 def part(study: Study, folder: Path, *patterns: str) -> Study:
@@ -140,13 +140,13 @@ def test_repeat_is_the_full_update_of_the_other_seed_cut(study: Study, found: Ag
 
 
 def test_the_p_of_a_layer_is_the_largest_over_seeds(study: Study, tmp_path: Path, found: Agreement) -> None:
-    alone = [agreement(Material(part(study, tmp_path / str(seed), f"*-s{seed}"))) for seed in SEEDS]
+    alone = [measure_agreement(Material(part(study, tmp_path / str(seed), f"*-s{seed}"))) for seed in SEEDS]
     for i, row in enumerate(found.ranks[0].rows):
         assert row.p_left == max(one.ranks[0].rows[i].p_left for one in alone)
 
 
 def test_one_seed_has_nothing_to_repeat(study: Study, tmp_path: Path) -> None:
-    one = agreement(Material(part(study, tmp_path / "one", "*-s0")))
+    one = measure_agreement(Material(part(study, tmp_path / "one", "*-s0")))
     assert one.repeat == ()
     assert one.ranks[0].total.cosine.low is None
     said = verdicts(one)[0]
@@ -159,11 +159,11 @@ def test_one_seed_has_nothing_to_repeat(study: Study, tmp_path: Path) -> None:
 
 def test_what_is_missing_is_said(study: Study, tmp_path: Path) -> None:
     with pytest.raises(MissingEvidenceError, match="without --no-full"):
-        agreement(Material(part(study, tmp_path / "lora", "lora-*")))
+        measure_agreement(Material(part(study, tmp_path / "lora", "lora-*")))
     with pytest.raises(MissingEvidenceError, match="--ranks"):
-        agreement(Material(part(study, tmp_path / "full", "full-*")))
+        measure_agreement(Material(part(study, tmp_path / "full", "full-*")))
     with pytest.raises(MissingEvidenceError, match="same --seeds"):
-        agreement(Material(part(study, tmp_path / "seeds", "lora-*-s0", "full-*-s1")))
+        measure_agreement(Material(part(study, tmp_path / "seeds", "lora-*-s0", "full-*-s1")))
 
 
 def test_layers_that_cannot_be_compared_are_named(
@@ -171,10 +171,10 @@ def test_layers_that_cannot_be_compared_are_named(
 ) -> None:
     material = Material(part(study, tmp_path / "some", "*-s0"))
     monkeypatch.setattr(Material, "layers", [*LAYERS, "third"])
-    assert agreement(material).skipped == ("third: not every run changes it",)
+    assert measure_agreement(material).skipped == ("third: not every run changes it",)
     monkeypatch.setattr(Material, "layers", ["third"])
     with pytest.raises(MissingEvidenceError, match="third: not every run changes it"):
-        agreement(material)
+        measure_agreement(material)
 
 
 # Verdicts from numbers

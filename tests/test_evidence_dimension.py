@@ -11,17 +11,23 @@ from typing import Any
 import msgspec
 import pytest
 
-from rankscope.evidence.dimension import Curve, Dimension, Size, dimension, verdicts
+from rankscope.evidence.dimension.figure import plot_dimension
+from rankscope.evidence.dimension.measure import (
+    DimensionCurve,
+    DimensionPoint,
+    IntrinsicDimension,
+    measure_dimension,
+    verdicts,
+)
+from rankscope.evidence.dimension.section import section
 from rankscope.evidence.material import Material
-from rankscope.evidence.verdict import MissingEvidenceError
 from rankscope.inference import Interval, first_reaching
 from rankscope.plots import save
-from rankscope.plots.dimension import plot_dimension
-from rankscope.report.dimension import section
 from rankscope.result import json_values
 from rankscope.train.config import StudyConfig
 from rankscope.train.planted import PlantedTask
 from rankscope.train.study import Study, run_study
+from rankscope.verdict import MissingEvidenceError
 
 GRID: dict[str, Any] = {"task": "planted", "ranks": (1, 4), "dims": (64, 1024), "seeds": (0, 1), "evaluations": 0}
 TRAINING = {"steps": 60, "batch": 64}
@@ -38,14 +44,14 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 @pytest.fixture(scope="module")
-def found(study: Study) -> Dimension:
-    return dimension(Material(study))
+def found(study: Study) -> IntrinsicDimension:
+    return measure_dimension(Material(study))
 
 
 # A study with a known answer
 
 
-def test_a_random_subspace_holds_its_part_and_lora_the_planted_rank(found: Dimension) -> None:
+def test_a_random_subspace_holds_its_part_and_lora_the_planted_rank(found: IntrinsicDimension) -> None:
     """Each direction of 12 288 is worth as much. The planted rank is 4: two maps at 4 directions are 1 280 numbers."""
     direct, layered, lora = found.curves
     assert [curve.method for curve in found.curves] == ["subspace", "said", "lora"]
@@ -60,7 +66,7 @@ def test_a_random_subspace_holds_its_part_and_lora_the_planted_rank(found: Dimen
     assert [verdict.answer for verdict in verdicts(found)] == ["no", "no"]
 
 
-def test_few_numbers_make_no_low_rank(found: Dimension) -> None:
+def test_few_numbers_make_no_low_rank(found: IntrinsicDimension) -> None:
     """64 numbers: an update of the rank of noise; 1 280 numbers of LoRA: rank 4 at most."""
     assert 56 < found.noise_rank < 59
     few, many = found.curves[0].sizes[0], found.curves[2].sizes[1]
@@ -69,7 +75,7 @@ def test_few_numbers_make_no_low_rank(found: Dimension) -> None:
     assert many.rank <= 4
 
 
-def test_the_numbers_are_those_of_the_runs(study: Study, found: Dimension) -> None:
+def test_the_numbers_are_those_of_the_runs(study: Study, found: IntrinsicDimension) -> None:
     scores = {(r.run.label, r.run.seed): study.score(r) for r in study.best()}
     gains = {name: {s: scores["base", s] - scores[name, s] for s in (0, 1)} for name in ("full", "subspace d = 1024")}
     size = found.curves[0].sizes[1]
@@ -86,7 +92,7 @@ def test_the_numbers_are_those_of_the_runs(study: Study, found: Dimension) -> No
 def test_heads_are_no_part_of_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PlantedTask, "heads", ("second",))
     study = trained(tmp_path / "study", methods=("subspace",), dims=(64,), steps=20)
-    found = dimension(Material(study))
+    found = measure_dimension(Material(study))
     assert (found.parameters, found.layers) == (64 * 96, 1)
     assert [size.trained for size in found.curves[0].sizes] == [64]
     assert [r.cost.trainable for r in study.done() if r.run.is_subspace and r.cost] == [64 + 96 * 64] * 2
@@ -95,13 +101,13 @@ def test_heads_are_no_part_of_the_numbers(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_is_missing_is_said(tmp_path: Path, study: Study) -> None:
     without = trained(tmp_path / "lora", methods=("lora",), ranks=(1,), steps=2)
     with pytest.raises(MissingEvidenceError, match="--methods subspace --dims 16,64"):
-        dimension(Material(without))
+        measure_dimension(Material(without))
     alone = trained(tmp_path / "alone", methods=("subspace",), dims=(8,), steps=2, full=False)
     with pytest.raises(MissingEvidenceError, match="no full fine-tuning is done"):
-        dimension(Material(alone))
+        measure_dimension(Material(alone))
     worse = trained(tmp_path / "worse", methods=("subspace",), dims=(8,), steps=2, full_lrs=(1.0,))
     with pytest.raises(MissingEvidenceError, match="full fine-tuning gained nothing"):
-        dimension(Material(worse))
+        measure_dimension(Material(worse))
 
 
 def test_seeds_that_full_fine_tuning_lacks_are_left_out(tmp_path: Path) -> None:
@@ -109,7 +115,7 @@ def test_seeds_that_full_fine_tuning_lacks_are_left_out(tmp_path: Path) -> None:
     settings = {"methods": ("subspace",), "dims": (8, 16), "steps": 20}
     trained(folder, **settings, seeds=(0,))
     other = trained(folder, **settings, seeds=(1,), full=False)
-    found = dimension(Material(other))
+    found = measure_dimension(Material(other))
     assert [size.seeds for size in found.curves[0].sizes] == [1, 1]
 
 
@@ -124,11 +130,11 @@ def test_seeds_without_a_gain_to_share_are_no_evidence(tmp_path: Path) -> None:
     base = json.loads((folder / "runs" / "base-s0" / "run.json").read_text())
     path.write_text(json.dumps({**record, "metrics": base["metrics"]}))
     with pytest.raises(MissingEvidenceError, match="no run in a random subspace has a seed"):
-        dimension(Material(Study(other.folder)))
+        measure_dimension(Material(Study(other.folder)))
 
 
-def test_it_comes_back_from_json(found: Dimension) -> None:
-    assert msgspec.convert(json_values(found), Dimension) == found
+def test_it_comes_back_from_json(found: IntrinsicDimension) -> None:
+    assert msgspec.convert(json_values(found), IntrinsicDimension) == found
 
 
 # The rules
@@ -136,17 +142,17 @@ def test_it_comes_back_from_json(found: Dimension) -> None:
 PARAMETERS = 100_000
 
 
-def size(d: int, share: float, half: float | None = 0.02, edge: Any = None) -> Size:
+def size(d: int, share: float, half: float | None = 0.02, edge: Any = None) -> DimensionPoint:
     interval = Interval(share) if half is None else Interval(share, share - half, share + half)
     seeds = 1 if half is None else 3
     score = Interval(2.0 - share)
-    return Size(size=d, trained=d, lr=0.003, edge=edge, seeds=seeds, score=score, share=interval, rank=50.0)
+    return DimensionPoint(size=d, trained=d, lr=0.003, edge=edge, seeds=seeds, score=score, share=interval, rank=50.0)
 
 
-def made(*sizes: Size, full_edge: Any = None) -> Dimension:
+def made(*sizes: DimensionPoint, full_edge: Any = None) -> IntrinsicDimension:
     d90 = first_reaching([(one.trained, one.share) for one in sizes], 0.9)
-    lora = Curve(method="lora", sizes=(size(2000, 0.95),), d90=first_reaching([(2000, Interval(0.95))], 0.9))
-    return Dimension(
+    lora = DimensionCurve(method="lora", sizes=(size(2000, 0.95),), d90=first_reaching([(2000, Interval(0.95))], 0.9))
+    return IntrinsicDimension(
         metric="loss",
         higher_is_better=False,
         measure="entropy_rank",
@@ -158,7 +164,7 @@ def made(*sizes: Size, full_edge: Any = None) -> Dimension:
         full_seeds=3,
         full_rank=40.0,
         noise_rank=52.0,
-        curves=(Curve(method="subspace", sizes=sizes, d90=d90), lora),
+        curves=(DimensionCurve(method="subspace", sizes=sizes, d90=d90), lora),
     )
 
 
@@ -208,7 +214,7 @@ def test_the_verdict_carries_d90_and_its_ends() -> None:
 # Shown
 
 
-def test_the_section_says_what_the_picture_shows(found: Dimension) -> None:
+def test_the_section_says_what_the_picture_shows(found: IntrinsicDimension) -> None:
     shown = section(found)
     (picture,) = shown.pictures
     assert [len(row) for row in picture.data.rows] == [len(picture.data.header)] * 7
@@ -221,7 +227,7 @@ def test_the_section_says_what_the_picture_shows(found: Dimension) -> None:
     assert len(shown.verdicts) == 2
 
 
-def test_the_picture_has_both_curves_on_one_axis(found: Dimension, tmp_path: Path) -> None:
+def test_the_picture_has_both_curves_on_one_axis(found: IntrinsicDimension, tmp_path: Path) -> None:
     figure = plot_dimension(found)
     left, right = figure.axes
     lines = {line.get_label(): line for line in left.get_lines()}

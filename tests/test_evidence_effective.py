@@ -15,32 +15,32 @@ from makers import normal, planted
 from safetensors.numpy import load_file
 from scipy import stats
 
-from rankscope.analysis.spectra import spectrum
-from rankscope.evidence.effective import (
-    SHOWN,
-    Effective,
-    Growth,
-    Needed,
-    Point,
+from rankscope.analysis.layer_spectra import spectrum
+from rankscope.evidence.effective.figure import plot_effective
+from rankscope.evidence.effective.measure import (
+    SHOWN_MEASURES,
+    EffectiveRanks,
+    PowerLawFit,
+    RankMeasures,
+    RunPoint,
     _noise,
-    effective,
+    measure_effective,
     random_measures,
     verdicts,
 )
+from rankscope.evidence.effective.section import section
 from rankscope.evidence.material import Material
-from rankscope.evidence.performance import performance
-from rankscope.evidence.verdict import Answer, MissingEvidenceError
+from rankscope.evidence.performance.measure import measure_performance
 from rankscope.inference import Interval
-from rankscope.plots.effective import plot_effective
-from rankscope.report.effective import section
 from rankscope.result import json_values
 from rankscope.spectra import noise_measures
 from rankscope.train.config import StudyConfig
-from rankscope.train.planted import Planted
-from rankscope.train.results import Row
-from rankscope.train.runs import Record, Run
+from rankscope.train.planted import PlantedModel
+from rankscope.train.results import RunResult
+from rankscope.train.runs import Run, RunRecord
 from rankscope.train.study import Study, run_study
 from rankscope.updates import Dense
+from rankscope.verdict import Answer, MissingEvidenceError
 
 RANKS, SEEDS, RATES = (1, 2, 4, 8), (0, 1), (1e-3, 1e-2, 1e-1)
 
@@ -53,8 +53,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 @pytest.fixture(scope="module")
-def found(study: Study) -> Effective:
-    return effective(Material(study))
+def found(study: Study) -> EffectiveRanks:
+    return measure_effective(Material(study))
 
 
 def without(study: Study, folder: Path, *patterns: str) -> Material:
@@ -89,7 +89,7 @@ def of_adapter(folder: Path, rank: int) -> dict[str, float]:
 # Numbers
 
 
-def test_every_run_is_a_point(study: Study, found: Effective) -> None:
+def test_every_run_is_a_point(study: Study, found: EffectiveRanks) -> None:
     names = {(r.run.label, r.run.lr, r.run.seed) for r in study.done() if r.run.method != "base"}
     assert {(point.label, point.lr, point.seed) for point in found.points} == names
     assert len(found.points) == len(RANKS) * len(RATES) * len(SEEDS) + len(SEEDS)
@@ -104,8 +104,8 @@ def test_every_run_is_a_point(study: Study, found: Effective) -> None:
         assert point.best == (record.run.name in best)
 
 
-def test_the_curve_has_the_shares_of_the_performance(study: Study, found: Effective) -> None:
-    entries = {entry.rank: entry for entry in performance(Material(study)).curve}
+def test_the_curve_has_the_shares_of_the_performance(study: Study, found: EffectiveRanks) -> None:
+    entries = {entry.rank: entry for entry in measure_performance(Material(study)).lora_curve}
     assert [one.rank for one in found.curve] == list(RANKS)
     for one in found.curve:
         assert one.share == entries[one.rank].share
@@ -114,7 +114,7 @@ def test_the_curve_has_the_shares_of_the_performance(study: Study, found: Effect
         assert one.measures["entropy_rank"] == pytest.approx((np.mean(values), low, high))
 
 
-def test_correlations_are_spearmans_with_better_scores(found: Effective) -> None:
+def test_correlations_are_spearmans_with_better_scores(found: EffectiveRanks) -> None:
     """Lower loss is better: ρ is that of the rank with the score turned round."""
     best = [point for point in found.points if point.best and point.method == "lora"]
     assert len(best) == len(RANKS) * len(SEEDS)
@@ -142,11 +142,11 @@ def test_correlations_are_spearmans_with_better_scores(found: Effective) -> None
     assert ranks[0].rho.value > 0  # more rank helped
 
 
-def test_higher_may_be_better(study: Study, found: Effective, tmp_path: Path) -> None:
+def test_higher_may_be_better(study: Study, found: EffectiveRanks, tmp_path: Path) -> None:
     material = without(study, tmp_path / "higher")
     path = material.study.folder / "study.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "higher_is_better": True}))
-    turned = effective(Material(Study(material.study.folder)))
+    turned = measure_effective(Material(Study(material.study.folder)))
     assert turned.points[0].score == found.points[0].score
     for one, other in zip(turned.correlations, found.correlations, strict=True):
         if one.among == "every run of the study":
@@ -155,7 +155,7 @@ def test_higher_may_be_better(study: Study, found: Effective, tmp_path: Path) ->
             assert one.rho.value == pytest.approx(-other.rho.value)
 
 
-def test_growth_is_the_log_log_slope_without_rank_one(found: Effective) -> None:
+def test_growth_is_the_log_log_slope_without_rank_one(found: EffectiveRanks) -> None:
     growth = found.growth
     assert growth is not None
     assert growth.ranks == (2, 4, 8)
@@ -190,9 +190,9 @@ def test_random_factors_are_the_median_over_layers() -> None:
     assert random_measures([large])["stable_rank"] > random_measures([small])["stable_rank"]
 
 
-def test_noise_is_that_of_the_shapes_of_full_fine_tuning(found: Effective) -> None:
+def test_noise_is_that_of_the_shapes_of_full_fine_tuning(found: EffectiveRanks) -> None:
     assert found.noise is not None
-    expected = [noise_measures(shape) for shape in Planted.SHAPES]
+    expected = [noise_measures(shape) for shape in PlantedModel.SHAPES]
     assert found.noise == {name: np.median([one[name] for one in expected]) for name in found.noise}
     full = [point.ranks["entropy_rank"] for point in found.points if point.method == "full"]
     assert max(full) < found.noise["entropy_rank"]
@@ -204,25 +204,25 @@ def test_noise_is_of_the_layers_that_the_adapter_has() -> None:
     whole = spectrum({name: Dense(normal(*shape)) for name, shape in shapes.items()})
     thin = spectrum({name: planted(shapes[name], [2.0, 1.0]) for name in ("a", "b")})
     full, adapter = (
-        Row(Record(run=Run(method=method, seed=0), status="done", steps=1), 0.0, 0.0, {}, spectra, None)
+        RunResult(RunRecord(run=Run(method=method, seed=0), status="done", steps=1), 0.0, 0.0, {}, spectra, None)
         for method, spectra in (("full", whole), ("lora", thin))
     )
     material = SimpleNamespace(best=lambda method: [full])
     expected = noise_measures((40, 40))
-    assert _noise(material, adapter) == {name: expected[name] for name in SHOWN}  # type: ignore[arg-type]
+    assert _noise(material, adapter) == {name: expected[name] for name in SHOWN_MEASURES}  # type: ignore[arg-type]
 
 
-def test_results_are_strict_json(found: Effective) -> None:
+def test_results_are_strict_json(found: EffectiveRanks) -> None:
     values = json_values(found)
     json.dumps(values, allow_nan=False)
-    assert msgspec.convert(values, Effective) == found
+    assert msgspec.convert(values, EffectiveRanks) == found
 
 
 # What a study may lack
 
 
 def test_without_full_fine_tuning_growth_is_there(study: Study, tmp_path: Path) -> None:
-    alone = effective(without(study, tmp_path / "study", "full-*"))
+    alone = measure_effective(without(study, tmp_path / "study", "full-*"))
     assert alone.noise is None
     assert alone.doubt is not None
     assert alone.growth is not None
@@ -237,7 +237,7 @@ def test_one_run_is_a_point_and_no_answer(study: Study, tmp_path: Path) -> None:
     material = without(
         study, tmp_path / "study", "full-*", "*-s1", "lora-r[128]-*", "lora-r4-lr0.001*", "lora-r4-lr0.1*"
     )
-    one = effective(material)
+    one = measure_effective(material)
     assert [point.label for point in one.points] == ["r = 4"]
     assert one.growth is None
     assert all(correlation.rho is None for correlation in one.correlations)
@@ -246,7 +246,7 @@ def test_one_run_is_a_point_and_no_answer(study: Study, tmp_path: Path) -> None:
 
 
 def test_one_seed_is_not_enough(study: Study, tmp_path: Path) -> None:
-    alone = effective(without(study, tmp_path / "study", "*-s1"))
+    alone = measure_effective(without(study, tmp_path / "study", "*-s1"))
     low, growth = verdicts(alone)
     assert low.answer == growth.answer == "undecided"
     assert "Not enough seeds" in low.sentence
@@ -256,23 +256,23 @@ def test_one_seed_is_not_enough(study: Study, tmp_path: Path) -> None:
 
 def test_a_run_that_diverged_is_no_point(study: Study, tmp_path: Path) -> None:
     material = without(study, tmp_path / "study")
-    run = next(point.record.run for point in material.best("lora") if point.record.run.rank == 4)
+    run = next(point.record.run for point in material.best_rows("lora") if point.record.run.rank == 4)
     path = material.study.path(run)
-    msgspec.structs.replace(Record.read(path), status="diverged", metrics={}).write(path)
-    found = effective(Material(Study(material.study.folder)))
+    msgspec.structs.replace(RunRecord.read(path), status="diverged", metrics={}).write(path)
+    found = measure_effective(Material(Study(material.study.folder)))
     assert (run.label, run.lr, run.seed) not in {(point.label, point.lr, point.seed) for point in found.points}
     check_section(found)
 
 
 def test_without_lora_there_is_no_evidence(study: Study, tmp_path: Path) -> None:
     with pytest.raises(MissingEvidenceError, match="--ranks"):
-        effective(without(study, tmp_path / "study", "lora-*"))
+        measure_effective(without(study, tmp_path / "study", "lora-*"))
 
 
 def test_an_adapter_of_rank_two_at_r_one_is_in_the_fit(tmp_path: Path) -> None:
     """PiSSA's update at r is a difference of two products: rank 2r, so that at r = 1 its stable rank is not given."""
     config = StudyConfig(task="planted", methods=("pissa",), ranks=(1, 2), steps=2, batch=8, evaluations=0, full=False)
-    found = effective(Material(run_study(config, tmp_path / "study")))
+    found = measure_effective(Material(run_study(config, tmp_path / "study")))
     assert found.growth is not None
     assert found.growth.ranks == (1, 2)
     assert found.curve[0].random["stable_rank"] > 1
@@ -282,7 +282,7 @@ def test_an_adapter_of_rank_two_at_r_one_is_in_the_fit(tmp_path: Path) -> None:
 # Verdicts by hand
 
 
-def needed(rank: int, share: tuple[float, ...] | None, entropy: tuple[float, ...], **changes: Any) -> Needed:
+def needed(rank: int, share: tuple[float, ...] | None, entropy: tuple[float, ...], **changes: Any) -> RankMeasures:
     values = {name: Interval(*entropy) for name in ("entropy_rank", "stable_rank", "k90")}
     fields: dict[str, Any] = {
         "rank": rank,
@@ -292,13 +292,13 @@ def needed(rank: int, share: tuple[float, ...] | None, entropy: tuple[float, ...
         "measures": values,
         "random": dict.fromkeys(values, float(rank)),
     }
-    return Needed(**{**fields, **changes})
+    return RankMeasures(**{**fields, **changes})
 
 
-def result(*curve: Needed, growth: Growth | None = None, doubt: str | None = None) -> Effective:
+def result(*curve: RankMeasures, growth: PowerLawFit | None = None, doubt: str | None = None) -> EffectiveRanks:
     """dim 64: low up to 8."""
     ranks = dict.fromkeys(("entropy_rank", "stable_rank", "k90"), 2.0)
-    point = Point(
+    point = RunPoint(
         label="r = 2",
         method="lora",
         targets=None,
@@ -310,7 +310,7 @@ def result(*curve: Needed, growth: Growth | None = None, doubt: str | None = Non
         score=1.0,
         ranks=ranks,
     )
-    return Effective(
+    return EffectiveRanks(
         metric="loss",
         higher_is_better=False,
         method="lora",
@@ -356,7 +356,7 @@ BELOW, ABOVE, ACROSS = (0.5, 0.4, 0.6), (0.95, 0.92, 0.98), (0.88, 0.8, 1.0)
         ([needed(64, ABOVE, (7.0,))], "undecided", "r = 64"),
     ],
 )
-def test_whether_what_is_enough_has_a_low_effective_rank(curve: list[Needed], answer: Answer, words: str) -> None:
+def test_whether_what_is_enough_has_a_low_effective_rank(curve: list[RankMeasures], answer: Answer, words: str) -> None:
     verdict = verdicts(result(*curve))[0]
     assert verdict.answer == answer
     assert words in verdict.sentence
@@ -381,7 +381,7 @@ def test_a_doubt_about_full_fine_tuning_is_one_here() -> None:
     ],
 )
 def test_whether_rank_is_left_unused(beta: tuple[float, ...], changes: Any, answer: Answer, words: str) -> None:
-    growth = Growth(beta=Interval(*beta), factor=1.0, ranks=(2, 4), random=0.6)
+    growth = PowerLawFit(beta=Interval(*beta), factor=1.0, ranks=(2, 4), random=0.6)
     # r = 1 is not in the fit: neither its edge nor its seeds count.
     first = needed(1, BELOW, (1.0, 1.0, 1.0), edge=True, seeds=1)
     curve = [needed(rank, BELOW, (float(rank), 1.0, 8.0), **changes) for rank in (2, 4)]
@@ -401,7 +401,7 @@ def test_without_ranks_there_is_nothing_to_fit() -> None:
 # Figure and page
 
 
-def check_section(found: Effective) -> None:
+def check_section(found: EffectiveRanks) -> None:
     made = section(found)
     for table in (*made.tables, *(picture.data for picture in made.pictures)):
         assert all(len(row) == len(table.header) for row in table.rows)
@@ -410,7 +410,7 @@ def check_section(found: Effective) -> None:
     assert made.pictures[0].alt
 
 
-def test_the_figure_shows_every_run(found: Effective) -> None:
+def test_the_figure_shows_every_run(found: EffectiveRanks) -> None:
     figure = plot_effective(found)
     figure.canvas.draw()
     left, right = figure.axes
@@ -435,7 +435,7 @@ def test_the_figure_shows_every_run(found: Effective) -> None:
     assert hollow == {(1, 1)}  # two seeds of r = 1
 
 
-def test_a_run_far_worse_than_the_base_stands_on_the_edge(found: Effective) -> None:
+def test_a_run_far_worse_than_the_base_stands_on_the_edge(found: EffectiveRanks) -> None:
     bad = msgspec.structs.replace(found.points[0], score=50.0, best=False)
     figure = plot_effective(msgspec.structs.replace(found, points=(*found.points, bad)))
     left = figure.axes[0]
@@ -445,7 +445,7 @@ def test_a_run_far_worse_than_the_base_stands_on_the_edge(found: Effective) -> N
     assert set(marked.get_ydata()) == {left.get_ylim()[1]}
 
 
-def test_the_section_says_what_was_found(found: Effective) -> None:
+def test_the_section_says_what_was_found(found: EffectiveRanks) -> None:
     check_section(found)
     made = section(found)
     assert "Full fine-tuning has" in made.pictures[0].alt

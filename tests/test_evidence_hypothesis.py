@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from rankscope.cli.report import command
+from rankscope.cli.report_command import command
 from rankscope.errors import ConfigError, FormatError, RankscopeError
 from rankscope.evidence.hypothesis import LINES, Hypothesis, hypothesis
 from rankscope.train.config import StudyConfig

@@ -15,19 +15,19 @@ import torch
 from makers import frame, generator, normal
 from torch import Tensor
 
-from rankscope.analysis.pairs import Of
+from rankscope.analysis.layer_comparison import MatrixKind
 from rankscope.errors import ConfigError, RankscopeError
 from rankscope.evidence.material import Material
-from rankscope.evidence.overlap import Overlap, overlap, random_pair, verdicts
-from rankscope.evidence.shared import Comparison, Grid, Learned, SideOverlap, compared
-from rankscope.evidence.verdict import MissingEvidenceError
+from rankscope.evidence.overlap.figure import plot_directions, plot_overlaps
+from rankscope.evidence.overlap.measure import Overlap, measure_overlap, random_pair, verdicts
+from rankscope.evidence.overlap.pairs import OverlapGrid, RunComparison, RunUpdates, SideOverlap, compare_runs
+from rankscope.evidence.overlap.section import section
 from rankscope.inference import Interval
-from rankscope.plots.overlaps import plot_directions, plot_overlaps
-from rankscope.report.overlap import section
 from rankscope.result import _array, json_values
 from rankscope.train.config import StudyConfig
 from rankscope.train.study import Study, run_study
 from rankscope.updates import LowRank, Update
+from rankscope.verdict import MissingEvidenceError
 
 LAYERS = tuple(f"layers.{i}.q_proj" for i in range(8))
 OUT, INTO = 48, 64
@@ -53,11 +53,11 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 @pytest.fixture(scope="module")
 def found(study: Study) -> Overlap:
-    return overlap(Material(study))
+    return measure_overlap(Material(study))
 
 
-def run(name: str, rank: int, updates: Mapping[str, Update], initial: Mapping[str, Update] | None = None) -> Learned:
-    return Learned(name, rank, updates, initial or {})
+def run(name: str, rank: int, updates: Mapping[str, Update], initial: Mapping[str, Update] | None = None) -> RunUpdates:
+    return RunUpdates(name, rank, updates, initial or {})
 
 
 def gaussian(rank: int, seed: int) -> dict[str, Update]:
@@ -95,7 +95,7 @@ def test_planted_directions_are_found_again_at_another_rank_and_seed(found: Over
             assert side.top.value > 0.9
             assert side.significant == side.layers == 2
             assert side.top_expected == pytest.approx((1 / 64 + 1 / 96) / 2)
-            assert side.counts
+            assert side.is_informative
     assert [v.answer for v in verdicts(found)] == ["yes", "yes"]
     assert verdicts(found)[0].value == found.ranks.left.top.value  # type: ignore[union-attr]
 
@@ -118,8 +118,8 @@ def test_initial_factors_of_a_study_are_no_more_alike_than_chance(found: Overlap
 
 
 @pytest.mark.parametrize(("of", "sides"), [("A", ["right"]), ("B", ["left"])])
-def test_factors_alone(study: Study, of: Of, sides: list[str]) -> None:
-    said = overlap(Material(study), of)
+def test_factors_alone(study: Study, of: MatrixKind, sides: list[str]) -> None:
+    said = measure_overlap(Material(study), of)
     assert said.ranks is not None
     assert list(said.ranks.sides) == sides
     assert all(v.claim.startswith(f"Top directions of {of} ") for v in verdicts(said))
@@ -129,14 +129,14 @@ def test_factors_alone(study: Study, of: Of, sides: list[str]) -> None:
 
 
 def test_one_seed_or_one_rank_leaves_a_part_undecided(study: Study, tmp_path: Path) -> None:
-    one_seed = overlap(Material(_part(study, tmp_path / "seed", "*-s0")))
+    one_seed = measure_overlap(Material(_part(study, tmp_path / "seed", "*-s0")))
     assert (one_seed.seeds, one_seed.random) == ((), ())
     ranks, seeds = verdicts(one_seed)
     assert ranks.answer == "yes"
     assert "1 pair of runs" in ranks.sentence
     assert (seeds.answer, seeds.value) == ("undecided", None)
     assert "not enough seeds" in seeds.sentence
-    one_rank = overlap(Material(_part(study, tmp_path / "rank", "*-r2-*")))
+    one_rank = measure_overlap(Material(_part(study, tmp_path / "rank", "*-r2-*")))
     ranks, seeds = verdicts(one_rank)
     assert (ranks.answer, seeds.answer) == ("undecided", "yes")
     assert "only one rank" in ranks.sentence
@@ -144,7 +144,7 @@ def test_one_seed_or_one_rank_leaves_a_part_undecided(study: Study, tmp_path: Pa
         assert len(plot_directions(part).axes) == 2
         assert len(section(part).verdicts) == 2
     with pytest.raises(MissingEvidenceError, match="--ranks or --seeds"):
-        overlap(Material(_part(study, tmp_path / "run", "*-r2-*-s0")))
+        measure_overlap(Material(_part(study, tmp_path / "run", "*-r2-*-s0")))
 
 
 def _part(study: Study, folder: Path, pattern: str) -> Study:
@@ -162,7 +162,7 @@ def _part(study: Study, folder: Path, pattern: str) -> Study:
 def test_numbers_are_those_of_the_layers() -> None:
     """Medians by hand, from overlaps by numpy."""
     a, b = gaussian(3, 1), gaussian(5, 2)
-    one = compared([(run("a", 3, a), run("b", 5, b))])
+    one = compare_runs([(run("a", 3, a), run("b", 5, b))])
     by_layer = []
     for name in LAYERS:
         U, V = (np.linalg.svd(x[name].dense().double().numpy())[0] for x in (a, b))
@@ -182,7 +182,7 @@ def test_numbers_are_those_of_the_layers() -> None:
 
 
 def test_holm_counts_every_layer_and_side() -> None:
-    one = compared([(run("a", 2, gaussian(2, 1)), run("b", 2, gaussian(2, 2)))])
+    one = compare_runs([(run("a", 2, gaussian(2, 1)), run("b", 2, gaussian(2, 2)))])
     p = sorted(row.p for row in one.rows)
     assert len(p) == 2 * len(LAYERS)
     assert min(row.holm for row in one.rows) == pytest.approx(min(1.0, len(p) * p[0]))
@@ -193,11 +193,11 @@ def test_every_pair_of_runs_has_to_pass() -> None:
     """Two runs that agree and a third that does not: of three pairs two are at chance."""
     same, other = gaussian(2, 1), gaussian(2, 2)
     runs = [run("a", 2, same), run("b", 2, same), run("c", 2, other)]
-    agreeing = compared([(runs[0], runs[1])])
+    agreeing = compare_runs([(runs[0], runs[1])])
     assert agreeing.left is not None
     assert agreeing.left.significant == len(LAYERS)
     assert agreeing.left.top.value == pytest.approx(1)
-    three = compared([(runs[0], runs[1]), (runs[0], runs[2]), (runs[1], runs[2])])
+    three = compare_runs([(runs[0], runs[1]), (runs[0], runs[2]), (runs[1], runs[2])])
     assert three.left is not None
     assert three.left.significant == 0
     assert three.left.top.value < 0.2
@@ -207,12 +207,12 @@ def test_layers_that_only_some_runs_have_are_left_out() -> None:
     a, b = gaussian(2, 1), gaussian(2, 1)
     b.pop(LAYERS[0])
     b[LAYERS[1]] = LowRank(torch.zeros(OUT, 2), normal(2, INTO))
-    one = compared([(run("a", 2, a), run("b", 2, b))])
+    one = compare_runs([(run("a", 2, a), run("b", 2, b))])
     assert {row.layer for row in one.rows} == set(LAYERS[2:])
     assert len(one.skipped) == 1
     assert LAYERS[1] in one.skipped[0]
     with pytest.raises(RankscopeError, match="every pair"):
-        compared(
+        compare_runs(
             [
                 (run("a", 2, {LAYERS[0]: a[LAYERS[0]]}), run("b", 2, {LAYERS[0]: a[LAYERS[0]]})),
                 (run("a", 2, {LAYERS[1]: a[LAYERS[1]]}), run("b", 2, {LAYERS[1]: a[LAYERS[1]]})),
@@ -241,7 +241,7 @@ def test_with_one_seed_a_small_a_begins_as_a_part_of_a_large_one() -> None:
         assert torch.equal(small[name], large[name][:4])
     zero = {name: torch.zeros(OUT, 16) for name in LAYERS}
     starts = [run("r4", 4, factors(_rows(zero, 4), small)), run("r16", 16, factors(zero, large))]
-    one = compared([tuple(run(s.name, s.rank, s.updates) for s in starts)], of="A")  # type: ignore[list-item, misc]
+    one = compare_runs([tuple(run(s.name, s.rank, s.updates) for s in starts)], of="A")  # type: ignore[list-item, misc]
     assert one.right is not None
     assert one.right.grid.overlap[-1, -1] == pytest.approx(1.000, abs=1e-9)
 
@@ -250,7 +250,7 @@ def _rows(zero: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     return {name: B[:, :rank] for name, B in zero.items()}
 
 
-def confounded(same_start: bool, kept: bool = True) -> Comparison:
+def confounded(same_start: bool, kept: bool = True) -> RunComparison:
     """Random B on an A that hardly moved: what training leaves where it has not learned any direction."""
     A = {4: drawn_like_torch(4, 0), 16: drawn_like_torch(16, 0 if same_start else 500)}
     runs = []
@@ -259,7 +259,7 @@ def confounded(same_start: bool, kept: bool = True) -> Comparison:
         moved = {name: A[rank][name] + 1e-3 * normal(rank, INTO, seed=50 * rank) for name in LAYERS}
         zero = {name: torch.zeros(OUT, rank) for name in LAYERS}
         runs.append(run(f"r{rank}", rank, factors(B, moved), factors(zero, A[rank]) if kept else None))
-    return compared([(runs[0], runs[1])])
+    return compare_runs([(runs[0], runs[1])])
 
 
 def test_a_shared_start_does_not_fool_the_verdict() -> None:
@@ -269,14 +269,14 @@ def test_a_shared_start_does_not_fool_the_verdict() -> None:
     assert shared.right.significant == len(LAYERS)  # the trap: the right side overlaps far beyond chance
     assert shared.right.initial_z is not None
     assert shared.right.initial_z > 10
-    assert not shared.right.counts
+    assert not shared.right.is_informative
     assert shared.left.significant == 0
     said = verdicts(Overlap(of="update", ranks=shared, seeds=(), random=()))[0]
     assert said.answer == "no"
     assert "it does not count: A overlapped with z =" in said.sentence
     apart = confounded(same_start=False)
     assert apart.right is not None
-    assert apart.right.counts
+    assert apart.right.is_informative
     assert apart.right.significant == 0
 
 
@@ -301,7 +301,7 @@ def test_shared_output_directions_are_seen_whatever_a_does() -> None:
         )
         for seed in (100, 300)
     ]
-    one = compared([(run("a", 4, updates[0]), run("b", 4, updates[1]))])
+    one = compare_runs([(run("a", 4, updates[0]), run("b", 4, updates[1]))])
     said = verdicts(Overlap(of="update", ranks=None, seeds=(one,), random=()))[1]
     assert said.answer == "yes"
     assert said.value == pytest.approx(1)
@@ -312,7 +312,7 @@ def test_shared_output_directions_are_seen_whatever_a_does() -> None:
 def test_a_start_at_directions_of_the_weight_is_seen_on_the_left() -> None:
     """PiSSA: B begins as singular vectors of the weight, the same with every seed."""
     began = gaussian(2, 9)
-    one = compared([(run("a", 2, gaussian(2, 1), began), run("b", 2, gaussian(2, 1), began))])
+    one = compare_runs([(run("a", 2, gaussian(2, 1), began), run("b", 2, gaussian(2, 1), began))])
     assert one.left is not None
     assert one.left.initial_z is not None
     assert one.left.initial_z > 3
@@ -326,7 +326,7 @@ def test_a_start_at_directions_of_the_weight_is_seen_on_the_left() -> None:
 
 def side(top: Interval, significant: int, initial_z: float | None = None, name: str = "left") -> SideOverlap:
     flat = np.full((2, 2), top.value)
-    grid = Grid(layers=20, overlap=flat, expected=flat, low=flat[0], high=flat[0], initial=np.empty(0))
+    grid = OverlapGrid(layers=20, overlap=flat, expected=flat, low=flat[0], high=flat[0], initial=np.empty(0))
     return SideOverlap(
         side=name,  # type: ignore[arg-type]
         layers=20,
@@ -365,7 +365,7 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES)
 def test_verdicts_follow_from_numbers(rule: str) -> None:
     top, significant, edge, answer, words = RULES[rule]
-    one = Comparison(
+    one = RunComparison(
         rank_a=2,
         rank_b=4,
         pairs=(("a", "b"),),

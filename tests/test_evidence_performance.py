@@ -16,15 +16,15 @@ from scipy import stats
 
 from rankscope.evidence.entries import Entry
 from rankscope.evidence.material import Material
-from rankscope.evidence.performance import Performance, performance, verdicts
-from rankscope.evidence.verdict import GAIN, LOW, MARGIN, Answer, MissingEvidenceError
+from rankscope.evidence.performance.figure import plot_costs, plot_rank_curve
+from rankscope.evidence.performance.measure import Performance, measure_performance, verdicts
+from rankscope.evidence.performance.section import entries_at_budget, section
 from rankscope.inference import Interval, Reach, first_reaching
-from rankscope.plots.rank_curve import plot_costs, plot_rank_curve
-from rankscope.report.performance import one_budget, section
 from rankscope.result import json_values
 from rankscope.train.config import StudyConfig
-from rankscope.train.runs import Record, Run
+from rankscope.train.runs import Run, RunRecord
 from rankscope.train.study import Study, run_study
+from rankscope.verdict import GAIN_SHARE, LOW_RANK_SHARE, MARGIN, Answer, MissingEvidenceError
 
 RATES, FULL_RATES = (1e-3, 1e-2, 1e-1), (3e-4, 3e-3, 3e-2)
 SEEDS = (0, 1, 2)
@@ -97,7 +97,7 @@ def answers(found: Performance) -> list[Answer]:
 
 
 def test_scores_and_gains_are_those_of_each_seed(plant: Callable[..., Material]) -> None:
-    found = performance(plant(planted, best=middle))
+    found = measure_performance(plant(planted, best=middle))
     entries = by_label(found)
     assert list(entries) == ["base", "r = 1", "r = 4", "r = 16", "full"]
     for label, gains in GAINS.items():
@@ -118,12 +118,12 @@ def test_scores_and_gains_are_those_of_each_seed(plant: Callable[..., Material])
 
 
 def test_shares_and_differences_are_paired_by_seed(plant: Callable[..., Material]) -> None:
-    found = performance(plant(planted))
+    found = measure_performance(plant(planted))
     full = np.array(GAINS["full"])
     allowed = MARGIN * full.mean()
     assert found.allowed == pytest.approx(allowed)
     p = {}
-    for entry in found.curve:
+    for entry in found.lora_curve:
         gains = np.array(GAINS[entry.label])
         assert entry.paired == SEEDS
         assert entry.share is not None
@@ -141,16 +141,16 @@ def test_shares_and_differences_are_paired_by_seed(plant: Callable[..., Material
         assert entry.p == pytest.approx(p[entry.label])
     ordered = sorted(p.values())
     stepped = np.minimum(np.maximum.accumulate([ordered[0] * 3, ordered[1] * 2, ordered[2]]), 1)
-    corrected = {entry.label: entry.corrected for entry in found.curve}
+    corrected = {entry.label: entry.corrected for entry in found.lora_curve}
     assert sorted(corrected.values(), key=lambda q: q or 0) == pytest.approx(stepped)
-    full_entry = found.of("full")
+    full_entry = found.entry_of("full")
     assert full_entry is not None
     assert full_entry.share is full_entry.p is full_entry.difference is None
 
 
 def test_the_smallest_ranks_that_do(plant: Callable[..., Material]) -> None:
     """r = 4 has .94 of the gain; its difference passes no test of 5 %, that of r = 16 does."""
-    found = performance(plant(planted))
+    found = measure_performance(plant(planted))
     assert found.r90 == Reach(4, 4, 4)
     assert found.equivalent == 16
     assert found.dim == 64
@@ -167,7 +167,7 @@ def test_the_smallest_ranks_that_do(plant: Callable[..., Material]) -> None:
 
 
 def test_a_wider_margin_is_equivalent_sooner(plant: Callable[..., Material]) -> None:
-    found = performance(plant(planted), margin=0.2)
+    found = measure_performance(plant(planted), margin=0.2)
     assert found.allowed == pytest.approx(0.1)
     assert found.equivalent == 4
     assert "within 20%" in verdicts(found)[1].claim
@@ -175,8 +175,8 @@ def test_a_wider_margin_is_equivalent_sooner(plant: Callable[..., Material]) -> 
 
 def test_higher_may_be_better(plant: Callable[..., Material]) -> None:
     """Scores mirrored: the same gains, shares and answers."""
-    lower = performance(plant(planted))
-    higher = performance(plant(lambda run: 3 - planted(run), higher_is_better=True))
+    lower = measure_performance(plant(planted))
+    higher = measure_performance(plant(lambda run: 3 - planted(run), higher_is_better=True))
     assert higher.higher_is_better
     for one, other in zip(lower.entries, higher.entries, strict=True):
         assert (one.gain is None) == (other.gain is None)
@@ -187,53 +187,53 @@ def test_higher_may_be_better(plant: Callable[..., Material]) -> None:
 
 
 def test_seeds_in_common_alone_are_compared(plant: Callable[..., Material]) -> None:
-    found = performance(plant(lambda run: None if run.method == "full" and run.seed == 1 else planted(run)))
+    found = measure_performance(plant(lambda run: None if run.method == "full" and run.seed == 1 else planted(run)))
     entry = by_label(found)["r = 4"]
     assert entry.seeds == SEEDS
     assert entry.paired == (0, 2)
     assert entry.share is not None
     assert entry.share.value == pytest.approx((0.47 + 0.435) / (0.50 + 0.46))
     assert any("seeds in common" in note for note in section(found).notes)
-    alone = performance(plant(lambda run: None if run.method == "full" and run.seed != 1 else planted(run)))
+    alone = measure_performance(plant(lambda run: None if run.method == "full" and run.seed != 1 else planted(run)))
     assert by_label(alone)["r = 4"].paired == (1,)
     assert answers(alone) == ["undecided", "undecided"]
     assert "Not enough seeds" in verdicts(alone)[0].sentence
 
 
 def test_a_seed_without_its_base_has_no_gain(plant: Callable[..., Material]) -> None:
-    found = performance(plant(lambda run: None if run.method == "base" and run.seed == 0 else planted(run)))
+    found = measure_performance(plant(lambda run: None if run.method == "base" and run.seed == 0 else planted(run)))
     entry = by_label(found)["r = 4"]
     assert entry.seeds == SEEDS
     assert entry.paired == (1, 2)
     assert entry.gain is not None
     assert entry.gain.value == pytest.approx((0.505 + 0.435) / 2)
-    none = performance(plant(lambda run: None if run.method == "base" else planted(run)))
+    none = measure_performance(plant(lambda run: None if run.method == "base" else planted(run)))
     assert none.missing is not None
     assert "base was not measured" in none.missing
     assert answers(none) == ["undecided", "undecided"]
-    assert len(none.curve) == 3
+    assert len(none.lora_curve) == 3
 
 
 def test_the_gap_is_of_the_last_quarter_and_the_test_split(plant: Callable[..., Material]) -> None:
     material = plant(planted)
-    for row in material.best("lora"):
+    for row in material.best_rows("lora"):
         path = material.study.path(row.record.run) / "metrics.jsonl"
         lines = [{"step": 0}, {"step": 4, "train_losses": [9.0, 9.0, 9.0, 9.0]}]
         lines.append({"step": 8, "train_losses": [9.0, 9.0, 1.0, 3.0]})
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = performance(material)
+    found = measure_performance(material)
     entry = by_label(found)["r = 1"]
     assert entry.gap == pytest.approx(2.0 - entry.score.value)
-    for row in material.best("lora"):
+    for row in material.best_rows("lora"):
         (material.study.path(row.record.run) / "metrics.jsonl").unlink()
-    assert by_label(performance(material))["r = 1"].gap is None
+    assert by_label(measure_performance(material))["r = 1"].gap is None
 
 
 def test_costs_are_means_over_seeds(plant: Callable[..., Material]) -> None:
     material = plant(planted)
-    found = performance(material)
+    found = measure_performance(material)
     for label in ("r = 4", "full"):
-        costs = [row.record.cost for row in material.rows if row.best and row.record.run.label == label]
+        costs = [row.record.cost for row in material.rows if row.is_best and row.record.run.label == label]
         entry = by_label(found)[label]
         assert entry.seconds_per_step == pytest.approx(np.mean([c.seconds_per_step for c in costs if c]))
         assert entry.saved_bytes == pytest.approx(np.mean([c.saved_bytes for c in costs if c]))
@@ -245,7 +245,7 @@ def test_costs_are_means_over_seeds(plant: Callable[..., Material]) -> None:
 
 def test_results_are_strict_json(plant: Callable[..., Material]) -> None:
     for scores in (planted, lambda run: None if run.method == "full" else planted(run)):
-        found = performance(plant(scores))
+        found = measure_performance(plant(scores))
         values = json_values(found)
         json.dumps(values, allow_nan=False)
         assert msgspec.convert(values, Performance) == found
@@ -255,9 +255,9 @@ def test_results_are_strict_json(plant: Callable[..., Material]) -> None:
 
 
 def test_without_full_fine_tuning_the_curve_is_there(plant: Callable[..., Material]) -> None:
-    found = performance(plant(lambda run: None if run.method == "full" else planted(run)))
-    assert [entry.rank for entry in found.curve] == [1, 4, 16]
-    assert all(entry.gain and entry.share is None for entry in found.curve)
+    found = measure_performance(plant(lambda run: None if run.method == "full" else planted(run)))
+    assert [entry.rank for entry in found.lora_curve] == [1, 4, 16]
+    assert all(entry.gain and entry.share is None for entry in found.lora_curve)
     assert found.r90 is None
     assert answers(found) == ["undecided", "undecided"]
     assert all("--no-full" in verdict.sentence for verdict in verdicts(found))
@@ -266,19 +266,21 @@ def test_without_full_fine_tuning_the_curve_is_there(plant: Callable[..., Materi
 
 def test_without_lora_there_is_no_evidence(plant: Callable[..., Material]) -> None:
     with pytest.raises(MissingEvidenceError, match="--ranks"):
-        performance(plant(lambda run: planted(run) if run.method in ("base", "full") else None))
+        measure_performance(plant(lambda run: planted(run) if run.method in ("base", "full") else None))
 
 
 def test_one_run_is_a_point_and_no_answer(plant: Callable[..., Material]) -> None:
-    found = performance(plant(lambda run: planted(run) if run.rank == 4 and run.seed == 0 and run.lr == 1e-2 else None))
+    found = measure_performance(
+        plant(lambda run: planted(run) if run.rank == 4 and run.seed == 0 and run.lr == 1e-2 else None)
+    )
     assert [entry.label for entry in found.entries] == ["r = 4"]
-    assert found.curve[0].score == Interval(pytest.approx(0.53))
+    assert found.lora_curve[0].score == Interval(pytest.approx(0.53))
     assert answers(found) == ["undecided", "undecided"]
     check_section(found)
 
 
 def test_one_seed_is_not_enough(plant: Callable[..., Material]) -> None:
-    found = performance(plant(lambda run: planted(run) if run.seed == 0 else None))
+    found = measure_performance(plant(lambda run: planted(run) if run.seed == 0 else None))
     assert found.r90 == Reach(4, 1, None)
     assert found.equivalent is None
     assert answers(found) == ["undecided", "undecided"]
@@ -288,12 +290,12 @@ def test_one_seed_is_not_enough(plant: Callable[..., Material]) -> None:
 
 def test_no_gain_is_not_shared(plant: Callable[..., Material]) -> None:
     """Full fine-tuning worse than the base, and one that may be."""
-    worse = performance(plant(lambda run: planted(run) + (1.0 if run.method == "full" else 0.0)))
-    assert all(entry.share is None and entry.p is None for entry in worse.curve)
+    worse = measure_performance(plant(lambda run: planted(run) + (1.0 if run.method == "full" else 0.0)))
+    assert all(entry.share is None and entry.p is None for entry in worse.lora_curve)
     assert worse.r90 is worse.allowed is None
     assert "no better than the untouched base" in verdicts(worse)[0].sentence
     wide = {0: -0.4, 1: 0.0, 2: 0.4}
-    unsure = performance(plant(lambda run: planted(run) + (wide[run.seed] if run.method == "full" else 0.0)))
+    unsure = measure_performance(plant(lambda run: planted(run) + (wide[run.seed] if run.method == "full" else 0.0)))
     assert "not surely improve" in verdicts(unsure)[0].sentence
     assert answers(worse) == answers(unsure) == ["undecided", "undecided"]
     check_section(worse)
@@ -301,10 +303,10 @@ def test_no_gain_is_not_shared(plant: Callable[..., Material]) -> None:
 
 def test_a_run_that_diverged_is_named_and_in_no_number(plant: Callable[..., Material]) -> None:
     material = plant(planted, best=middle)
-    path = material.study.path(next(row.record.run for row in material.best("lora") if row.record.run.seed == 2))
-    record = Record.read(path)
+    path = material.study.path(next(row.record.run for row in material.best_rows("lora") if row.record.run.seed == 2))
+    record = RunRecord.read(path)
     msgspec.structs.replace(record, status="diverged", metrics={}).write(path)
-    found = performance(Material(Study(material.study.folder)))
+    found = measure_performance(Material(Study(material.study.folder)))
     assert found.lost == (record.run.name,)
     entry = by_label(found)["r = 1"]
     # Another rate has every seed: it is the best of those that lost none, and lies on the edge.
@@ -317,8 +319,8 @@ def test_a_run_that_diverged_is_named_and_in_no_number(plant: Callable[..., Mate
 def test_full_fine_tuning_on_the_edge_decides_nothing(
     plant: Callable[..., Material], place: int, end: str, word: str
 ) -> None:
-    found = performance(plant(planted, best=lambda run: place if run.method == "full" else 1))
-    full = found.of("full")
+    found = measure_performance(plant(planted, best=lambda run: place if run.method == "full" else 1))
+    full = found.entry_of("full")
     assert full is not None
     assert full.edge == end
     assert answers(found) == ["undecided", "undecided"]
@@ -377,7 +379,7 @@ def result(*curve: Entry, full: Entry = FULL, dim: int = 64) -> Performance:
         margin=MARGIN,
         allowed=MARGIN,
         entries=(*curve, full),
-        r90=first_reaching(shares, GAIN),
+        r90=first_reaching(shares, GAIN_SHARE),
         equivalent=min(passed, default=None),
         missing=None,
         budget=None,
@@ -406,7 +408,7 @@ BELOW, ABOVE, ACROSS = (0.5, 0.4, 0.6), (0.95, 0.92, 0.98), (0.88, 0.8, 1.0)
     ],
 )
 def test_whether_a_low_rank_is_enough(curve: list[tuple[int, tuple[float, ...]]], answer: Answer, words: str) -> None:
-    assert LOW * 64 == 8
+    assert LOW_RANK_SHARE * 64 == 8
     found = result(*(entry(rank, share) for rank, share in curve))
     verdict = verdicts(found)[0]
     assert verdict.answer == answer
@@ -473,17 +475,17 @@ def check_section(found: Performance) -> None:
 
 
 def test_the_figure_shows_the_numbers(plant: Callable[..., Material]) -> None:
-    found = performance(plant(planted, best=lambda run: 2 if run.rank == 16 else 1))
+    found = measure_performance(plant(planted, best=lambda run: 2 if run.rank == 16 else 1))
     figure = plot_rank_curve(found)
     left, right = figure.axes
-    means = [entry.score.value for entry in found.curve]
+    means = [entry.score.value for entry in found.lora_curve]
     drawn = {tuple(line.get_xdata()): list(line.get_ydata()) for line in left.lines if len(line.get_xdata()) == 3}
     assert drawn[1.0, 4.0, 16.0] == pytest.approx(means)
     by_size = {tuple(line.get_xdata()): list(line.get_ydata()) for line in right.lines}
     assert by_size[320.0, 1280.0, 5120.0] == pytest.approx(means)
     hollow = [line for line in left.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
     assert [line.get_xdata()[0] for line in hollow] == [16.0]
-    full, base = found.of("full"), found.of("base")
+    full, base = found.entry_of("full"), found.of("base")
     assert full is not None
     assert base is not None
     levels = {line.get_label(): line.get_ydata()[0] for line in left.lines if len(line.get_ydata())}
@@ -518,19 +520,19 @@ def test_methods_without_rank_stand_by_their_size() -> None:
 
 
 def test_costs_are_drawn_relative_to_full_fine_tuning(plant: Callable[..., Material]) -> None:
-    found = performance(plant(planted))
-    full = found.of("full")
+    found = measure_performance(plant(planted))
+    full = found.entry_of("full")
     assert full is not None
     assert full.saved_bytes is not None
     figure = plot_costs(found)
     saved = figure.axes[2]
-    ratios = [(one.saved_bytes or 0) / full.saved_bytes for one in found.curve]
+    ratios = [(one.saved_bytes or 0) / full.saved_bytes for one in found.lora_curve]
     drawn = next(line for line in saved.lines if len(line.get_xdata()) == 3)
     assert list(drawn.get_ydata()) == pytest.approx(ratios)
     assert "full fine-tuning" in texts(figure)
     gaps = next(line for line in figure.axes[3].lines if len(line.get_xdata()) == 3)
-    assert list(gaps.get_ydata()) == pytest.approx([one.gap for one in found.curve])
-    alone = plot_costs(performance(plant(lambda run: None if run.method == "full" else planted(run))))
+    assert list(gaps.get_ydata()) == pytest.approx([one.gap for one in found.lora_curve])
+    alone = plot_costs(measure_performance(plant(lambda run: None if run.method == "full" else planted(run))))
     assert "in bytes" in texts(alone)
 
 
@@ -543,7 +545,7 @@ def test_two_seeds_leave_room_for_the_scores() -> None:
 
 
 def test_the_section_says_what_was_found(plant: Callable[..., Material]) -> None:
-    found = performance(plant(planted))
+    found = measure_performance(plant(planted))
     check_section(found)
     made = section(found)
     for picture in made.pictures:
@@ -568,11 +570,11 @@ def target_entries() -> list[Entry]:
 
 
 def test_one_budget_takes_ranks_of_the_same_size() -> None:
-    chosen = one_budget(target_entries(), None)
+    chosen = entries_at_budget(target_entries(), None)
     assert [(one.targets, one.rank) for one in chosen] == [("q", 4), ("v", 4), ("q,v", 2)]
     # Without sizes that agree there is no such table.
     apart = [msgspec.structs.replace(one, trainable=one.trainable * (9 if one.targets == "v" else 1)) for one in chosen]
-    assert [one.targets for one in one_budget(apart, None)] == ["q", "q,v"]
+    assert [one.targets for one in entries_at_budget(apart, None)] == ["q", "q,v"]
 
 
 def test_the_papers_tables_are_there_for_several_targets() -> None:
@@ -584,6 +586,6 @@ def test_the_papers_tables_are_there_for_several_targets() -> None:
     assert which.rows[1] == ("trained parameters", 400, 412, 400)
     assert crossed.header == ("matrices", "r = 1", "r = 2", "r = 4")
     assert crossed.rows[2] == ("q,v", 1, 2, 4)
-    budget = msgspec.structs.replace(found, budget=400, entries=(*one_budget(target_entries(), None), FULL))
+    budget = msgspec.structs.replace(found, budget=400, entries=(*entries_at_budget(target_entries(), None), FULL))
     assert [table.name for table in section(budget).tables] == ["performance-scores", "which-matrices"]
     assert [table.name for table in section(result(entry(1, BELOW))).tables] == ["performance-scores"]

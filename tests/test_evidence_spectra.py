@@ -13,20 +13,20 @@ import torch
 from makers import normal, planted, planted_dense
 from safetensors.torch import load_file
 
-from rankscope.analysis.spectra import spectrum
+from rankscope.analysis.layer_spectra import spectrum
 from rankscope.evidence.material import Material
-from rankscope.evidence.spectra import FULL, Spectra, spectra, verdicts
-from rankscope.evidence.verdict import MissingEvidenceError
-from rankscope.plots.joint_spectra import plot_joint_spectra, plot_ranks_by_kind, rank_colours
-from rankscope.report.spectra import section
+from rankscope.evidence.spectra.figure import plot_joint_spectra, plot_ranks_by_kind, rank_colours
+from rankscope.evidence.spectra.measure import FULL_LABEL, Spectra, measure_spectra, verdicts
+from rankscope.evidence.spectra.section import section
 from rankscope.result import json_values
 from rankscope.spectra import MEASURES, gd_count, mp_count, noise_measures
 from rankscope.spectra import Spectrum as OneSpectrum
-from rankscope.train.config import make_config
-from rankscope.train.results import Row
-from rankscope.train.runs import Record, Run
-from rankscope.train.study import Choice, Edge, run_study
+from rankscope.train.config import make_study_config
+from rankscope.train.results import RunResult
+from rankscope.train.runs import Run, RunRecord
+from rankscope.train.study import GridEdge, LearningRateChoice, run_study
 from rankscope.updates import Dense, LowRank, Update
+from rankscope.verdict import MissingEvidenceError
 
 Updates = Mapping[str, Update]
 NAMES = [f"layers.{i}.{kind}" for i in range(4) for kind in ("q_proj", "down_proj")]
@@ -36,7 +36,7 @@ SHAPES = {"q_proj": (64, 64), "down_proj": (64, 128)}
 class Stand(Material):
     """A study with these updates: full fine-tuning's by seed, LoRA's by rank and seed."""
 
-    def __init__(self, full: list[Updates], lora: Mapping[int, list[Updates]], edge: Edge = None) -> None:
+    def __init__(self, full: list[Updates], lora: Mapping[int, list[Updates]], edge: GridEdge = None) -> None:
         self._full = [row(Run(method="full", seed=i, lr=1e-3), found, edge) for i, found in enumerate(full)]
         self._lora = [
             row(Run(method="lora", seed=i, rank=rank, alpha=2.0 * rank, lr=1e-2), found, edge)
@@ -46,22 +46,22 @@ class Stand(Material):
         methods = [*([full] if full else []), *lora.values()]
         self.layers = list(methods[0][0]) if methods else []  # in place of the property
 
-    def full(self) -> list[Row]:
+    def full(self) -> list[RunResult]:
         return self._or_missing(self._full)
 
-    def lora(self) -> list[Row]:
+    def lora(self) -> list[RunResult]:
         return self._or_missing(self._lora)
 
     @staticmethod
-    def _or_missing(rows: list[Row]) -> list[Row]:
+    def _or_missing(rows: list[RunResult]) -> list[RunResult]:
         if not rows:
             raise MissingEvidenceError("none")
         return rows
 
 
-def row(run: Run, updates: Updates, edge: Edge) -> Row:
-    choice = Choice(run.lr or 0.0, edge, (run.lr or 0.0,))
-    return Row(Record(run=run, status="done", steps=1), 0.0, 0.0, {}, spectrum(updates), choice)
+def row(run: Run, updates: Updates, edge: GridEdge) -> RunResult:
+    choice = LearningRateChoice(run.lr or 0.0, edge, (run.lr or 0.0,))
+    return RunResult(RunRecord(run=run, status="done", steps=1), 0.0, 0.0, {}, spectrum(updates), choice)
 
 
 def shape_of(name: str) -> tuple[int, int]:
@@ -90,16 +90,16 @@ def adapters(sigma: object, seed: int = 0) -> dict[str, LowRank]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Material:
     settings = {"task": "planted", "ranks": (1, 4), "seeds": (0, 1), "batch": 32, "steps": 30, "evaluations": 0}
-    return Material(run_study(make_config(settings, "test"), tmp_path_factory.mktemp("study") / "planted"))
+    return Material(run_study(make_study_config(settings, "test"), tmp_path_factory.mktemp("study") / "planted"))
 
 
 def test_numbers_are_means_over_seeds_of_a_study(trained: Material) -> None:
     """k90 and the entropy rank by numpy from the raw files."""
-    found = spectra(trained)
+    found = measure_spectra(trained)
     assert {layer.label for layer in found.layers} == {"full", "r = 1", "r = 4"}
     assert found.seeds == {"full": 2, "r = 1": 2, "r = 4": 2}
-    for layer in found.of(FULL):
-        folders = [trained.study.path(one.record.run) for one in trained.full()]
+    for layer in found.layers_of(FULL_LABEL):
+        folders = [trained.study.path(one.record.run) for one in trained.full_rows()]
         values = [
             np.linalg.svd(load_file(folder / "update.safetensors")[layer.name].double().numpy(), compute_uv=False)
             for folder in folders
@@ -112,13 +112,13 @@ def test_numbers_are_means_over_seeds_of_a_study(trained: Material) -> None:
         )
         assert layer.norm == pytest.approx(np.mean([np.sqrt((s**2).sum()) for s in values]), rel=1e-6)
         assert layer.noise == pytest.approx(noise_measures(layer.shape))
-    for layer in found.of("r = 1"):
+    for layer in found.layers_of("r = 1"):
         assert layer.measures["entropy_rank"] == pytest.approx(1.0)
         assert (layer.noise, layer.mp_count, layer.gd_count, layer.floor) == (None, None, None, None)
 
 
 def test_counts_above_the_noise_are_means_over_seeds() -> None:
-    found = spectra(Stand([signal(0), noise(1)], {}))
+    found = measure_spectra(Stand([signal(0), noise(1)], {}))
     for layer in found.layers:
         both = [OneSpectrum.of(updates[layer.name]) for updates in (signal(0), noise(1))]
         assert layer.mp_count == np.mean([mp_count(one) for one in both])
@@ -128,14 +128,14 @@ def test_counts_above_the_noise_are_means_over_seeds() -> None:
 
 def test_kinds_are_medians_of_layers_and_share_the_energy() -> None:
     updates = {name: one * (1.0 + NAMES.index(name)) for name, one in noise().items()}
-    found = spectra(Stand([updates], {2: [adapters([3.0, 1.0])]}))
+    found = measure_spectra(Stand([updates], {2: [adapters([3.0, 1.0])]}))
     total = sum(one.energy for one in updates.values())
     for kind in found.kinds:
-        same = [layer for layer in found.of(kind.label) if layer.kind == kind.kind]
+        same = [layer for layer in found.layers_of(kind.label) if layer.kind == kind.kind]
         assert kind.layers == len(same) == 4
         for measure in MEASURES:
             assert kind.measures[measure] == np.median([layer.measures[measure] for layer in same])
-        if kind.label == FULL:
+        if kind.label == FULL_LABEL:
             own = sum(one.energy for name, one in updates.items() if name.endswith(kind.kind))
             assert kind.energy == pytest.approx(own / total)
             assert kind.noise is not None
@@ -149,7 +149,7 @@ def test_kinds_are_medians_of_layers_and_share_the_energy() -> None:
 def test_one_axis_holds_the_layer_of_median_energy() -> None:
     sizes = {"layers.0": 5.0, "layers.1": 1.0, "layers.2": 2.0, "layers.3": 9.0}
     updates = [{name: one * sizes[name.rpartition(".")[0]] for name, one in noise(seed).items()} for seed in (0, 1)]
-    found = spectra(Stand(updates, {1: [adapters([2.0])], 2: [adapters([3.0, 1.0])]}))
+    found = measure_spectra(Stand(updates, {1: [adapters([2.0])], 2: [adapters([3.0, 1.0])]}))
     assert [one.name for one in found.joint] == ["layers.2.down_proj", "layers.2.q_proj"]
     for one in found.joint:
         assert [curve.label for curve in one.curves] == ["full", "r = 1", "r = 2"]
@@ -164,13 +164,13 @@ def test_one_axis_holds_the_layer_of_median_energy() -> None:
 
 
 def test_the_result_comes_back_from_json() -> None:
-    found = spectra(Stand([signal(0), signal(1)], {2: [adapters([3.0, 1.0])]}))
+    found = measure_spectra(Stand([signal(0), signal(1)], {2: [adapters([3.0, 1.0])]}))
     assert msgspec.convert(json_values(found), Spectra) == found
 
 
 def test_with_nothing_to_look_at_the_line_is_missing() -> None:
     with pytest.raises(MissingEvidenceError, match="the weights of no LoRA run"):
-        spectra(Stand([], {}))
+        measure_spectra(Stand([], {}))
 
 
 # Verdicts.
@@ -178,18 +178,18 @@ def test_with_nothing_to_look_at_the_line_is_missing() -> None:
 
 def test_one_layer_gives_no_answer() -> None:
     one = {NAMES[0]: signal()[NAMES[0]]}
-    for verdict in verdicts(spectra(Stand([one], {8: [{NAMES[0]: adapters([1.0] * 8)[NAMES[0]]}]}))):
+    for verdict in verdicts(measure_spectra(Stand([one], {8: [{NAMES[0]: adapters([1.0] * 8)[NAMES[0]]}]}))):
         assert (verdict.answer, verdict.low, verdict.high) == ("undecided", None, None)
 
 
 def test_what_a_saved_update_can_have_is_not_what_was_asked_for() -> None:
     """PiSSA asked for r = 4 saves plain LoRA of rank 8: its eight equal σ are all of what it can have, not twice it."""
-    found = verdicts(spectra(Stand([], {4: [adapters([1.0] * 8)]})))[1]
+    found = verdicts(measure_spectra(Stand([], {4: [adapters([1.0] * 8)]})))[1]
     assert found.value == pytest.approx(1.0)
 
 
 def test_a_planted_low_rank_is_answered_yes() -> None:
-    verdict = verdicts(spectra(Stand([signal(0), signal(1)], {})))[0]
+    verdict = verdicts(measure_spectra(Stand([signal(0), signal(1)], {})))[0]
     assert verdict.answer == "yes"
     assert verdict.value == pytest.approx(3 / 64)
     assert "median of 8 layers, 2 seeds: 3 of 64" in verdict.sentence
@@ -199,7 +199,7 @@ def test_a_planted_low_rank_is_answered_yes() -> None:
 def test_pure_noise_is_answered_no_and_reads_what_noise_reads() -> None:
     """The negative control; a square matrix of noise has its k90 at .51 of the side, a 2:1 one at .62."""
     names = [name for name in NAMES if name.endswith("q_proj")]
-    verdict = verdicts(spectra(Stand([noise(0, names), noise(1, names)], {})))[0]
+    verdict = verdicts(measure_spectra(Stand([noise(0, names), noise(1, names)], {})))[0]
     assert verdict.answer == "no"
     assert verdict.value == pytest.approx(0.51, abs=0.02)
     assert "pure noise of these shapes would read 0.5" in verdict.sentence
@@ -210,7 +210,7 @@ def test_pure_noise_is_answered_no_and_reads_what_noise_reads() -> None:
 def test_between_low_and_not_low_is_undecided() -> None:
     """Half of the layers have rank 3 of 64, half are noise."""
     mixed = {name: one for i, name in enumerate(NAMES) for one in [(signal() if i % 2 else noise())[name]]}
-    assert verdicts(spectra(Stand([mixed], {})))[0].answer == "undecided"
+    assert verdicts(measure_spectra(Stand([mixed], {})))[0].answer == "undecided"
 
 
 def bfloat(size: float) -> dict[str, Dense]:
@@ -224,7 +224,7 @@ def bfloat(size: float) -> dict[str, Dense]:
 
 
 def test_below_the_rounding_floor_nothing_is_answered() -> None:
-    buried, clear = spectra(Stand([bfloat(0.005)], {})), spectra(Stand([bfloat(1.0)], {}))
+    buried, clear = measure_spectra(Stand([bfloat(0.005)], {})), measure_spectra(Stand([bfloat(1.0)], {}))
     assert min(layer.floor or 0.0 for layer in buried.layers) > 0.5
     assert max(layer.floor or 0.0 for layer in clear.layers) < 0.1
     verdict = verdicts(buried)[0]
@@ -236,7 +236,7 @@ def test_below_the_rounding_floor_nothing_is_answered() -> None:
 
 
 def test_without_full_fine_tuning_its_verdict_is_open() -> None:
-    full, lora = verdicts(spectra(Stand([], {4: [adapters([1.0, 1.0, 1.0, 1.0])]})))
+    full, lora = verdicts(measure_spectra(Stand([], {4: [adapters([1.0, 1.0, 1.0, 1.0])]})))
     assert (full.answer, full.value) == ("undecided", None)
     assert "by construction" in full.sentence
     assert lora.answer == "no"
@@ -244,7 +244,7 @@ def test_without_full_fine_tuning_its_verdict_is_open() -> None:
 
 def test_an_unchanged_model_has_no_rank() -> None:
     zero = {name: Dense(torch.zeros(shape_of(name))) for name in NAMES}
-    verdict = verdicts(spectra(Stand([zero], {})))[0]
+    verdict = verdicts(measure_spectra(Stand([zero], {})))[0]
     assert (verdict.answer, verdict.value, verdict.sentence) == (
         "undecided", None, "Full fine-tuning changed no matrix."
     )  # fmt: skip
@@ -260,7 +260,7 @@ USED, UNUSED = [1.0] * 8, [1.0] * 2 + [1e-6] * 6  # entropy ranks of 8 and of 2
 def test_lora_uses_its_rank_or_not(even: list[float], odd: list[float], answer: str, value: float) -> None:
     both = adapters(even), adapters(odd)
     updates = {name: both[i % 2][name] for i, name in enumerate(NAMES)}
-    verdict = verdicts(spectra(Stand([], {8: [updates], 2: [adapters([1.0, 1.0])]})))[1]
+    verdict = verdicts(measure_spectra(Stand([], {8: [updates], 2: [adapters([1.0, 1.0])]})))[1]
     assert verdict.answer == answer
     assert verdict.value == pytest.approx(value, rel=1e-3)
     assert verdict.claim == "LoRA of rank 8 leaves most of its rank unused."
@@ -270,17 +270,17 @@ def test_lora_uses_its_rank_or_not(even: list[float], odd: list[float], answer: 
 def test_a_rank_above_the_side_is_measured_by_the_side() -> None:
     """r = 96 on 64 × 64: no more than 64 directions can be used."""
     wide = {name: LowRank(normal(64, 96, seed=i), normal(96, 64, seed=9 + i)) for i, name in enumerate(NAMES[:2])}
-    found = spectra(Stand([], {96: [wide]}))
+    found = measure_spectra(Stand([], {96: [wide]}))
     entropy = np.median([layer.measures["entropy_rank"] for layer in found.layers])
     assert verdicts(found)[1].value == pytest.approx(entropy / 64)
 
 
 @pytest.mark.parametrize(("edge", "word"), [("low", "lowest"), ("high", "highest")])
 def test_a_rate_at_the_edge_is_said(edge: Any, word: str) -> None:
-    for verdict in verdicts(spectra(Stand([signal()], {2: [adapters([2.0, 1.0])]}, edge))):
+    for verdict in verdicts(measure_spectra(Stand([signal()], {2: [adapters([2.0, 1.0])]}, edge))):
         assert f"is the {word} that was tried" in verdict.sentence
         assert verdict.answer == "undecided"
-    for verdict in verdicts(spectra(Stand([signal()], {2: [adapters([2.0, 1.0])]}))):
+    for verdict in verdicts(measure_spectra(Stand([signal()], {2: [adapters([2.0, 1.0])]}))):
         assert "tried" not in verdict.sentence
 
 
@@ -290,7 +290,7 @@ def test_a_rate_at_the_edge_is_said(edge: Any, word: str) -> None:
 @pytest.fixture(scope="module")
 def both() -> Spectra:
     lora = {1: [adapters([2.0])], 2: [adapters([3.0, 1.0])], 8: [adapters(np.linspace(3, 1, 8))]}
-    return spectra(Stand([signal(0), signal(1)], lora))
+    return measure_spectra(Stand([signal(0), signal(1)], lora))
 
 
 def test_every_method_is_on_the_one_axis(both: Spectra) -> None:
@@ -338,12 +338,12 @@ def test_the_section_lists_every_layer_beside_its_noise(both: Spectra) -> None:
     (table,) = made.tables
     assert len(table.rows) == 8 * (4 + 1)
     assert all(len(row) == len(table.header) for row in table.rows)
-    first = both.of(FULL)[0]
+    first = both.layers_of(FULL_LABEL)[0]
     rows = {(row[0], row[1]): row for row in table.rows}
     place = table.header.index("k90")
     assert rows[first.name, "full fine-tuning"][place] == first.measures["k90"]
     assert rows[first.name, "noise"][place] == noise_measures(first.shape)["k90"]
-    assert rows[first.name, "LoRA r = 8"][place] == both.of("r = 8")[0].measures["k90"]
+    assert rows[first.name, "LoRA r = 8"][place] == both.layers_of("r = 8")[0].measures["k90"]
     for picture in made.pictures:
         assert all(len(row) == len(picture.data.header) for row in picture.data.rows)
     joint, kinds = made.pictures
@@ -354,7 +354,7 @@ def test_the_section_lists_every_layer_beside_its_noise(both: Spectra) -> None:
 
 
 def test_a_rounding_floor_gets_its_columns() -> None:
-    (table,) = section(spectra(Stand([bfloat(1.0)], {2: [adapters([2.0, 1.0])]}))).tables
+    (table,) = section(measure_spectra(Stand([bfloat(1.0)], {2: [adapters([2.0, 1.0])]}))).tables
     assert table.header[-2:] == ("rounding share", "above rounding")
     assert all(len(row) == len(table.header) for row in table.rows)
     full = next(row for row in table.rows if row[1] == "full fine-tuning")

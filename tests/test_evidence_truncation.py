@@ -17,24 +17,24 @@ from torch import Tensor, nn
 
 from rankscope import lora
 from rankscope.evidence.material import Material
-from rankscope.evidence.truncation import (
-    Cut,
-    CutPoint,
+from rankscope.evidence.truncation.figure import plot_truncation
+from rankscope.evidence.truncation.measure import (
+    CutModel,
     KindPoint,
-    TakenApart,
     Truncation,
+    TruncationCurve,
+    TruncationPoint,
     cut_ranks,
-    truncation,
+    measure_truncation,
     verdicts,
 )
-from rankscope.evidence.verdict import MissingEvidenceError
+from rankscope.evidence.truncation.section import section
 from rankscope.inference import Interval, Reach, first_reaching
-from rankscope.plots.truncation import plot_truncation
-from rankscope.report.truncation import section
 from rankscope.result import json_values
-from rankscope.train.config import StudyConfig, make_config
+from rankscope.train.config import StudyConfig, make_study_config
 from rankscope.train.planted import PlantedTask
 from rankscope.train.study import Study, run_study
+from rankscope.verdict import MissingEvidenceError
 
 transformers = pytest.importorskip("transformers")
 
@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {"task": "planted", "seeds": (0, 1), "batch": 64, "st
 
 
 def planted(folder: Path, rank: int, **changes: object) -> Study:
-    config = make_config({**SETTINGS, "planted_rank": rank, "ranks": (1, 16), **changes}, "test")
+    config = make_study_config({**SETTINGS, "planted_rank": rank, "ranks": (1, 16), **changes}, "test")
     return run_study(config, folder / f"planted{rank}")
 
 
@@ -58,10 +58,10 @@ def high(tmp_path_factory: pytest.TempPathFactory) -> Material:
 
 @pytest.fixture(scope="module")
 def found(low: Material) -> Truncation:
-    return truncation(low)
+    return measure_truncation(low)
 
 
-def share(points: tuple[CutPoint, ...], k: int) -> Interval:
+def share(points: tuple[TruncationPoint, ...], k: int) -> Interval:
     (point,) = [point for point in points if point.k == k]
     assert point.share is not None
     return point.share
@@ -75,11 +75,11 @@ def test_ranks_double_up_to_the_whole_and_hold_the_largest_low_one() -> None:
 
 
 def test_the_whole_update_gives_the_recorded_score(found: Truncation, low: Material) -> None:
-    recorded = [low.study.score(row.record) for row in low.full()]
+    recorded = [low.study.score(row.record) for row in low.full_rows()]
     assert found.full.recorded == tuple(recorded)
     assert found.full.kept[-1].k == found.full.limit == 64
     np.testing.assert_allclose(found.full.kept[-1].scores, recorded, rtol=1e-6)
-    assert found.full.error < 1e-6
+    assert found.full.reproduction_error < 1e-6
     assert found.lora is not None
     assert found.lora.kept[-1].k == found.lora.limit == 16
     np.testing.assert_allclose(found.lora.kept[-1].scores, found.lora.recorded, rtol=1e-6)
@@ -127,7 +127,7 @@ def test_every_score_is_that_of_numpys_truncation(found: Truncation, low: Materi
     """Kept and removed parts of full fine-tuning and of LoRA, in an implementation that shares nothing."""
     assert isinstance(low.task, PlantedTask)
     assert found.lora is not None
-    cuts = [(found.full, low.full()), (found.lora, [row for row in low.lora() if row.record.run.rank == 16])]
+    cuts = [(found.full, low.full_rows()), (found.lora, [row for row in low.lora_rows() if row.record.run.rank == 16])]
     for cut, rows in cuts:
         for i, row in enumerate(rows):
             matrices = dense(low, row.record.run)
@@ -161,12 +161,12 @@ def test_a_planted_rank_is_found(found: Truncation, low: Material) -> None:
 
 def test_a_high_planted_rank_is_answered_no(high: Material) -> None:
     """The negative control: 48 of 64 directions are needed, and fewer do not do."""
-    found = truncation(high)
+    found = measure_truncation(high)
     assert share(found.full.kept, 8).value < 0.35
     assert share(found.full.kept, 32).value < 0.9
     assert found.k90 == Reach(64, 64, 64)
-    update = TakenApart(high, high.full()[0])
-    gains = {k: high.gain(update.kept(k), 0) / high.gain(found.full.recorded[0], 0) for k in (40, 48)}
+    update = CutModel(high, high.full_rows()[0])
+    gains = {k: high.gain(update.score_top_part(k), 0) / high.gain(found.full.recorded[0], 0) for k in (40, 48)}
     assert gains[40] < gains[48]
     assert gains[48] > 0.97
     enough, _, of_lora = verdicts(found)
@@ -189,12 +189,12 @@ def test_kinds_add_up_where_they_do_not_interact(found: Truncation) -> None:
 
 def test_an_accelerator_gives_the_same(low: Material, classified: Watching) -> None:
     fake_device = pytest.importorskip("fake_device")
-    rows = [(low, low.full()[0]), (low, low.lora()[-1]), (classified, classified.full()[0])]
+    rows = [(low, low.full_rows()[0]), (low, low.lora_rows()[-1]), (classified, classified.full()[0])]
     rows.append((classified, classified.lora()[0]))
 
     def scores(device: str) -> list[float]:
-        parts = [TakenApart(Material(material.study, device), row) for material, row in rows]
-        return [score for part in parts for score in (part.kept(2), part.removed(2))]
+        parts = [CutModel(Material(material.study, device), row) for material, row in rows]
+        return [score for part in parts for score in (part.score_top_part(2), part.score_without_top(2))]
 
     with fake_device.accelerated():
         there = scores("fake")
@@ -213,7 +213,7 @@ def test_what_is_lacking_is_said(low: Material, tmp_path: Path) -> None:
     for run in copy.glob("runs/full-*"):
         shutil.rmtree(run)
     with pytest.raises(MissingEvidenceError, match="no full fine-tuning"):
-        truncation(Material(Study(copy)))
+        measure_truncation(Material(Study(copy)))
 
 
 def test_without_a_base_score_nothing_is_evaluated(low: Material, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_without_a_base_score_nothing_is_evaluated(low: Material, tmp_path: Path
     shutil.copytree(low.study.folder, copy)
     shutil.rmtree(copy / "runs" / "base-s1")
     with pytest.raises(MissingEvidenceError, match="base of seed 1"):
-        truncation(Material(Study(copy)))
+        measure_truncation(Material(Study(copy)))
 
 
 def test_without_lora_full_fine_tuning_is_cut_alone(low: Material, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_without_lora_full_fine_tuning_is_cut_alone(low: Material, tmp_path: Pat
     shutil.copytree(low.study.folder, copy)
     for run in {*copy.glob("runs/lora-*"), *copy.glob("runs/*-s1")}:
         shutil.rmtree(run)
-    found = truncation(Material(Study(copy)))
+    found = measure_truncation(Material(Study(copy)))
     assert found.lora is None
     assert [verdict.answer for verdict in verdicts(found)] == ["undecided", "undecided"]
     assert "One seed gives no interval" in verdicts(found)[0].sentence
@@ -288,10 +288,10 @@ def test_heads_biases_and_norms_are_whole_at_every_rank(classified: Watching) ->
     base = dict(classified.task.model(1).named_parameters())
     raw = load_file(classified.study.path(row.record.run) / "update.safetensors")
     changes = {name: raw.get(name, raw.get(name.removesuffix(".weight"))) for name in base}
-    update = TakenApart(classified, row)
+    update = CutModel(classified, row)
     assert "classifier" not in update.names
     for k in (0, 2, 16):
-        update.kept(k)
+        update.score_top_part(k)
         for name, weight in base.items():
             change = changes[name].double().numpy()
             expected = best(change, k) if is_matrix(name, weight) else change
@@ -306,10 +306,10 @@ def test_heads_biases_and_norms_are_whole_at_every_rank(classified: Watching) ->
 def test_one_kind_alone_is_cut(classified: Watching) -> None:
     row = classified.full()[0]
     base = dict(classified.task.model(1).named_parameters())
-    update = TakenApart(classified, row)
-    update.kept(16)
+    update = CutModel(classified, row)
+    update.score_top_part(16)
     whole = classified.seen
-    update.kept(0, "query")
+    update.score_top_part(0, "query")
     for name, weight in base.items():
         expected = weight.detach() if name.endswith("query.weight") else whole[name]
         torch.testing.assert_close(classified.seen[name], expected, atol=1e-6, rtol=1e-6, msg=name)
@@ -318,7 +318,7 @@ def test_one_kind_alone_is_cut(classified: Watching) -> None:
 def test_a_whole_adapter_computes_what_the_stored_one_does(classified: Watching) -> None:
     """Its head, its biases and its factors, against the adapter layers' own forward pass."""
     row = classified.lora()[0]
-    update = TakenApart(classified, row)
+    update = CutModel(classified, row)
     stored = classified.task.model(1)
     lora.load(stored, classified.study.path(row.record.run) / "adapter")
     batch = classified.task.batch(1, 0, 8)
@@ -328,20 +328,20 @@ def test_a_whole_adapter_computes_what_the_stored_one_does(classified: Watching)
             return classified.task.outputs(model.eval(), batch)
 
     def at(k: int) -> Tensor:
-        update.kept(k)
+        update.score_top_part(k)
         model = classified.task.model(1)
         model.load_state_dict(classified.seen, strict=False)
         return logits(model)
 
-    torch.testing.assert_close(at(update.limit), logits(stored), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(at(update.max_rank), logits(stored), atol=1e-5, rtol=1e-5)
     assert (at(0) - logits(stored)).abs().max() > 0.01  # the head and the biases alone do not do it
 
 
 def test_an_adapter_cut_to_nothing_keeps_its_head_and_biases(classified: Watching) -> None:
     row = classified.lora()[0]
     raw = load_file(classified.study.path(row.record.run) / "adapter" / "adapter_model.safetensors")
-    update = TakenApart(classified, row)
-    update.kept(0)
+    update = CutModel(classified, row)
+    update.score_top_part(0)
     base = dict(classified.task.model(1).named_parameters())
     stored = {
         key.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
@@ -355,14 +355,14 @@ def test_an_adapter_cut_to_nothing_keeps_its_head_and_biases(classified: Watchin
 
 
 def test_a_score_for_which_higher_is_better_gives_a_share(classified: Watching) -> None:
-    found = truncation(classified)
+    found = measure_truncation(classified)
     assert found.higher_is_better
     gain = found.full.recorded[0] - found.base.value
     assert gain > 0
     for point in found.full.kept:
         assert point.share is not None
         assert point.share.value == pytest.approx((point.scores[0] - found.base.value) / gain)
-    assert found.full.error < 1e-6
+    assert found.full.reproduction_error < 1e-6
     assert "higher is better" in plot_truncation(found).axes[0].get_ylabel()
 
 
@@ -377,10 +377,10 @@ def test_transposed_and_tied_weights_are_cut_as_they_are_used(tmp_path: Path) ->
     study = StudyConfig(task="lm", model=str(tmp_path / "model"), data=str(texts(tmp_path)), **settings)
     material = Watching(run_study(study, tmp_path / "study"))
     row = material.full()[0]
-    update = TakenApart(material, row)
-    assert update.kept(16) == pytest.approx(row.score, rel=1e-6)
+    update = CutModel(material, row)
+    assert update.score_top_part(16) == pytest.approx(row.score, rel=1e-6)
     whole = material.seen
-    update.kept(1)
+    update.score_top_part(1)
     base = dict(material.task.model(1).named_parameters())
     for name in ("transformer.h.0.attn.c_attn.weight", "transformer.wte.weight"):
         change = (whole[name] - base[name]).detach().double().numpy()
@@ -396,10 +396,10 @@ def test_transposed_and_tied_weights_are_cut_as_they_are_used(tmp_path: Path) ->
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64)
 
 
-def cut(shares: dict[int, tuple[float, float | None, float | None]], **changes: Any) -> Cut:
+def cut(shares: dict[int, tuple[float, float | None, float | None]], **changes: Any) -> TruncationCurve:
     """A cut of which these shares are known; every other k keeps what the last one did."""
     points = tuple(
-        CutPoint(
+        TruncationPoint(
             k=k,
             scores=(1.0, 1.0),
             score=Interval(1.0, 0.9, 1.1),
@@ -413,10 +413,10 @@ def cut(shares: dict[int, tuple[float, float | None, float | None]], **changes: 
         "dim": 64, "limit": 64, "recorded": (1.0, 1.0), "gain": Interval(0.5, 0.4, 0.6), "kept": points,
         "removed": points, "k90": first_reaching([(p.k, p.share) for p in points if p.share], 0.9),
     }  # fmt: skip
-    return Cut(**{**values, **changes})
+    return TruncationCurve(**{**values, **changes})
 
 
-def result(full: Cut, lora: Cut | None = None) -> Truncation:
+def result(full: TruncationCurve, lora: TruncationCurve | None = None) -> Truncation:
     kinds = (KindPoint(kind="q", matrices=3, k=0, score=1.0, share=0.5),)
     return Truncation(
         metric="loss", higher_is_better=False, base=Interval(1.5), full=full, lora=lora, kinds=kinds, kinds_seed=0

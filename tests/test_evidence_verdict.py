@@ -5,11 +5,20 @@ from __future__ import annotations
 import pytest
 
 from rankscope.evidence.hypothesis import conclusion
-from rankscope.evidence.verdict import LOW, Answer, Line, Verdict, above, between, low_rank, over_layers
 from rankscope.inference import Interval
+from rankscope.verdict import (
+    LOW_RANK_SHARE,
+    Answer,
+    LineName,
+    Verdict,
+    answer_above,
+    answer_low_rank,
+    format_interval,
+    median_over_layers,
+)
 
 
-def verdict(line: Line, answer: Answer) -> Verdict:
+def verdict(line: LineName, answer: Answer) -> Verdict:
     return Verdict(line=line, claim="c", answer=answer, sentence="s", refuted_by="r")
 
 
@@ -26,21 +35,21 @@ def verdict(line: Line, answer: Answer) -> Verdict:
     ],
 )
 def test_a_rank_is_low_up_to_an_eighth_of_the_side(low: float | None, high: float | None, answer: Answer) -> None:
-    assert LOW == 1 / 8
-    assert low_rank(low, high, 128) == answer
+    assert LOW_RANK_SHARE == 1 / 8
+    assert answer_low_rank(low, high, 128) == answer
 
 
 def test_numbers_with_and_without_an_interval() -> None:
-    assert between(Interval(0.91, 0.88, 0.944)) == "0.91 (0.88 to 0.944)"
-    assert between(Interval(0.91), 1) == "0.9"
+    assert format_interval(Interval(0.91, 0.88, 0.944)) == "0.91 (0.88 to 0.944)"
+    assert format_interval(Interval(0.91), 1) == "0.9"
 
 
 def test_few_layers_are_taken_from_the_least_to_the_largest() -> None:
-    assert over_layers([10, 30, 20]) == Interval(20, 10, 30)
-    assert over_layers([7]) == Interval(7, None, None)
+    assert median_over_layers([10, 30, 20]) == Interval(20, 10, 30)
+    assert median_over_layers([7]) == Interval(7, None, None)
     # Of six, the order statistics that leave 2.5 % on each side are the ends; of nine, the second and the eighth.
-    assert over_layers(range(1, 7)) == Interval(3.5, 1, 6)
-    assert over_layers(range(1, 10)) == Interval(5, 2, 8)
+    assert median_over_layers(range(1, 7)) == Interval(3.5, 1, 6)
+    assert median_over_layers(range(1, 10)) == Interval(5, 2, 8)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +57,7 @@ def test_few_layers_are_taken_from_the_least_to_the_largest() -> None:
     [((1.1, 2.0), "yes"), ((0.0, 0.9), "no"), ((0.9, 1.1), "undecided"), ((1.0, 2.0), "undecided"), ((), "undecided")],
 )
 def test_above_a_line_is_what_lies_above_it_whole(ends: tuple[float, ...], answer: Answer) -> None:
-    assert above(Interval(1.5, *ends), 1.0) == answer
+    assert answer_above(Interval(1.5, *ends), 1.0) == answer
 
 
 @pytest.mark.parametrize(
@@ -67,7 +76,7 @@ def test_above_a_line_is_what_lies_above_it_whole(ends: tuple[float, ...], answe
 def test_the_answer_rests_on_what_the_task_needs(
     performance: Answer | None, truncation: Answer | None, answer: Answer, words: str
 ) -> None:
-    lines: tuple[Line, ...] = ("performance", "truncation")
+    lines: tuple[LineName, ...] = ("performance", "truncation")
     given = [verdict(line, a) for line, a in zip(lines, (performance, truncation), strict=True) if a]
     # What is in the weights has no say, and of each line only the first verdict.
     given += [verdict("spectra", "no"), verdict("overlap", "yes")]

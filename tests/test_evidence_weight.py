@@ -18,22 +18,31 @@ from makers import frame, normal
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from rankscope.analysis import bases
+from rankscope.analysis import svd_cache as bases
 from rankscope.analysis.amplification import Amplification
-from rankscope.analysis.bases import Bases
+from rankscope.analysis.svd_cache import SVDCache
 from rankscope.cli import main
 from rankscope.evidence.material import Material
-from rankscope.evidence.verdict import MissingEvidenceError, Verdict
-from rankscope.evidence.weighing import FULL_R
-from rankscope.evidence.weight import FAR, SOME, Fall, Novelty, Strength, Weight, verdicts, weight
+from rankscope.evidence.weight.figure import plot_intruders, plot_positions, plot_weight
+from rankscope.evidence.weight.layers import FULL_RANKS
+from rankscope.evidence.weight.measure import (
+    INTRUDER_COUNT_THRESHOLD,
+    REACH_THRESHOLD,
+    AmplificationSlope,
+    AmplificationSummary,
+    IntruderSummary,
+    WeightComparison,
+    measure_weight,
+    verdicts,
+)
+from rankscope.evidence.weight.section import section
 from rankscope.inference import Interval
 from rankscope.linalg import dense_svd
-from rankscope.plots.weight import plot_intruders, plot_positions, plot_weight
-from rankscope.report.weight import section
 from rankscope.result import json_values
 from rankscope.train.config import StudyConfig
 from rankscope.train.study import Study, run_study
 from rankscope.updates import Dense, LowRank, Update
+from rankscope.verdict import MissingEvidenceError, Verdict
 
 # A study whose updates are planted
 
@@ -63,7 +72,7 @@ class Planted:
     device = "cpu"
 
     def __init__(self, runs: Mapping[tuple[int | None, int], Mapping[str, Update]], edge: Sequence[int] = ()) -> None:
-        self.runs, self.edge, self.decomposed, self.bases = runs, edge, [], Bases()
+        self.runs, self.edge, self.decomposed, self.bases = runs, edge, [], SVDCache()
         self.layers = list(LAYERS)
 
     def _rows(self, full: bool) -> list[Any]:
@@ -94,8 +103,8 @@ class Planted:
         return names
 
 
-def measured(runs: Mapping[tuple[int | None, int], Mapping[str, Update]], edge: Sequence[int] = ()) -> Weight:
-    return weight(cast(Material, Planted(runs, edge)))
+def measured(runs: Mapping[tuple[int | None, int], Mapping[str, Update]], edge: Sequence[int] = ()) -> WeightComparison:
+    return measure_weight(cast(Material, Planted(runs, edge)))
 
 
 def everywhere(places: Sequence[int], sigma: float, scale: float = 1.0) -> dict[str, Update]:
@@ -105,7 +114,7 @@ def everywhere(places: Sequence[int], sigma: float, scale: float = 1.0) -> dict[
 def test_planted_table() -> None:
     """r = 1 along the third direction (1/3) with ‖ΔW‖ = 2·σ, r = 2 along the second and fourth."""
     found = measured({(1, 0): everywhere([3], 0.5, 2.0), (2, 0): everywhere([2, 4], 0.5)})
-    one, two = found.lora
+    one, two = found.lora_strengths
     assert (one.rank, one.r, one.layers, one.seeds) == (1, 1, 8, 1)
     assert one.median.own == pytest.approx(1 / 3, rel=1e-5)
     assert one.median.top == pytest.approx(1, rel=1e-5)
@@ -123,7 +132,7 @@ def test_planted_table() -> None:
     assert found.fall.slope.value == pytest.approx(slope, rel=1e-4)
     norms = two.median.norm / one.median.norm
     assert found.fall.random == pytest.approx(math.log(norms / 2) / math.log(2), rel=1e-4)
-    assert found.full == []
+    assert found.full_strengths == []
 
 
 def test_seeds_are_averaged_and_the_largest_p_kept() -> None:
@@ -174,8 +183,8 @@ def test_a_planted_intruder() -> None:
 def test_full_fine_tuning_is_measured_at_its_top_directions() -> None:
     dense = {name: Dense(normal(SIDE, SIDE, seed=500 + at) * 0.01) for at, name in enumerate(LAYERS)}
     found = measured({(1, 0): everywhere([2], 0.1), (None, 0): dense})
-    assert [(one.rank, one.r) for one in found.full] == [(None, 1), (None, 4), (None, 16)]  # 64 do not fit
-    for one in found.full:
+    assert [(one.rank, one.r) for one in found.full_strengths] == [(None, 1), (None, 4), (None, 16)]  # 64 do not fit
+    for one in found.full_strengths:
         own = []
         for name in LAYERS:
             U, _, Vt = np.linalg.svd(dense[name].matrix.double().numpy())
@@ -187,7 +196,7 @@ def test_full_fine_tuning_is_measured_at_its_top_directions() -> None:
 
 def test_each_weight_is_read_once() -> None:
     study = Planted({(rank, seed): everywhere([rank], 0.1) for rank in (1, 2, 3) for seed in (0, 1)})
-    weight(cast(Material, study))
+    measure_weight(cast(Material, study))
     assert study.decomposed == list(LAYERS)
 
 
@@ -197,7 +206,7 @@ def test_what_cannot_be_measured_is_said() -> None:
     updates[LAYERS[1]] = LowRank(normal(5, 1), normal(1, 4))
     del updates[LAYERS[2]]
     found = measured({(1, 0): updates})
-    assert found.lora[0].layers == 5
+    assert found.lora_strengths[0].layers == 5
     assert len(found.skipped) == 2
     assert LAYERS[0] in found.skipped[0]
     assert "is zero" in found.skipped[0]
@@ -218,14 +227,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 def test_a_trained_study_against_numpy(trained: Study) -> None:
     material = Material(trained)
-    found = weight(material)
-    assert [(one.rank, one.r) for one in found.lora] == [(1, 1), (4, 4)]
-    assert [(one.rank, one.r) for one in found.full] == [(None, r) for r in FULL_R]
+    found = measure_weight(material)
+    assert [(one.rank, one.r) for one in found.lora_strengths] == [(1, 1), (4, 4)]
+    assert [(one.rank, one.r) for one in found.full_strengths] == [(None, r) for r in FULL_RANKS]
     assert [curve.rank for curve in found.curves] == [1, 4, None]
     for column in (one for one in found.columns if one.rank == 4):
         W = material.weight(column.layer).double().numpy()
         own, norms = [], []
-        for row in (row for row in material.lora() if row.record.run.rank == 4):
+        for row in (row for row in material.lora_rows() if row.record.run.rank == 4):
             update = material.store(row)[column.layer].dense().double().numpy()
             U, _, Vt = np.linalg.svd(update)
             own.append(np.linalg.norm(U[:, :4].T @ W @ Vt[:4].T))
@@ -241,11 +250,11 @@ def test_a_trained_study_against_numpy(trained: Study) -> None:
 def test_a_cache_of_the_base_changes_no_number(
     trained: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = weight(Material(trained))
-    assert weight(Material(trained, cache=tmp_path / "kept")) == plain
+    plain = measure_weight(Material(trained))
+    assert measure_weight(Material(trained, cache=tmp_path / "kept")) == plain
     assert len(list((tmp_path / "kept").iterdir())) == len(Material(trained).layers)
     monkeypatch.setattr(bases, "dense_svd", lambda _: pytest.fail("decomposed again"))
-    assert weight(Material(trained, cache=tmp_path / "kept")) == plain
+    assert measure_weight(Material(trained, cache=tmp_path / "kept")) == plain
     out = tmp_path / "page"
     ask = ["report", str(trained.folder), "--lines", "weight", "--cache", str(tmp_path / "kept"), "-o", str(out)]
     with pytest.raises(SystemExit) as ended:
@@ -255,9 +264,9 @@ def test_a_cache_of_the_base_changes_no_number(
 
 
 def test_results_round_trip_and_are_drawn(trained: Study) -> None:
-    found = weight(Material(trained))
+    found = measure_weight(Material(trained))
     value = json_values(found)
-    assert msgspec.convert(json.loads(json.dumps(value, allow_nan=False)), Weight) == found
+    assert msgspec.convert(json.loads(json.dumps(value, allow_nan=False)), WeightComparison) == found
     for draw, panels in ((plot_weight, 2), (plot_positions, 4), (plot_intruders, 2)):
         figure = draw(found)
         assert isinstance(figure, Figure)
@@ -289,7 +298,7 @@ CELL = Amplification(
 )  # fmt: skip
 
 
-def strength(rank: int | None, r: int, **changes: Any) -> Strength:
+def strength(rank: int | None, r: int, **changes: Any) -> AmplificationSummary:
     values: dict[str, Any] = {
         "rank": rank,
         "r": r,
@@ -302,10 +311,10 @@ def strength(rank: int | None, r: int, **changes: Any) -> Strength:
         "reach": Interval(0.1, 0.08, 0.2),
         "amplification": Interval(10.0, 8.0, 12.0),
     }
-    return Strength(**{**values, **changes})
+    return AmplificationSummary(**{**values, **changes})
 
 
-def novelty(rank: int | None, **changes: Any) -> Novelty:
+def novelty(rank: int | None, **changes: Any) -> IntruderSummary:
     values: dict[str, Any] = {
         "rank": rank,
         "layers": 28,
@@ -321,15 +330,17 @@ def novelty(rank: int | None, **changes: Any) -> Novelty:
         "chance": 0.25,
         "inside_chance": 0.25,
     }
-    return Novelty(**{**values, **changes})
+    return IntruderSummary(**{**values, **changes})
 
 
-FALL = Fall(ranks=(1, 4), slope=Interval(-1.5, -1.7, -1.3), random=-0.9)
+FALL = AmplificationSlope(ranks=(1, 4), slope=Interval(-1.5, -1.7, -1.3), random=-0.9)
 
 
-def result(fall: Fall | None = FALL, count: Interval | None = None, edge: bool = False, **changes: Any) -> Weight:
+def result(
+    fall: AmplificationSlope | None = FALL, count: Interval | None = None, edge: bool = False, **changes: Any
+) -> WeightComparison:
     new = {} if count is None else {"count": count}
-    return Weight(
+    return WeightComparison(
         strengths=(strength(1, 1), strength(4, 4, edge=edge, **changes), strength(64, 64), strength(None, 1)),
         curves=(),
         novelties=(novelty(1), novelty(4, **new), novelty(64), novelty(None, mean=0.0)),
@@ -346,9 +357,9 @@ def result(fall: Fall | None = FALL, count: Interval | None = None, edge: bool =
         (Interval(3, 2, 4), Interval(0.1, 0.05, 0.2), "yes"),
         (Interval(1.1, 0.9, 1.3), Interval(0.1, 0.05, 0.2), "undecided"),
         (Interval(0.8, 0.7, 0.9), Interval(0.1, 0.05, 0.2), "no"),
-        (Interval(3, 2, 4), Interval(FAR, FAR - 0.1, FAR + 0.1), "undecided"),
-        (Interval(3, 2, 4), Interval(0.8, FAR + 0.1, 0.9), "no"),
-        (Interval(1.1, 0.9, 1.3), Interval(0.8, FAR + 0.1, 0.9), "no"),
+        (Interval(3, 2, 4), Interval(REACH_THRESHOLD, REACH_THRESHOLD - 0.1, REACH_THRESHOLD + 0.1), "undecided"),
+        (Interval(3, 2, 4), Interval(0.8, REACH_THRESHOLD + 0.1, 0.9), "no"),
+        (Interval(1.1, 0.9, 1.3), Interval(0.8, REACH_THRESHOLD + 0.1, 0.9), "no"),
         (Interval(3), Interval(0.1), "undecided"),
     ],
 )
@@ -373,7 +384,7 @@ def test_where_the_update_points(ratio: Interval, reach: Interval, answer: str) 
     ],
 )
 def test_falling_amplification(slope: Interval, random: float, answer: str) -> None:
-    second = verdicts(result(fall=Fall(ranks=(1, 4), slope=slope, random=random)))[1]
+    second = verdicts(result(fall=AmplificationSlope(ranks=(1, 4), slope=slope, random=random)))[1]
     assert second.answer == answer
     assert ("Chance alone" in second.sentence) == (answer == "undecided" and (slope.high or 0) < 0)
     assert f"with a slope of {random:.3g}." in second.sentence
@@ -393,7 +404,7 @@ def test_random_updates_prove_nothing() -> None:
     assert found.fall.slope.value < -0.4
     assert first.answer != "yes"
     assert second.answer == "undecided"
-    assert all(one.significant == 0 for one in found.lora)
+    assert all(one.significant == 0 for one in found.lora_strengths)
 
 
 @pytest.mark.parametrize(
@@ -406,7 +417,7 @@ def test_random_updates_prove_nothing() -> None:
     ],
 )
 def test_intruders_in_most_layers(count: Interval, answer: str) -> None:
-    assert 0 < SOME < 1  # between no intruder and one
+    assert 0 < INTRUDER_COUNT_THRESHOLD < 1  # between no intruder and one
     third = verdicts(result(count=count))[2]
     assert third.answer == answer
     assert "Full fine-tuning: a mean of 0" in third.sentence
@@ -437,14 +448,14 @@ def test_ranks_with_a_rate_at_the_end_are_left_out_of_the_fall() -> None:
     found = measured(runs, edge=(3,))
     assert found.fall is not None
     assert found.fall.ranks == (1, 2)
-    assert [one.edge for one in found.lora] == [False, False, True]
+    assert [one.edge for one in found.lora_strengths] == [False, False, True]
     assert measured({key: runs[key] for key in ((1, 0), (3, 0))}, edge=(3,)).fall is None
 
 
 def test_the_rank_nearest_the_papers_is_judged() -> None:
-    assert result().judged.r == 4
+    assert result().judged_strength.r == 4
     few = msgspec.structs.replace(result(), strengths=(strength(2, 2), strength(16, 16), strength(None, 4)))
-    assert few.judged.rank == 2
+    assert few.judged_strength.rank == 2
 
 
 def test_sentences_are_whole() -> None:

@@ -18,7 +18,7 @@ from rankscope import updates
 from rankscope.errors import FormatError, NonFiniteError, ShapeError
 from rankscope.formats import store as formats
 from rankscope.formats.checkpoint import Checkpoint
-from rankscope.formats.files import TensorFile
+from rankscope.formats.file_io import TensorFile
 from rankscope.linalg import ulp
 from rankscope.updates import Dense
 
@@ -65,8 +65,10 @@ def test_matrices_and_kernels_are_updates_the_rest_is_listed(tmp_path, base):
 def test_opening_reads_headers_and_one_name_reads_one_pair(tmp_path, base, monkeypatch):
     seen = []
     monkeypatch.setattr(TensorFile, "read", lambda self, name: pytest.fail(f"{name} was mapped"))
-    original = TensorFile.rows
-    monkeypatch.setattr(TensorFile, "rows", lambda self, name, a, b: seen.append(name) or original(self, name, a, b))
+    original = TensorFile.read_rows
+    monkeypatch.setattr(
+        TensorFile, "read_rows", lambda self, name, a, b: seen.append(name) or original(self, name, a, b)
+    )
     store = formats.open(write_checkpoint(tmp_path / "tuned.safetensors", TUNED), base=base)
     assert (store.names(), len(store), store.info("conv").dtype) == (sorted(store, key=len), 3, torch.float32)
     assert seen == []

@@ -125,7 +125,7 @@ def test_permission_denied_by_the_system(tmp_path, name, monkeypatch):
 
         return call
 
-    monkeypatch.setattr("rankscope.formats.files.safe_open", deny(safe_open))
+    monkeypatch.setattr("rankscope.formats.file_io.safe_open", deny(safe_open))
     monkeypatch.setattr(Path, "read_text", deny(Path.read_text))
     with pytest.raises(FormatError, match=rf"{name}: cannot be read \(Permission denied\)"):
         formats.open(folder)

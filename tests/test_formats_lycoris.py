@@ -15,8 +15,14 @@ from adapters import normal
 from torch import Tensor, nn
 
 from rankscope.errors import FormatError, NonFiniteError
-from rankscope.formats.lycoris import LEAVES, NOT_READ, lycoris_recipe, lycoris_update, lycoris_whole
-from rankscope.formats.recipes import header
+from rankscope.formats.lycoris import (
+    LEAF_NAMES,
+    UNSUPPORTED_LEAVES,
+    lycoris_dora_update,
+    lycoris_recipe,
+    lycoris_update,
+)
+from rankscope.formats.recipes import tensor_info
 from rankscope.structured import Hadamard, Kronecker
 from rankscope.updates import Dense, LowRank, Update
 
@@ -50,7 +56,7 @@ def check(update: Update, truth: Tensor, kind: type[Update], tensors: dict[str, 
     assert isinstance(update, kind)
     assert update.shape == tuple(truth.shape)
     np.testing.assert_allclose(update.dense().numpy(), truth.numpy(), rtol=0, atol=1e-6 * float(truth.abs().max()))
-    info = lycoris_recipe({name: header(tensor) for name, tensor in tensors.items()}, alpha).info
+    info = lycoris_recipe({name: tensor_info(tensor) for name, tensor in tensors.items()}, alpha).info
     assert (info.shape, info.nominal_rank) == (update.shape, update.nominal_rank)
 
 
@@ -133,7 +139,7 @@ def test_lokr(first, second):
 def test_the_rank_of_a_lokr_with_a_core_is_the_cores():
     """w2_a lies on its side there: its second dimension is outputs, which LyCORIS's own reader takes for the rank."""
     tensors = LOKR_W1["whole"] | LOKR_W2["core"]
-    assert lycoris_recipe({name: header(value) for name, value in tensors.items()}, 8.0).info.scale == 8.0 / R
+    assert lycoris_recipe({name: tensor_info(value) for name, value in tensors.items()}, 8.0).info.scale == 8.0 / R
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -162,14 +168,14 @@ def test_the_whole_update_of_a_rescaled_module(on_out):
     moved = W.double() + update.dense().double().reshape(W.shape)
     axes = (1, 2, 3) if on_out else (0, 2, 3)
     truth = m.double() * moved / moved.square().sum(dim=axes, keepdim=True).sqrt() - W.double()
-    whole = lycoris_whole(update, m, W.flatten(1))
+    whole = lycoris_dora_update(update, m, W.flatten(1))
     np.testing.assert_allclose(whole.dense().numpy(), truth.flatten(1).numpy(), atol=2e-6)
     with pytest.raises(FormatError, match="fits no side"):
-        lycoris_whole(update, normal(1, 7, 1, 1), W.flatten(1))
+        lycoris_dora_update(update, normal(1, 7, 1, 1), W.flatten(1))
     with pytest.raises(FormatError, match="fits no side"):
-        lycoris_whole(update, normal(5), W.flatten(1))
+        lycoris_dora_update(update, normal(5), W.flatten(1))
     with pytest.raises(NonFiniteError, match="dora_scale"):
-        lycoris_whole(update, m * math.inf, W.flatten(1))
+        lycoris_dora_update(update, m * math.inf, W.flatten(1))
     with_scale = tensors | {"dora_scale": m, "alpha": torch.tensor(3.0)}
     assert torch.equal(lycoris_update(with_scale, 3.0).dense(), update.dense())
 
@@ -198,7 +204,7 @@ BAD = {
     "two methods": (LOKR_W1["whole"] | LOKR_W2["whole"] | {"diff": normal(3, 3)}, "of another method"),
     "unknown": ({"lora_left.weight": normal(3, 3)}, "not a tensor that LyCORIS"),
     "nothing": ({"alpha": torch.tensor(1.0)}, "holds no factors"),
-    **{name: ({name: normal(3, 3)}, re.escape(reason[:12])) for name, reason in NOT_READ.items()},
+    **{name: ({name: normal(3, 3)}, re.escape(reason[:12])) for name, reason in UNSUPPORTED_LEAVES.items()},
 }
 
 
@@ -219,8 +225,8 @@ def test_non_finite_factors():
 
 
 def test_every_leaf_is_known_once():
-    assert len(set(LEAVES)) == len(LEAVES)
-    assert {"alpha", "dora_scale", "hada_t2", "lokr_t2", "diff", "lora_mid.weight"} <= set(LEAVES)
+    assert len(set(LEAF_NAMES)) == len(LEAF_NAMES)
+    assert {"alpha", "dora_scale", "hada_t2", "lokr_t2", "diff", "lora_mid.weight"} <= set(LEAF_NAMES)
 
 
 # LyCORIS itself (PyPI lycoris-lora). What its layers compute is the truth: its get_merged_weight multiplies a LoHa and
@@ -280,8 +286,8 @@ def test_against_the_layers_of_lycoris(kind, options, layer):
     weight = original.weight.detach()
     update = lycoris_update(state, float(state["alpha"]))
     if "dora_scale" in state:
-        update = lycoris_whole(update, state["dora_scale"], weight.flatten(1))
-    assert set(state) <= set(LEAVES)
+        update = lycoris_dora_update(update, state["dora_scale"], weight.flatten(1))
+    assert set(state) <= set(LEAF_NAMES)
     kernel = update.dense().reshape(weight.shape)
     if layer == "linear":
         ours = F.linear(inputs, kernel)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from rankscope.formats.names import module_names, natural_key, pair
+from rankscope.formats.names import module_names, natural_key, pair_names
 from rankscope.formats.peft_keys import factor_keys, magnitude_key, parse_key
 
 BERT = ["encoder.layer.0.q.weight", "encoder.layer.0.k.weight", "embeddings.word.weight"]
@@ -27,7 +27,7 @@ def test_numbers_of_any_length_are_ordered():
 
 
 def test_equal_names_are_partners():
-    pairing = pair(["b", "a", "x"], ["a", "b", "y"])
+    pairing = pair_names(["b", "a", "x"], ["a", "b", "y"])
     assert pairing.pairs == [("a", "a"), ("b", "b")]
     assert (pairing.only_a, pairing.only_b) == (["x"], ["y"])
 
@@ -35,7 +35,7 @@ def test_equal_names_are_partners():
 @pytest.mark.parametrize("prefix", ["bert.", "transformer.", "base_model.model."])
 def test_one_wrapper_is_looked_through_on_either_side(prefix):
     wrapped = [prefix + name for name in BERT]
-    down, up = pair([*wrapped, "classifier.weight"], BERT), pair(BERT, [*wrapped, "classifier.weight"])
+    down, up = pair_names([*wrapped, "classifier.weight"], BERT), pair_names(BERT, [*wrapped, "classifier.weight"])
     assert sorted(down.pairs) == sorted(zip(wrapped, BERT, strict=True))
     assert down.only_a == ["classifier.weight"]
     assert down.only_b == []
@@ -44,27 +44,27 @@ def test_one_wrapper_is_looked_through_on_either_side(prefix):
 
 
 def test_equal_names_go_before_the_wrapper():
-    pairing = pair(["m.a.w", "a.w", "m.b.w"], ["a.w", "b.w"])
+    pairing = pair_names(["m.a.w", "a.w", "m.b.w"], ["a.w", "b.w"])
     assert pairing.pairs == [("a.w", "a.w"), ("m.b.w", "b.w")]
     assert pairing.only_a == ["m.a.w"]
 
 
 def test_the_prefix_that_pairs_most_wins_and_a_tie_pairs_nothing():
-    most = pair(["enc.0.w", "enc.1.w", "dec.0.w"], ["0.w", "1.w"])
+    most = pair_names(["enc.0.w", "enc.1.w", "dec.0.w"], ["0.w", "1.w"])
     assert most.pairs == [("enc.0.w", "0.w"), ("enc.1.w", "1.w")]
-    tie = pair(["enc.0.w", "dec.0.w"], ["0.w"])
+    tie = pair_names(["enc.0.w", "dec.0.w"], ["0.w"])
     assert tie.pairs == []
     assert tie.only_a == ["dec.0.w", "enc.0.w"]
 
 
 def test_a_prefix_is_whole_components():
-    assert pair(["embert.q"], ["bert.q"]).pairs == []
+    assert pair_names(["embert.q"], ["bert.q"]).pairs == []
 
 
 def test_nothing_in_common():
-    pairing = pair(["a", "b"], ["c"])
+    pairing = pair_names(["a", "b"], ["c"])
     assert pairing == ([], ["a", "b"], ["c"])
-    assert pair([], []) == ([], [], [])
+    assert pair_names([], []) == ([], [], [])
 
 
 def test_every_name_appears_once_and_the_sides_are_symmetric():
@@ -72,7 +72,7 @@ def test_every_name_appears_once_and_the_sides_are_symmetric():
     for _ in range(200):
         a = {".".join(rng.choices("abc", k=rng.randint(1, 4))) for _ in range(8)}
         b = {".".join(rng.choices("abc", k=rng.randint(1, 4))) for _ in range(8)}
-        found, mirrored = pair(a, b), pair(b, a)
+        found, mirrored = pair_names(a, b), pair_names(b, a)
         assert sorted([one for one, _ in found.pairs] + found.only_a) == sorted(a)
         assert sorted([other for _, other in found.pairs] + found.only_b) == sorted(b)
         assert {(y, x) for x, y in mirrored.pairs} == set(found.pairs)
@@ -125,12 +125,12 @@ MODEL = ["down_blocks.0.attn.to_q", "down_blocks.0.attn.to_k", "mid_block.attn.t
 @pytest.mark.parametrize("front", ["lora_unet_", "lora_transformer_", "lycoris_", ""])
 def test_names_with_underscores_meet_dotted_ones(front):
     raw = [front + name.replace(".", "_") for name in MODEL]
-    assert sorted(pair(raw, MODEL).pairs) == sorted(zip(raw, MODEL, strict=True))
+    assert sorted(pair_names(raw, MODEL).pairs) == sorted(zip(raw, MODEL, strict=True))
     weights = [f"{name}.weight" for name in MODEL]
-    assert sorted(pair(weights, [f"{name}.weight" for name in raw]).pairs) == sorted(
+    assert sorted(pair_names(weights, [f"{name}.weight" for name in raw]).pairs) == sorted(
         zip(weights, [f"{name}.weight" for name in raw], strict=True)
     )
-    assert pair([f"{name}.bias" for name in raw], weights).pairs == []
+    assert pair_names([f"{name}.bias" for name in raw], weights).pairs == []
 
 
 @pytest.mark.parametrize(
@@ -148,16 +148,16 @@ def test_names_with_underscores_meet_dotted_ones(front):
 )
 def test_fronts_of_several_tools(one, other):
     for a, b in ((one, other), (other, one)):
-        assert pair([a, "x.y.z"], [b, "u.v.w"]).pairs == [(a, b)]
+        assert pair_names([a, "x.y.z"], [b, "u.v.w"]).pairs == [(a, b)]
 
 
 def test_parts_of_a_pipeline_are_not_confused():
-    pairing = pair(["lora_te1_x_fc1", "lora_te2_x_fc1"], ["text_encoder.x.fc1", "text_encoder_2.x.fc1"])
+    pairing = pair_names(["lora_te1_x_fc1", "lora_te2_x_fc1"], ["text_encoder.x.fc1", "text_encoder_2.x.fc1"])
     assert pairing.pairs == [("lora_te1_x_fc1", "text_encoder.x.fc1"), ("lora_te2_x_fc1", "text_encoder_2.x.fc1")]
-    assert pair(["lora_te1_x_fc1", "lora_te2_x_fc1"], ["x.fc1"]).pairs == []  # which of the two?
-    assert pair(["lora_unet_x_fc1"], ["text_encoder.x.fc1"]).pairs == []
+    assert pair_names(["lora_te1_x_fc1", "lora_te2_x_fc1"], ["x.fc1"]).pairs == []  # which of the two?
+    assert pair_names(["lora_unet_x_fc1"], ["text_encoder.x.fc1"]).pairs == []
 
 
 def test_what_is_ambiguous_stays_alone():
-    assert pair(["lora_unet_a_b_c"], ["a.b_c", "a_b.c"]).pairs == []
-    assert pair(["a.b_c"], ["a_b.c"]).pairs == []  # two dotted paths are two paths
+    assert pair_names(["lora_unet_a_b_c"], ["a.b_c", "a_b.c"]).pairs == []
+    assert pair_names(["a.b_c"], ["a_b.c"]).pairs == []  # two dotted paths are two paths

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from rankscope.errors import ConfigError, FormatError, NonFiniteError, RankscopeError
 from rankscope.formats import store as formats
-from rankscope.formats.files import TensorFile
+from rankscope.formats.file_io import TensorFile
 from rankscope.updates import LowRank
 
 A, B = f"{PREFIX}block.q.lora_A.weight", f"{PREFIX}block.q.lora_B.weight"

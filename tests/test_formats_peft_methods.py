@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from rankscope.errors import ConfigError, FormatError
 from rankscope.formats import store as formats
-from rankscope.formats.peft import PeftStore
-from rankscope.formats.peft_methods import METHODS, NOT_READ
+from rankscope.formats.peft_lora import PeftStore
+from rankscope.formats.peft_methods import METHODS, UNSUPPORTED_METHODS
 from rankscope.updates import Dense, LowRank
 
 
@@ -58,11 +58,11 @@ def test_every_method_that_is_read_is_tried() -> None:
 
 def test_every_method_of_peft_is_read_or_refused_with_a_reason(peft):
     known = {kind.value for kind in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING}
-    assert known - {"LORA"} <= set(METHODS) | set(NOT_READ)
-    assert not set(METHODS) & set(NOT_READ)
+    assert known - {"LORA"} <= set(METHODS) | set(UNSUPPORTED_METHODS)
+    assert not set(METHODS) & set(UNSUPPORTED_METHODS)
 
 
-@pytest.mark.parametrize("method", NOT_READ)
+@pytest.mark.parametrize("method", UNSUPPORTED_METHODS)
 def test_a_method_that_is_not_read_says_why(tmp_path, method):
     with pytest.raises(FormatError, match=rf"adapter_config\.json: peft_type {method} is not read: [a-z(]"):
         formats.open(write_adapter(tmp_path / "a", peft_type=method))

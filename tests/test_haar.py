@@ -10,7 +10,14 @@ from scipy.stats import beta, ks_2samp
 
 from rankscope import haar
 from rankscope.errors import ShapeError
-from rankscope.haar import DRAWS, Null, corrected, cosines, least_p, null
+from rankscope.haar import (
+    DRAWS,
+    NullDistribution,
+    familywise_p_values,
+    least_p,
+    null_distribution,
+    random_squared_cosines,
+)
 from rankscope.subspace import chance
 
 LEVELS = (0.05, 0.01)
@@ -44,7 +51,7 @@ def binomial(level: float, trials: int) -> float:
 def test_moments_of_the_sampler(d: int, i: int, j: int) -> None:
     """E S = ij/d and Var S = 2ij(d − i)(d − j)/(d²(d − 1)(d + 2)), for every (i, j) at once (METHODS §2)."""
     n = 4000
-    squared = cosines(d, i, j, n, np.random.default_rng(3))
+    squared = random_squared_cosines(d, i, j, n, np.random.default_rng(3))
     assert squared.shape == (n, i, j)
     S = squared.cumsum(axis=1).cumsum(axis=2)
     a, b = np.arange(1.0, i + 1)[:, None], np.arange(1.0, j + 1)
@@ -61,20 +68,22 @@ def test_moments_of_the_sampler(d: int, i: int, j: int) -> None:
 def test_the_sampler_has_the_law_of_whole_bases(d: int, k_a: int, k_b: int) -> None:
     """Not moments alone: the distribution at the first, the last and a middle cell, by Kolmogorov and Smirnov."""
     theirs = independent_grids(d, k_a, k_b, 3000, seed=8)
-    ours = cosines(d, k_a, k_b, 3000, np.random.default_rng(5)).cumsum(axis=1).cumsum(axis=2) / sizes(k_a, k_b)
+    ours = random_squared_cosines(d, k_a, k_b, 3000, np.random.default_rng(5)).cumsum(axis=1).cumsum(axis=2) / sizes(
+        k_a, k_b
+    )
     for i, j in {(0, 0), (k_a - 1, k_b - 1), (k_a // 2, k_b // 2)}:
         if np.ptp(theirs[:, i, j]) > 1e-9:  # all of the space leaves nothing to chance
             assert ks_2samp(ours[:, i, j], theirs[:, i, j]).pvalue > 1e-3
 
 
 def test_draws_are_the_same_at_every_call() -> None:
-    first = null(40, 3, 2).least
-    haar._null.cache_clear()
-    assert np.array_equal(null(40, 3, 2).least, first)
-    assert null(40, 2, 3) is null(40, 3, 2)  # the transposed grid has the same p
+    first = null_distribution(40, 3, 2).least
+    haar._draw_null_distribution.cache_clear()
+    assert np.array_equal(null_distribution(40, 3, 2).least, first)
+    assert null_distribution(40, 2, 3) is null_distribution(40, 3, 2)  # the transposed grid has the same p
     assert len(first) == DRAWS
     assert (np.diff(first) >= 0).all()
-    assert repr(null(40, 3, 2)) == "Null(3 × 2 in dimension 40, 2000 draws)"
+    assert repr(null_distribution(40, 3, 2)) == "NullDistribution(3 × 2 in dimension 40, 2000 draws)"
 
 
 # The least p of a grid
@@ -100,7 +109,7 @@ def test_the_corrected_p_rejects_as_often_as_it_says(d: int, k_a: int, k_b: int)
     """Independent subspaces are called alike in 5 % of the trials at .05, in 1 % at .01; cells alone do it far more."""
     trials = 1500
     p = [chance(grid, d).p for grid in independent_grids(d, k_a, k_b, trials, seed=17)]
-    whole = np.array([corrected(cells, d).min() for cells in p])
+    whole = np.array([familywise_p_values(cells, d).min() for cells in p])
     alone = np.array([cells.min() for cells in p])
     for level in LEVELS:
         assert np.mean(whole <= level) == pytest.approx(level, abs=binomial(level, trials))
@@ -112,50 +121,50 @@ def test_the_corrected_p_rejects_as_often_as_it_says(d: int, k_a: int, k_b: int)
 @pytest.mark.parametrize(("d", "k_a", "k_b"), [(64, 8, 8), (128, 8, 64), (384, 16, 16), (24, 20, 16)])
 def test_the_corrected_p_over_many_trials(d: int, k_a: int, k_b: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(haar, "DRAWS", 20_000)
-    haar._null.cache_clear()
-    level = Null(d, (k_a, k_b), null(d, k_a, k_b).least, np.empty(0), np.empty(0))
-    haar._null.cache_clear()
+    haar._draw_null_distribution.cache_clear()
+    level = NullDistribution(d, (k_a, k_b), null_distribution(d, k_a, k_b).least, np.empty(0), np.empty(0))
+    haar._draw_null_distribution.cache_clear()
     trials = 20_000
     least = np.concatenate(
         [[chance(g, d).p.min() for g in independent_grids(d, k_a, k_b, 1000, seed=s)] for s in range(trials // 1000)]
     )
     for alpha in (0.05, 0.01, 0.001):
         error = 4 * math.sqrt(alpha * (1 - alpha) * 2 / trials)
-        assert np.mean(level.corrected(least) <= alpha) == pytest.approx(alpha, abs=error)
+        assert np.mean(level.familywise_p(least) <= alpha) == pytest.approx(alpha, abs=error)
 
 
 def test_each_cell_is_corrected_by_counting() -> None:
     d = 50
     cells = chance(independent_grids(d, 6, 3, 1, seed=2)[0], d).p
-    drawn = null(d, 6, 3).least
-    found = corrected(cells, d)
+    drawn = null_distribution(d, 6, 3).least
+    found = familywise_p_values(cells, d)
     assert found.shape == cells.shape
     for at in np.ndindex(cells.shape):
         assert found[at] == pytest.approx((1 + np.count_nonzero(drawn <= cells[at])) / (1 + DRAWS))
     assert (found >= cells).all()  # looking at more can only weaken
     assert found.argmin() == cells.argmin()
-    assert np.array_equal(corrected(cells.T, d), found.T)
+    assert np.array_equal(familywise_p_values(cells.T, d), found.T)
 
 
 def test_rarer_than_the_draws_is_bounded_by_the_number_of_cells() -> None:
     """Many layers are corrected once more: a p that stopped at 1/2001 could not pass among 56 of them."""
     p = np.full((4, 5), 0.5)
     p[2, 3] = 1e-12
-    assert corrected(p, 64)[2, 3] == pytest.approx(20 * 1e-12)
-    p[2, 3] = 0.9 * null(64, 4, 5).least[0]
-    assert corrected(p, 64)[2, 3] == pytest.approx(min(1 / (1 + DRAWS), 20 * p[2, 3]))
-    assert Null(9, (2, 2), np.array([0.2, 0.4]), np.empty(0), np.empty(0)).corrected(np.array(0.19)) == pytest.approx(
-        1 / 3
-    )
-    steps = null(64, 4, 5).corrected(np.geomspace(1e-9, 1, 500))
+    assert familywise_p_values(p, 64)[2, 3] == pytest.approx(20 * 1e-12)
+    p[2, 3] = 0.9 * null_distribution(64, 4, 5).least[0]
+    assert familywise_p_values(p, 64)[2, 3] == pytest.approx(min(1 / (1 + DRAWS), 20 * p[2, 3]))
+    assert NullDistribution(9, (2, 2), np.array([0.2, 0.4]), np.empty(0), np.empty(0)).familywise_p(
+        np.array(0.19)
+    ) == pytest.approx(1 / 3)
+    steps = null_distribution(64, 4, 5).familywise_p(np.geomspace(1e-9, 1, 500))
     assert (np.diff(steps) >= 0).all()
     assert steps[-1] == 1
 
 
 def test_the_same_subspace_is_no_chance_and_all_of_the_space_is_nothing_else() -> None:
-    assert corrected(chance(np.ones((3, 3)), 100).p, 100).min() == 0
-    assert (corrected(chance(np.ones((5, 2)), 5).p, 5)[-1] == 1).all()
-    assert (corrected(np.ones((1, 1)), 1) == 1).all()
+    assert familywise_p_values(chance(np.ones((3, 3)), 100).p, 100).min() == 0
+    assert (familywise_p_values(chance(np.ones((5, 2)), 5).p, 5)[-1] == 1).all()
+    assert (familywise_p_values(np.ones((1, 1)), 1) == 1).all()
 
 
 # The band
@@ -164,14 +173,14 @@ def test_the_same_subspace_is_no_chance_and_all_of_the_space_is_nothing_else() -
 def test_the_band_of_one_direction_has_a_closed_form() -> None:
     """φ(1, 1) ~ Beta(1/2, (d − 1)/2), whose p at the ends is the rest of the band; a count of draws tells it."""
     d, law = 60, beta(0.5, 59 / 2)
-    found = null(d, 9, 4)
+    found = null_distribution(d, 9, 4)
     assert law.sf(found.high[0]) == pytest.approx(0.025, abs=binomial(0.025, DRAWS))
     assert law.cdf(found.low[0]) == pytest.approx(0.025, abs=binomial(0.025, DRAWS))
 
 
 def test_the_band_holds_95_percent_of_other_draws() -> None:
     grids = independent_grids(60, 9, 4, 1500, seed=31)
-    found = null(60, 9, 4)
+    found = null_distribution(60, 9, 4)
     for i in range(4):
         held = np.mean((grids[:, i, i] >= found.low[i]) & (grids[:, i, i] <= found.high[i]))
         assert held == pytest.approx(0.95, abs=binomial(0.05, 1500))
@@ -180,6 +189,6 @@ def test_the_band_holds_95_percent_of_other_draws() -> None:
 def test_errors() -> None:
     for d, k_a, k_b in ((4, 5, 1), (4, 1, 5), (4, 0, 1)):
         with pytest.raises(ShapeError, match="dimension 4"):
-            null(d, k_a, k_b)
+            null_distribution(d, k_a, k_b)
     with pytest.raises(ShapeError, match="whole grid"):
-        corrected(np.ones(3), 9)
+        familywise_p_values(np.ones(3), 9)

@@ -10,18 +10,18 @@ import pytest
 from scipy import stats
 
 from rankscope.inference import (
-    LARGEST,
-    LEVEL,
+    CONFIDENCE_LEVEL,
+    LARGEST_VALUE,
     Interval,
     Reach,
     equivalence,
     first_reaching,
     holm,
+    largest_insufficient_rank,
     mean_interval,
     median_interval,
     rank_correlation,
     ratio_interval,
-    short_up_to,
     slope,
 )
 
@@ -33,7 +33,7 @@ def coverage(draw: Draw, truth: float, times: int = 1000, seed: int = 0) -> tupl
     rng = np.random.default_rng(seed)
     found = [draw(rng) for _ in range(times)]
     held = [one.low is None or one.high is None or one.low <= truth <= one.high for one in found]
-    return float(np.mean(held)), 4 * math.sqrt(LEVEL * (1 - LEVEL) / times)
+    return float(np.mean(held)), 4 * math.sqrt(CONFIDENCE_LEVEL * (1 - CONFIDENCE_LEVEL) / times)
 
 
 def plain(found: Interval) -> bool:
@@ -56,10 +56,10 @@ def test_the_mean_has_students_interval(n: int, level: float) -> None:
 
 def test_students_interval_covers_three_seeds() -> None:
     share, room = coverage(lambda rng: mean_interval(list(rng.normal(1, 3, 3))), 1.0)
-    assert share == pytest.approx(LEVEL, abs=room)
+    assert share == pytest.approx(CONFIDENCE_LEVEL, abs=room)
     # Negative control: the normal's 1.96 in the place of t's 4.3 is far too sure.
     narrow, _ = coverage(lambda rng: _normal_interval(rng.normal(1, 3, 3)), 1.0)
-    assert narrow < LEVEL - 2 * room
+    assert narrow < CONFIDENCE_LEVEL - 2 * room
 
 
 def _normal_interval(x: np.ndarray) -> Interval:
@@ -100,7 +100,7 @@ def test_fieller_has_no_ends_where_the_denominator_may_be_zero() -> None:
     assert not found.known
     assert found.value == pytest.approx(y.mean() / x.mean())
     # By the test: no ratio is too large, either way.
-    assert all(stats.ttest_1samp(y - c * x, 0).pvalue > 1 - LEVEL for c in (-1e9, 1e9))
+    assert all(stats.ttest_1samp(y - c * x, 0).pvalue > 1 - CONFIDENCE_LEVEL for c in (-1e9, 1e9))
 
 
 def test_fieller_is_not_the_interval_of_unpaired_values() -> None:
@@ -115,13 +115,13 @@ def test_fieller_is_not_the_interval_of_unpaired_values() -> None:
 @pytest.mark.parametrize("n", [3, 5])
 def test_fieller_covers_the_ratio_of_means(n: int) -> None:
     share, room = coverage(lambda rng: ratio_interval(*map(list, pairs(rng, n, 0.1))), 0.9)
-    assert share == pytest.approx(LEVEL, abs=room)
+    assert share == pytest.approx(CONFIDENCE_LEVEL, abs=room)
 
 
 def test_fieller_covers_where_the_denominator_is_noisy() -> None:
     """Intervals without ends hold everything: never less than the level."""
     share, room = coverage(lambda rng: ratio_interval(*map(list, pairs(rng, 4, 1.0))), 0.9)
-    assert share >= LEVEL - room
+    assert share >= CONFIDENCE_LEVEL - room
 
 
 # Medians
@@ -139,26 +139,26 @@ def test_the_median_lies_between_order_statistics(n: int) -> None:
 
     if not found.known:
         assert n < 6
-        assert covers(1) < LEVEL
+        assert covers(1) < CONFIDENCE_LEVEL
         return
     low, high = found.low, found.high
     assert low is not None
     assert high == n - 1 - low  # type: ignore[operator]
     k = int(low) + 1
-    assert covers(k) >= LEVEL
-    assert k + 1 > n - k - 1 or covers(k + 1) < LEVEL
+    assert covers(k) >= CONFIDENCE_LEVEL
+    assert k + 1 > n - k - 1 or covers(k + 1) < CONFIDENCE_LEVEL
 
 
 @pytest.mark.parametrize("n", [6, 9, 20, 41])
 def test_the_median_is_covered_whatever_the_law(n: int) -> None:
     share, room = coverage(lambda rng: median_interval(list(rng.exponential(1, n))), math.log(2))
-    assert share >= LEVEL - room
+    assert share >= CONFIDENCE_LEVEL - room
     assert share <= 0.97 + room  # what the steps of so few values allow, not the whole line
 
 
 def test_the_median_is_covered_with_ties() -> None:
     share, room = coverage(lambda rng: median_interval(list(rng.poisson(1.2, 15).astype(float))), 1.0)
-    assert share >= LEVEL - room
+    assert share >= CONFIDENCE_LEVEL - room
 
 
 # Equivalence
@@ -229,9 +229,9 @@ def test_spearmans_interval_covers_gaussian_copulas(n: int, r: float) -> None:
         return rank_correlation(list(x), list(np.exp(r * x + math.sqrt(1 - r * r) * other)))
 
     share, room = coverage(draw, 6 / math.pi * math.asin(r / 2), times=400)
-    assert share >= LEVEL - 0.02 - room
+    assert share >= CONFIDENCE_LEVEL - 0.02 - room
     if n == 20:
-        assert share <= LEVEL + 0.02 + room  # not by being endless
+        assert share <= CONFIDENCE_LEVEL + 0.02 + room  # not by being endless
 
 
 def test_a_perfect_order_of_few_pairs_proves_little() -> None:
@@ -359,7 +359,7 @@ def test_no_scale_makes_a_number_that_is_none(scale: float) -> None:
     assert 0 <= (equivalence(y, 1.5 * scale) or 0) < 0.05
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2 * LARGEST])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2 * LARGEST_VALUE])
 def test_what_is_no_number_is_refused(bad: float) -> None:
     good = [1.0, 2.0, 3.0]
     for call in (
@@ -405,4 +405,4 @@ def test_what_has_no_answer_is_refused() -> None:
     ],
 )
 def test_how_far_ranks_surely_fall_short(shares: list[tuple[int, Interval | None]], expected: int) -> None:
-    assert short_up_to(shares, 0.9) == expected
+    assert largest_insufficient_rank(shares, 0.9) == expected

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from rankscope import linalg
 from rankscope.linalg import (
-    GRAM_FROM,
+    GRAM_MIN_COLUMNS,
+    decompose_qr,
     dense_singular_values,
     dense_svd,
-    orthogonal,
     product_singular_values,
     product_svd,
-    transposed_times,
-    triangle,
+    transpose_matmul,
+    triangular_factor,
     ulp,
     working_dtype,
 )
@@ -41,9 +41,9 @@ def test_svd_of_a_product(out: int, r: int, into: int) -> None:
     expected = np.linalg.svd(M, compute_uv=False)[:k]
     assert np.allclose(s.numpy(), expected, rtol=1e-12)
     assert np.allclose(product_singular_values(left, right).numpy(), expected, rtol=1e-12)
-    (q_left, r_left), (q_right, r_right) = orthogonal(left), orthogonal(right.T)
+    (q_left, r_left), (q_right, r_right) = decompose_qr(left), decompose_qr(right.T)
     assert (r_left @ r_right.T).shape == (min(out, r), min(into, r))
-    product = q_left.formed() @ r_left @ r_right.T @ q_right.formed().T
+    product = q_left.to_dense() @ r_left @ r_right.T @ q_right.formed().T
     assert np.allclose(product.numpy(), M, atol=1e-12 * s[0].item(), rtol=0)
 
 
@@ -107,15 +107,15 @@ FACTORS: dict[str, tuple[bool, Callable[[int, int, int], Tensor]]] = {
 
 def served(tall: Tensor) -> bool:
     """Whether Cholesky's R is taken."""
-    found = linalg._certified(tall, None)
-    return found is not None and found.condition <= linalg._limit(tall)
+    found = linalg._certify_cholesky(tall, None)
+    return found is not None and found.condition <= linalg._condition_limit(tall)
 
 
 @pytest.mark.parametrize("name", FACTORS)
 def test_which_factors_cholesky_serves(name: str) -> None:
     expected, make = FACTORS[name]
     assert served(make(300, 24, 0)) == expected
-    few = make(300, GRAM_FROM - 1, 0)
+    few = make(300, GRAM_MIN_COLUMNS - 1, 0)
     assert not served(few)
 
 
@@ -144,7 +144,7 @@ def test_products_of_all_factors_against_a_dense_svd(left: str, right: str) -> N
 @pytest.mark.parametrize("d", [40, 300, 5000])
 def test_the_certificate_is_a_bound_and_a_close_one(condition: float, d: int) -> None:
     L = mixed(d, 32, condition) * torch.logspace(-4, 4, 32, dtype=torch.float64)
-    found = linalg._certified(L, None)
+    found = linalg._certify_cholesky(L, None)
     assert found is not None
     exact = 1 / float(torch.linalg.svdvals(L / L.norm(dim=0))[-1])
     assert exact * (1 - 1e-6) <= found.condition <= 32 ** (1 / 8) * exact * (1 + 1e-6)
@@ -157,7 +157,7 @@ def test_cholesky_keeps_the_digits_that_it_promises(d: int, condition: float, si
     L = mixed(d, 24, condition)
     L = L.abs() if sign else L
     L = L / L.norm(dim=0)
-    found = linalg._certified(L, None)
+    found = linalg._certify_cholesky(L, None)
     assert found is not None
     exact = extended_cholesky(L.numpy().astype(np.longdouble))
     change = np.linalg.norm((found.R.numpy() - exact).astype(float), axis=0).max()
@@ -204,24 +204,24 @@ def test_factors_that_cancel_keep_what_is_left() -> None:
 def test_directions_are_orthonormal_between_the_limits_too() -> None:
     """Where values may come from Cholesky's R, but M·R⁻¹ of it would not be orthonormal enough."""
     L = mixed(5000, 32, 30.0)
-    found = linalg._certified(L, None)
+    found = linalg._certify_cholesky(L, None)
     assert found is not None
-    assert found.condition < linalg._limit(L) < found.condition**2
-    Q, R = orthogonal(L)
+    assert found.condition < linalg._condition_limit(L) < found.condition**2
+    Q, R = decompose_qr(L)
     assert Q.small is not None
-    assert np.allclose((Q.formed().T @ Q.formed()).numpy(), np.eye(32), rtol=0, atol=1000 * EPS)
-    assert np.allclose((Q.formed() @ R).numpy(), L.numpy(), rtol=0, atol=1e-14 * float(L.norm()))
+    assert np.allclose((Q.to_dense().T @ Q.formed()).numpy(), np.eye(32), rtol=0, atol=1000 * EPS)
+    assert np.allclose((Q.to_dense() @ R).numpy(), L.numpy(), rtol=0, atol=1e-14 * float(L.norm()))
 
 
 def test_r_of_either_route_squares_to_the_gram_matrix() -> None:
     for L in (normal(60, 24), normal(60, 8), normal(20, 30), mixed(60, 24, 1e5)):
-        R, (Q, same) = triangle(L), orthogonal(L)
+        R, (Q, same) = triangular_factor(L), decompose_qr(L)
         for found in (R, same):
             assert np.allclose(
                 (found.T @ found).numpy(), (L.T @ L).numpy(), rtol=0, atol=1e-12 * float(L.square().sum())
             )
             assert torch.equal(found, found.triu())
-        assert np.allclose((Q.formed() @ same).numpy(), L.numpy(), rtol=0, atol=1e-13 * float(L.norm()))
+        assert np.allclose((Q.to_dense() @ same).numpy(), L.numpy(), rtol=0, atol=1e-13 * float(L.norm()))
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6), (1, 7), (7, 1)])
@@ -269,7 +269,7 @@ HARD = {
 def test_squares_in_float64_lose_nothing_that_float32_holds(name: str, shape: tuple[int, int], size: float) -> None:
     """Against float64 svdvals of the same float32 entries: far inside of what ``Spectrum`` counts as zero."""
     M = HARD[name](*shape) * size
-    assert linalg.squares(M if shape[0] >= shape[1] else M.T)
+    assert linalg.should_use_gram(M if shape[0] >= shape[1] else M.T)
     exact = np.linalg.svd(M.double().numpy(), compute_uv=False)
     found = dense_singular_values(M).numpy()
     assert found.shape == exact.shape
@@ -286,7 +286,7 @@ def test_squares_in_float64_lose_nothing_that_float32_holds(name: str, shape: tu
 
 def test_squares_are_taken_where_they_are_sooner_and_float32_is_what_is_there() -> None:
     def asked(m: int, n: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> bool:
-        return linalg.squares(torch.empty(1, dtype=dtype, device=device).expand(m, n))
+        return linalg.should_use_gram(torch.empty(1, dtype=dtype, device=device).expand(m, n))
 
     assert asked(8192, 8192)
     assert not asked(8193, 8193)
@@ -300,7 +300,7 @@ def test_transposed_products_by_either_library(dtype: torch.dtype) -> None:
     a, b = normal(40, 6).to(dtype), normal(40, 9, seed=1).to(dtype).requires_grad_()
     several = normal(3, 40, 6, seed=2).to(dtype)
     for one, two in ((a, a), (a, b), (a, normal(9, 40, seed=3).T.to(dtype)), (several, several)):
-        found, expected = transposed_times(one, two), np.swapaxes(one.numpy(), -1, -2) @ two.detach().numpy()
+        found, expected = transpose_matmul(one, two), np.swapaxes(one.numpy(), -1, -2) @ two.detach().numpy()
         assert found.dtype == dtype
         assert np.allclose(found.detach().numpy(), expected, rtol=0, atol=100 * torch.finfo(dtype).eps)
 
@@ -310,7 +310,7 @@ def test_blocks_of_rows_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = M.double().T @ M.double()
     for entries in (1, 13 * 7, 10**6):
         monkeypatch.setattr(linalg, "GRAM_BLOCK", entries)
-        assert torch.allclose(linalg.squared(M).tril(), whole.tril(), rtol=1e-14, atol=1e-13)
+        assert torch.allclose(linalg.gram_lower_triangle(M).tril(), whole.tril(), rtol=1e-14, atol=1e-13)
 
 
 @pytest.mark.parametrize("shape", [(50, 40), (40, 50)])

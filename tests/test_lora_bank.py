@@ -135,7 +135,7 @@ def test_select_sends_every_row_through_one_adapter() -> None:
     tokens = torch.randint(9, (5, 6), generator=generator(3))
     net, bank = together()
     net.eval()
-    assert bank.selected == 0
+    assert bank.selection == 0
     for i in (0, 1, 2, 1):
         bank.select(i)
         torch.testing.assert_close(net(tokens), alone(i)[0].eval()(tokens), rtol=1e-11, atol=1e-11)

@@ -34,7 +34,7 @@ def test_each_row_is_as_its_adapter_alone(rows: list[int]) -> None:
     net.eval()
     weight = torch.randn(7, 7, generator=generator(4), dtype=torch.float64)
     bank.select(rows)
-    assert bank.selected == tuple(rows)
+    assert bank.selection == tuple(rows)
     output = net(TOKENS)
     if max(rows) >= 0:
         (output * weight).sum().backward()
@@ -123,10 +123,10 @@ def test_another_number_of_rows_is_refused_in_one_sentence() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             bank.select(rows)
-    assert bank.selected == (-1, -1)  # what is refused changes nothing
+    assert bank.selection == (-1, -1)  # what is refused changes nothing
     for which in (1, None):
         bank.select(which)
-        assert bank.selected == which
+        assert bank.selection == which
     single = Bank.attach(nn.Sequential(nn.Linear(3, 3)), AdapterSpec(2, 2.0, ["0"]), generator(0))
     single.merge()
     with pytest.raises(ConfigError, match="unmerge first"):

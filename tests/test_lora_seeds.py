@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rankscope.lora import AdapterSpec, Bank
-from rankscope.lora.routing import mixed
+from rankscope.lora.routing import dropout_seed
 
 TOKENS = torch.randint(9, (12, 6), generator=generator(3))
 # Two adapters with dropout, one without; 11 draws before, so that the streams of the generators differ.
@@ -87,7 +87,7 @@ def test_masks_of_layers_steps_and_adapters_are_independent() -> None:
     masks = []
     for seed in (0, 1, 2**63 - 1):
         bank.route.seeds = [seed]
-        masks += [layer.prepared(torch.ones(1, 2000), 0)[0] for layer in bank.layers.values()]
+        masks += [layer.prepare_input(torch.ones(1, 2000), 0)[0] for layer in bank.layers.values()]
     stacked = torch.stack(masks)
     assert set(stacked.unique().tolist()) == {0.0, 2.0}
     agree = torch.stack([(a == b).double().mean() for k, a in enumerate(stacked) for b in stacked[:k]])
@@ -98,5 +98,5 @@ def test_masks_of_layers_steps_and_adapters_are_independent() -> None:
 
 def test_the_mix_is_what_it_says() -> None:
     """The first eight bytes of sha256 of "seed path", as openssl computes it, without the lowest bit."""
-    assert mixed(7, "a.b") == int("7928befcd7bba7c8", 16) >> 1
-    assert mixed(7, "a.b") != mixed(7, "a.c") != mixed(8, "a.b")
+    assert dropout_seed(7, "a.b") == int("7928befcd7bba7c8", 16) >> 1
+    assert dropout_seed(7, "a.b") != dropout_seed(7, "a.c") != dropout_seed(8, "a.b")

@@ -10,16 +10,16 @@ import torch
 from makers import normal, planted, planted_dense, spectrum_of
 
 from rankscope.errors import RankscopeError, ShapeError
-from rankscope.noise import gd_omega, mp_median, mp_quantile, shrink
+from rankscope.noise import gd_omega, mp_median, mp_quantile, shrink_singular_values
 from rankscope.spectra import (
     Spectrum,
+    denoise_spectrum,
     gd_count,
     mp_count,
     mp_edge,
     noise_measures,
     noise_spectrum,
     rounding_floor,
-    without_noise,
 )
 from rankscope.subspace import Subspace
 from rankscope.updates import Dense, LowRank
@@ -167,7 +167,7 @@ def test_without_rounding_nothing_changes() -> None:
     assert (spectrum.k90, spectrum.k99) == (4, 8)
     assert rounding_floor(Spectrum.of(planted((9, 9), [1.0]))) is None
     # Shrinking vanishing noise is the identity.
-    free = without_noise(spectrum_of([5, 3, 1]), 1e-12)
+    free = denoise_spectrum(spectrum_of([5, 3, 1]), 1e-12)
     assert np.allclose(free.values, [5, 3, 1], rtol=1e-12)
 
 
@@ -206,7 +206,7 @@ def test_the_shrinker_undoes_known_noise(shape: tuple[int, int]) -> None:
     U, y, Vt = np.linalg.svd(S + normal(*shape, seed=9).numpy())
     error = {}
     for factor in (0.98, 1.0, 1.02):
-        kept = factor * shrink(y, 1.0, shape)
+        kept = factor * shrink_singular_values(y, 1.0, shape)
         error[factor] = np.linalg.norm((U[:, : len(y)] * kept) @ Vt[: len(y)] - S)
         assert (kept > 0).sum() == 3
     hard = np.linalg.norm((U[:, :3] * y[:3]) @ Vt[:3] - S)

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 
 from rankscope import plots
 from rankscope.analysis.comparison import CompareResult, compare
-from rankscope.analysis.spectra import SpectrumResult, spectrum
+from rankscope.analysis.layer_spectra import SpectrumResult, spectrum
 from rankscope.errors import ConfigError, FormatError
 from rankscope.plots import PerformancePoint
-from rankscope.plots.overlap import _ticks
-from rankscope.plots.spectra import kind_of
+from rankscope.plots.overlap_figure import _ticks
+from rankscope.plots.spectrum_figure import layer_kind
 from rankscope.updates import Dense, LowRank
 
 MAGIC = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
@@ -135,7 +135,7 @@ def test_many_kinds_do_not_flood_the_legend() -> None:
 
 @pytest.mark.parametrize(("name", "kind"), [("h.0.q_proj", "q_proj"), ("block.q.0", "q"), ("3", "3")])
 def test_kind(name: str, kind: str) -> None:
-    assert kind_of(name) == kind
+    assert layer_kind(name) == kind
 
 
 def pair() -> CompareResult:

@@ -15,9 +15,10 @@ from scipy.stats import beta
 
 import rankscope
 from rankscope.errors import ConfigError
-from rankscope.report import comparison, spectrum
+from rankscope.report import compare_page as comparison
+from rankscope.report import spectrum_page as spectrum
 from rankscope.report.document import Cell, Document, Section, Table
-from rankscope.report.page import page
+from rankscope.report.page import render_page
 from rankscope.spectra import noise_measures
 from rankscope.train.study import versions
 from rankscope.updates import Dense, LowRank, Update
@@ -58,7 +59,7 @@ B: dict[str, Update] = {
 @pytest.fixture(scope="module")
 def compared() -> Document:
     result = rankscope.compare(A, {**B, "only.a": factors([[0, 0, 0, 0]], [[1, 0, 0]])})
-    return comparison.document(result, command="rankscope compare a b")
+    return comparison.build_document(result, command="rankscope compare a b")
 
 
 def test_directions(compared: Document) -> None:
@@ -97,7 +98,7 @@ def test_angles_are_degrees_from_least_to_largest() -> None:
     c, s = math.cos(math.pi / 6), math.sin(math.pi / 6)
     a = {"q": factors([[2, 0, 0, 0], [0, 1, 0, 0]], [[1, 0, 0], [0, 1, 0]])}
     b = {"q": factors([[2 * c, 0, 2 * s, 0], [0, s, 0, c]], [[1, 0, 0], [0, 1, 0]])}
-    found = columns(tables(comparison.document(rankscope.compare(a, b)))["spans-left"])
+    found = columns(tables(comparison.build_document(rankscope.compare(a, b)))["spans-left"])
     assert found["least angle (°)"] == pytest.approx([30.0])
     assert found["largest angle (°)"] == pytest.approx([60.0])
     assert found["projection"] == pytest.approx([1.0])
@@ -122,7 +123,7 @@ def test_the_chance_of_a_cosine() -> None:
     for seed in range(400):
         a, b = (planted((8, 6), (2.0, 1.0), seed=2000 * n + 2 * seed) for n in (1, 2))
         cosines.append(a.inner(b) / a.norm / b.norm)
-    found = columns(tables(comparison.document(rankscope.compare({"q": a}, {"q": b})))["sizes"])
+    found = columns(tables(comparison.build_document(rankscope.compare({"q": a}, {"q": b})))["sizes"])
     expected = found["cosine by chance (sd)"][0]
     assert isinstance(expected, float)
     measured = math.sqrt(sum(c * c for c in cosines) / len(cosines))
@@ -134,7 +135,7 @@ def test_what_was_left_out(compared: Document) -> None:
     assert columns(tables(compared)["unmatched"]) == {"layer": ["z"], "only in": ["b"]}
     assert columns(tables(compared)["skipped"])["tensor"] == ["only.a"]
     assert part(compared, "left-out").lead == "1 layer has no partner, and 1 tensor was skipped."
-    same = comparison.document(rankscope.compare({"q": A["q"]}, {"q": A["q"]}))
+    same = comparison.build_document(rankscope.compare({"q": A["q"]}, {"q": A["q"]}))
     assert part(same, "left-out").lead == "Every layer of both was compared."
     assert not part(same, "left-out").tables
 
@@ -161,7 +162,7 @@ def aligned(n: int, strangers: int) -> tuple[dict[str, Update], dict[str, Update
 
 
 def test_layers_above_chance_are_counted() -> None:
-    document = comparison.document(rankscope.compare(*aligned(5, strangers=2)))
+    document = comparison.build_document(rankscope.compare(*aligned(5, strangers=2)))
     lead = part(document, "directions").lead
     assert "in 3 of 5 layers in the output space (left) and in 3 of 5 layers in the input space (right)" in lead
 
@@ -178,7 +179,7 @@ def test_layers_are_counted_after_correction() -> None:
     ps = {"a": 0.005, "b": 0.005, "c": 0.005, "d": 0.005, "e": 0.001}
     pairs = {name: tilted(p) for name, p in ps.items()}
     result = rankscope.compare({n: a for n, (a, _) in pairs.items()}, {n: b for n, (_, b) in pairs.items()})
-    document = comparison.document(result)
+    document = comparison.build_document(result)
     assert columns(tables(document)["directions"])["p left"] == pytest.approx(list(ps.values()))
     assert "in 1 of 5 layers in the output space (left)" in part(document, "directions").lead
 
@@ -186,19 +187,19 @@ def test_layers_are_counted_after_correction() -> None:
 def test_the_picture_and_the_numbers_behind_it() -> None:
     a, b = aligned(3, strangers=1)
     result = rankscope.compare(a, b)
-    (picture,) = part(comparison.document(result), "directions").pictures
+    (picture,) = part(comparison.build_document(result), "directions").pictures
     found = columns(picture.data)
     cuts = list(zip(found["i of a"], found["j of b"], strict=True))
     assert cuts == [(i, j) for i in (1, 2, 4) for j in (1, 2, 4)]
     assert found["φ left"] == pytest.approx([1.0] * 9), "the median over three layers, two of which are the same"
     assert found["chance left"] == pytest.approx([max(i, j) / 64 for i in (1, 2, 4) for j in (1, 2, 4)])
-    last = part(comparison.document(result, layer="layers.2.q"), "directions").pictures[0]
+    last = part(comparison.build_document(result, layer="layers.2.q"), "directions").pictures[0]
     stranger = result["layers.2.q"].left
     assert stranger is not None
     assert columns(last.data)["φ left"][-1] == pytest.approx(stranger.overlap[3, 3])
     assert picture.draw().axes
     with pytest.raises(ConfigError, match="no layer"):
-        comparison.document(result, layer="nowhere")
+        comparison.build_document(result, layer="nowhere")
 
 
 @pytest.mark.parametrize(("last", "cuts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (64, [1, 2, 4, 8, 16, 32, 64])])
@@ -211,12 +212,12 @@ def test_near_equal_values_are_marked() -> None:
     U, V = frame(16, 4, seed=1), frame(12, 4, seed=2)
     a = {"q": LowRank(U * torch.tensor([3.0, 1.0, 1.0, 0.5]), V.T)}
     b = {"q": LowRank(U[:, :2] * torch.tensor([3.0, 1.0]), V[:, :2].T)}
-    assert columns(tables(comparison.document(rankscope.compare(a, b)))["directions"])["near-equal σ"] == ["a"]
-    assert columns(tables(comparison.document(rankscope.compare(b, a)))["directions"])["near-equal σ"] == ["b"]
+    assert columns(tables(comparison.build_document(rankscope.compare(a, b)))["directions"])["near-equal σ"] == ["a"]
+    assert columns(tables(comparison.build_document(rankscope.compare(b, a)))["directions"])["near-equal σ"] == ["b"]
 
 
 def test_factors_have_one_side_and_no_cosine() -> None:
-    document = comparison.document(rankscope.compare(A, {"q": B["q"]}, of="A"))
+    document = comparison.build_document(rankscope.compare(A, {"q": B["q"]}, of="A"))
     assert set(tables(document)) == {"directions", "spans-right", "unmatched"}
     assert "φ left" not in tables(document)["directions"].header
     assert "cosine" not in document.lead
@@ -225,14 +226,14 @@ def test_factors_have_one_side_and_no_cosine() -> None:
 
 def test_other_names_and_remarks_are_shown() -> None:
     full = {"base.q": Dense(normal(80, 70))}
-    document = comparison.document(rankscope.compare({"q": planted((80, 70), (2.0, 1.0))}, full))
+    document = comparison.build_document(rankscope.compare({"q": planted((80, 70), (2.0, 1.0))}, full))
     assert columns(tables(document)["directions"])["in b"] == ["base.q"]
     assert any("top 64 directions" in note for note in part(document, "remarks").notes)
-    assert "remarks" not in [s.key for s in comparison.document(rankscope.compare(A, A)).sections]
+    assert "remarks" not in [s.key for s in comparison.build_document(rankscope.compare(A, A)).sections]
 
 
 def spectra(*sources: Mapping[str, Update]) -> Document:
-    return spectrum.document([rankscope.spectrum(source) for source in sources], "rankscope spectrum x")
+    return spectrum.build_document([rankscope.spectrum(source) for source in sources], "rankscope spectrum x")
 
 
 def test_ranks_of_an_adapter() -> None:
@@ -257,7 +258,7 @@ def test_a_full_update_has_the_noise_of_its_shape_beside_it() -> None:
     document = spectra({"fc": Dense(normal(48, 40) + signal)})
     found = columns(tables(document)["ranks-1"])
     noise = noise_measures((48, 40))
-    for title, measure in spectrum.MEASURES.items():
+    for title, measure in spectrum.MEASURE_COLUMNS.items():
         assert found[f"{title}, noise"] == [noise[measure]]
         assert found[title] != found[f"{title}, noise"]
     assert "r" not in found
@@ -304,7 +305,7 @@ def test_several_updates_side_by_side() -> None:
     names = [table.name for section in document.sections for table in section.tables]
     assert len(names) == len(set(names))
     assert document.facts == {"updates": "4", "layers": "5"}
-    assert page(document).count("<img ") == 2
+    assert render_page(document).count("<img ") == 2
 
 
 def test_the_values_behind_the_picture() -> None:

@@ -24,13 +24,13 @@ import pytest
 from matplotlib.figure import Figure
 
 from rankscope.errors import ConfigError, FormatError
-from rankscope.evidence.verdict import Answer, Verdict
 from rankscope.plots.figure import new_figure
 from rankscope.report import cells
-from rankscope.report.cells import LONG, is_probability, significant, soft
+from rankscope.report.cells import LONG, allow_breaks, format_significant, is_probability
 from rankscope.report.document import Cell, Document, Picture, Section, Table
-from rankscope.report.files import write_figures
-from rankscope.report.page import MOST_ROWS, page, write_page
+from rankscope.report.figure_files import write_figures
+from rankscope.report.page import MOST_ROWS, render_page, write_page
+from rankscope.verdict import Answer, Verdict
 
 HOSTILE = "<script>alert(1)</script>\"' onload='alert(2)'><img src=http://x.invalid/y.png>&lt;</style></script><!--"
 EMPTY_TAGS = {"meta", "img", "br", "wbr", "path", "circle", "rect", "input", "link", "base"}
@@ -127,7 +127,7 @@ def hostile() -> Document:
 
 @pytest.fixture(scope="module")
 def hostile_page(hostile: Document) -> str:
-    return page(hostile)
+    return render_page(hostile)
 
 
 def test_hostile_text_stays_text(hostile_page: str) -> None:
@@ -176,7 +176,7 @@ def test_the_policy_lets_the_own_script_run_and_no_other(hostile_page: str) -> N
 def test_control_characters_and_halves_of_pairs_are_shown_as_such() -> None:
     rows = [("a\x1b[2J\u202eb\ud800c\x00", 1), ("line\nbreak", 2)]
     many = Table("t", "Cap\x07tion\u2066.", ("layer", "n"), rows)
-    text = page(document(section(tables=[many], notes=["no\x00te é 漢 \xa0 🙂"])))
+    text = render_page(document(section(tables=[many], notes=["no\x00te é 漢 \xa0 🙂"])))
     text.encode("utf-8")
     assert "Cap\ufffdtion\ufffd." in Reader(text).texts("caption")[0]
     assert "no\ufffdte é 漢 \xa0 🙂" in Reader(text).texts("li")
@@ -191,7 +191,7 @@ def test_structure() -> None:
         facts={"task": "docs"},
         provenance={"command": ["rankscope", "report", "a b"], "versions": {"torch": "2"}},
     )
-    read = Reader(page(shown))
+    read = Reader(render_page(shown))
     assert read.attributes("html") == [{"lang": "en"}]
     headings = [(tag, "".join(text)) for tag, _, text in read.found if re.fullmatch("h[1-6]", tag)]
     assert headings == [
@@ -218,7 +218,7 @@ def test_the_summary_has_every_verdict_and_what_is_missing() -> None:
         section("two", verdicts=[verdict("no", "third")]),
         section("three", missing="no runs; train some"),
     )
-    read = Reader(page(shown))
+    read = Reader(render_page(shown))
     assert "3 claims tested: 1 yes, 1 no, 1 undecided; 1 section has no data." in read.texts("p")
     rows = [" ".join(text.split()) for text in read.texts("li") if "in numbers" in text or "train some" in text]
     assert rows == [
@@ -234,11 +234,11 @@ def test_the_summary_has_every_verdict_and_what_is_missing() -> None:
 
 
 def test_a_page_without_claims_has_no_summary() -> None:
-    text = page(document(section(tables=[table()])))
+    text = render_page(document(section(tables=[table()])))
     assert "page-summary" not in Reader(text).texts("nav")[0]
     assert "Summary" not in Reader(text).texts("h2")
     assert Document(title="x", lead="", sections=[]).provenance == {}
-    assert Reader(page(document())).texts("h2") == []
+    assert Reader(render_page(document())).texts("h2") == []
 
 
 @pytest.mark.parametrize(
@@ -259,14 +259,14 @@ def test_a_page_without_claims_has_no_summary() -> None:
     ],
 )
 def test_significant_digits(value: float, digits: int, padded: bool, shown: str) -> None:
-    assert significant(value, digits, padded) == shown
+    assert format_significant(value, digits, padded) == shown
 
 
 @pytest.mark.parametrize(
     ("p", "shown"), [(0.0, "<1e-12"), (9e-13, "<1e-12"), (1e-12, "1×10⁻¹²"), (3.21e-5, "3.2×10⁻⁵"), (0.25, "0.25")]
 )
 def test_probabilities(p: float, shown: str) -> None:
-    assert cells.probability(p) == shown
+    assert cells.format_probability(p) == shown
 
 
 @pytest.mark.parametrize("title", ["p", "p left", "corrected p", "test (p)", "z, p"])
@@ -282,7 +282,7 @@ def test_titles_of_no_probabilities(title: str) -> None:
 def shown_cells(values: Sequence[Cell], title: str = "x", digits: int = 4) -> list[str]:
     """A column as a page shows it."""
     rows = [("name", value) for value in values]
-    text = page(document(section(tables=[Table("t", "Caption.", ("layer", title), rows, digits=digits)])))
+    text = render_page(document(section(tables=[Table("t", "Caption.", ("layer", title), rows, digits=digits)])))
     return Reader(text).texts("td")
 
 
@@ -300,7 +300,7 @@ def test_cells() -> None:
 def test_cells_carry_what_they_are_sorted_by() -> None:
     values = [1 / 3, None, 2, 1e-300, "text"]
     rows = [("name", value) for value in values]
-    read = Reader(page(document(section(tables=[Table("t", "Caption.", ("layer", "x"), rows)]))))
+    read = Reader(render_page(document(section(tables=[Table("t", "Caption.", ("layer", "x"), rows)]))))
     found = read.attributes("td")
     assert [float(a["data-v"] or "") if "data-v" in a else None for a in found] == [1 / 3, None, 2, 1e-300, None]
     assert ["data-none" in a for a in found] == [False, True, False, False, False]
@@ -308,17 +308,17 @@ def test_cells_carry_what_they_are_sorted_by() -> None:
 
 def test_numbers_of_numpy_are_numbers() -> None:
     rows = [(np.int64(7), np.float32(0.5), np.float64(0.25))]
-    read = Reader(page(document(section(tables=[Table("t", "Caption.", ("a", "b", "c"), rows)]))))  # type: ignore[arg-type]
+    read = Reader(render_page(document(section(tables=[Table("t", "Caption.", ("a", "b", "c"), rows)]))))  # type: ignore[arg-type]
     assert read.texts("td") == ["7", "0.5", "0.25"]
     assert [a["class"] for a in read.attributes("td")] == ["n"] * 3
 
 
 def test_numbers_stand_right_and_names_head_their_rows() -> None:
     rows: list[tuple[Cell, ...]] = [("a", 1, "x"), ("b", None, "y")]
-    read = Reader(page(document(section(tables=[Table("t", "Caption.", ("layer", "n", "kind"), rows)]))))
+    read = Reader(render_page(document(section(tables=[Table("t", "Caption.", ("layer", "n", "kind"), rows)]))))
     assert [a["class"] for a in read.attributes("td")] == ["n", "s", "n", "s"]
     assert [a["scope"] for a in read.attributes("th")] == ["col", "col", "col", "row", "row"]
-    numbers = Reader(page(document(section(tables=[Table("t", "Caption.", ("i", "n"), [(1, 2), (2, 3)])]))))
+    numbers = Reader(render_page(document(section(tables=[Table("t", "Caption.", ("i", "n"), [(1, 2), (2, 3)])]))))
     assert [a["scope"] for a in numbers.attributes("th")] == ["col", "col"]
 
 
@@ -326,17 +326,17 @@ def test_numbers_stand_right_and_names_head_their_rows() -> None:
     "text", ["", "q", "model.layers.0.self_attn.q_proj", "x" * 90, "two words/and_a_long.path.here"]
 )
 def test_soft_breaks_change_no_letter(text: str) -> None:
-    broken = soft(text)
+    broken = allow_breaks(text)
     assert broken.replace("<wbr>", "").unescape() == text
     assert all(len(part) <= 17 for part in re.split(r"<wbr>|\s", broken))
-    assert "q_<wbr>proj" in soft("model.layers.0.self_attn.q_proj")
-    assert "<wbr>" not in soft("0.5 of 1.25, r = 8"), "numbers are not broken after their points"
+    assert "q_<wbr>proj" in allow_breaks("model.layers.0.self_attn.q_proj")
+    assert "<wbr>" not in allow_breaks("0.5 of 1.25, r = 8"), "numbers are not broken after their points"
 
 
 def test_long_tables_scroll_and_the_script_agrees_what_is_long() -> None:
     def boxes(n: int) -> list[str | None]:
         rows = [(f"layers.{i}", i) for i in range(n)]
-        read = Reader(page(document(section(tables=[Table("t", "Caption.", ("layer", "n"), rows)]))))
+        read = Reader(render_page(document(section(tables=[Table("t", "Caption.", ("layer", "n"), rows)]))))
         assert len(read.texts("tr")) == n + 1
         return [a["class"] for a in read.attributes("div") if (a.get("class") or "").startswith("scroll")]
 
@@ -349,7 +349,9 @@ def test_long_tables_scroll_and_the_script_agrees_what_is_long() -> None:
 def test_of_the_numbers_behind_a_picture_the_first_are_shown() -> None:
     n = MOST_ROWS + 1
     many = Table("many", "Caption.", ("i", "n"), [(i, i) for i in range(n)])
-    read = Reader(page(document(section(pictures=[Picture("many", "c", "a", line_figure, many)], tables=[many]))))
+    read = Reader(
+        render_page(document(section(pictures=[Picture("many", "c", "a", line_figure, many)], tables=[many])))
+    )
     behind, whole = read.texts("tbody")
     assert behind.split()[-1] == 2 * str(MOST_ROWS - 1)
     assert whole.split()[-1] == 2 * str(MOST_ROWS)
@@ -358,9 +360,9 @@ def test_of_the_numbers_behind_a_picture_the_first_are_shown() -> None:
 
 
 def test_lines_are_svg_and_heat_maps_and_very_many_lines_png(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = page(document(section(pictures=[picture("a"), picture("b", heat_map)])))
+    few = render_page(document(section(pictures=[picture("a"), picture("b", heat_map)])))
     monkeypatch.setattr("rankscope.report.page.FEW_SVG_BYTES", 0)
-    many = page(document(section(pictures=[picture("a"), picture("c", lambda: line_figure(200))])))
+    many = render_page(document(section(pictures=[picture("a"), picture("c", lambda: line_figure(200))])))
     kinds = []
     for attributes in Reader(few).attributes("img") + Reader(many).attributes("img"):
         kind, data = (attributes["src"] or "").removeprefix("data:image/").split(";base64,")
@@ -374,7 +376,7 @@ def test_lines_are_svg_and_heat_maps_and_very_many_lines_png(monkeypatch: pytest
 def test_long_mappings_are_json_and_short_ones_pairs() -> None:
     config = {"ranks": [1, 2], "name": "x", "none": None}
     made_by = {"config": config, "versions": {"torch": "2.13", "none": None}, "many": {f"k{i}": i for i in range(20)}}
-    read = Reader(page(document(provenance=made_by)))
+    read = Reader(render_page(document(provenance=made_by)))
     shown = [json.loads(text) for text in read.texts("pre")]
     assert shown == [config, made_by["many"]]
     assert "torch" in read.texts("dt")
@@ -384,7 +386,7 @@ def test_writing(tmp_path: Path) -> None:
     shown = document(section(pictures=[picture()], tables=[table()]))
     first = write_page(shown, tmp_path / "new" / "page.html")
     second = write_page(shown, str(tmp_path / "again.html"))
-    assert first.read_bytes() == second.read_bytes() == page(shown).encode()
+    assert first.read_bytes() == second.read_bytes() == render_page(shown).encode()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
     with pytest.raises(FormatError, match="is a folder"):
         write_page(shown, tmp_path)
@@ -394,11 +396,11 @@ def test_writing(tmp_path: Path) -> None:
 
 def test_mistakes_are_said() -> None:
     with pytest.raises(ConfigError, match="'spectra'"):
-        page(document(section(), section()))
+        render_page(document(section(), section()))
     with pytest.raises(ConfigError, match="page-main"):
-        page(document(section("page-main")))
+        render_page(document(section("page-main")))
     with pytest.raises(ConfigError, match="'rows'"):
-        page(document(section(tables=[table(rows=[("a", 1)])])))
+        render_page(document(section(tables=[table(rows=[("a", 1)])])))
 
 
 def test_figures(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from makers import frame, normal, planted
 
 from rankscope import linalg
-from rankscope.linalg import leading, worth_a_sketch
-from rankscope.sketch import Sketch, agreed, sketched
+from rankscope.linalg import leading_triplets, sketch_is_cheaper
+from rankscope.sketch import Sketch, resolve_bounds, sketch_update
 from rankscope.spectra import MEASURES, Spectrum
 from rankscope.updates import Dense
 
@@ -49,7 +49,7 @@ def test_against_the_exact_spectrum(name: str, shape: tuple[int, int]) -> None:
     update = with_values(SPECTRA[name], shape)
     M, k = update.matrix.double().numpy(), 8
     exact = np.linalg.svd(M, compute_uv=False)
-    (U, s, Vt), residuals, further = leading(update.matrix, k, 64)
+    (U, s, Vt), residuals, further = leading_triplets(update.matrix, k, 64)
     U, s, Vt = U.numpy(), s.numpy(), Vt.numpy()
     assert (U.shape, s.shape, Vt.shape) == ((shape[0], k), (k,), (k, shape[1]))
     assert np.allclose(U.T @ U, np.eye(k), atol=1e-12)
@@ -65,7 +65,7 @@ def test_against_the_exact_spectrum(name: str, shape: tuple[int, int]) -> None:
 
 
 def known(found: Sketch) -> dict[str, float | int]:
-    return {name: value for name, ends in found.bounds().items() if (value := agreed(name, *ends)) is not None}
+    return {name: value for name, ends in found.bounds().items() if (value := resolve_bounds(name, *ends)) is not None}
 
 
 def check_bounds(update: Dense, found: Sketch) -> None:
@@ -120,10 +120,10 @@ def test_what_is_open_is_an_interval() -> None:
     assert "entropy_rank" not in said
     assert bounds["k90"][0] < bounds["k90"][1]
     assert 40 < bounds["entropy_rank"][0] < bounds["entropy_rank"][1] < 200  # and says something nevertheless
-    assert agreed("k90", 3.0, 3.0) == 3
-    assert agreed("k90", 3.0, 4.0) is None
-    assert agreed("stable_rank", 1.0, 1.0004) == pytest.approx(1.0002)
-    assert agreed("stable_rank", 1.0, 1.001) is None
+    assert resolve_bounds("k90", 3.0, 3.0) == 3
+    assert resolve_bounds("k90", 3.0, 4.0) is None
+    assert resolve_bounds("stable_rank", 1.0, 1.0004) == pytest.approx(1.0002)
+    assert resolve_bounds("stable_rank", 1.0, 1.001) is None
 
 
 @pytest.mark.parametrize("columns", [4, 8, 24])
@@ -144,7 +144,7 @@ def test_entries_near_the_end_of_float32_are_sketched_too() -> None:
     update = with_values(SPECTRA["power"])
     size = 3e38 / float(update.matrix.abs().max())
     huge = (update.matrix.double() * size).float()
-    found, large = leading(update.matrix, 4, 64), leading(huge, 4, 64)
+    found, large = leading_triplets(update.matrix, 4, 64), leading_triplets(huge, 4, 64)
     assert np.allclose(large.svd.s.numpy() / size, found.svd.s.numpy(), rtol=1e-6)
     assert np.allclose(large.residuals.numpy() / size, found.residuals.numpy(), atol=1e-6)
     assert Sketch.of(Dense(huge), 4, 64).bounds()["stable_rank"][0] > 1
@@ -158,19 +158,21 @@ def test_a_zero_update_is_known_whole() -> None:
 def test_more_columns_are_nearer_and_one_seed_is_one_answer() -> None:
     matrix = normal(240, 200).float()
     exact = np.linalg.svd(matrix.double().numpy(), compute_uv=False)[:4]
-    off = [float(np.abs(leading(matrix, 4, columns).svd.s.numpy() - exact).max()) for columns in (16, 32, 64, 128)]
+    off = [
+        float(np.abs(leading_triplets(matrix, 4, columns).svd.s.numpy() - exact).max()) for columns in (16, 32, 64, 128)
+    ]
     assert all(later < earlier for earlier, later in pairwise(off))
     assert off[-1] < 1e-3
-    assert torch.equal(leading(matrix, 4).svd.s, leading(matrix, 4).svd.s)
+    assert torch.equal(leading_triplets(matrix, 4).svd.s, leading_triplets(matrix, 4).svd.s)
 
 
 def test_a_sketch_is_taken_only_where_it_is_cheaper() -> None:
-    assert worth_a_sketch((4096, 14336), 64)
-    assert not worth_a_sketch((1024, 4096), 64)
-    assert not worth_a_sketch((600, 600), 1)
-    assert sketched(planted((2000, 2000), [3.0]), 4) is None  # thin factors are exact for less
-    assert sketched(Dense(normal(600, 600).float()), 6) is None
-    found = sketched(Dense(normal(640, 650).float()), 6)
+    assert sketch_is_cheaper((4096, 14336), 64)
+    assert not sketch_is_cheaper((1024, 4096), 64)
+    assert not sketch_is_cheaper((600, 600), 1)
+    assert sketch_update(planted((2000, 2000), [3.0]), 4) is None  # thin factors are exact for less
+    assert sketch_update(Dense(normal(600, 600).float()), 6) is None
+    found = sketch_update(Dense(normal(640, 650).float()), 6)
     assert found is not None
     assert len(found.top.values) == 6
 

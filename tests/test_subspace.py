@@ -15,7 +15,7 @@ from scipy.stats import norm
 from rankscope.errors import ShapeError
 from rankscope.linalg import Basis
 from rankscope.spectra import Spectrum
-from rankscope.subspace import Subspace, angles, chance, distances, orthonormal, overlap
+from rankscope.subspace import Subspace, angles, chance, distances, orthonormalize, overlap
 from rankscope.updates import Dense, LowRank
 
 
@@ -179,12 +179,12 @@ def test_planted_angles_of_every_size_at_once() -> None:
 
 def test_singular_vectors_in_float32_are_made_orthonormal_in_float64() -> None:
     vectors = frame(50, 6).float()
-    better = orthonormal(vectors)
+    better = orthonormalize(vectors)
     assert np.allclose((better.T @ better).numpy(), np.eye(6), atol=1e-14)
     for i in range(1, 7):  # the span of the first i does not move, nor does any sign
         assert subspace_angles(better[:, :i].numpy(), vectors[:, :i].double().numpy()).max() < 1e-12
     assert (torch.einsum("dk,dk->k", better, vectors.double()) > 0.999).all()
-    assert orthonormal(frame(5, 2)).dtype == torch.float64
+    assert orthonormalize(frame(5, 2)).dtype == torch.float64
 
 
 def as_factors(basis: torch.Tensor, condition: float, seed: int) -> Subspace:

@@ -12,7 +12,7 @@ import pytest
 from rankscope.errors import ConfigError
 from rankscope.noise import Array
 from rankscope.surgery import budget as module
-from rankscope.surgery.budget import allot
+from rankscope.surgery.budget import allocate_ranks
 
 
 def left_out(energies: Sequence[Array], ranks: Sequence[int]) -> float:
@@ -62,7 +62,7 @@ def test_no_shares_of_the_budget_leave_out_less(equal: bool) -> None:
     worse = 0
     for _ in range(400):
         energies, costs, budget = case(rng, equal)
-        found = allot(energies, costs, budget)
+        found = allocate_ranks(energies, costs, budget)
         best = least(energies, costs, budget)
         assert found.above == 0
         assert min(found.ranks) >= 1
@@ -77,19 +77,19 @@ def test_uniform_ranks_are_worse() -> None:
     rng = np.random.default_rng(2)
     energies = [np.sort(rng.exponential(size=16) * 10.0**i)[::-1] for i in range(4)]
     costs = [24, 24, 40, 40]
-    found = allot(energies, costs, 6 * sum(costs))
+    found = allocate_ranks(energies, costs, 6 * sum(costs))
     assert left_out(energies, found.ranks) < 0.5 * left_out(energies, [6] * 4)
     assert found.ranks[0] < 6 < found.ranks[3]
 
 
 def test_ranks_that_gain_nothing_are_not_bought() -> None:
-    assert allot([np.array([4.0, 1.0]), np.array([]), np.array([9.0])], [3, 5, 7], 10**9) == ([2, 1, 1], 0)
-    assert allot([np.array([]), np.array([])], [3, 5], 8) == ([1, 1], 0)
+    assert allocate_ranks([np.array([4.0, 1.0]), np.array([]), np.array([9.0])], [3, 5, 7], 10**9) == ([2, 1, 1], 0)
+    assert allocate_ranks([np.array([]), np.array([])], [3, 5], 8) == ([1, 1], 0)
 
 
 def test_a_budget_below_rank_1() -> None:
     with pytest.raises(ConfigError, match="a budget of 7 parameters is below the 8 of rank 1 in each of 2 layers"):
-        allot([np.ones(2), np.ones(2)], [3, 5], 7)
+        allocate_ranks([np.ones(2), np.ones(2)], [3, 5], 7)
 
 
 def test_a_large_model_is_shared_out_at_once_and_proven() -> None:
@@ -98,7 +98,7 @@ def test_a_large_model_is_shared_out_at_once_and_proven() -> None:
     energies = [np.sort(rng.exponential(size=64) * np.exp(-np.arange(64) / 20))[::-1] ** 2 for _ in shapes]
     costs = [out + into for out, into in shapes]
     began = time.perf_counter()
-    found = allot(energies, costs, 123_456_789)
+    found = allocate_ranks(energies, costs, 123_456_789)
     assert time.perf_counter() - began < 5
     assert found.above == 0
     left = 123_456_789 - cost(found.ranks, costs)
@@ -111,7 +111,7 @@ def test_where_the_search_is_cut_short_the_gap_is_said(monkeypatch: pytest.Monke
     open_gaps = 0
     for _ in range(300):
         energies, costs, budget = case(rng, equal=False)
-        found = allot(energies, costs, budget)
+        found = allocate_ranks(energies, costs, budget)
         best, total = least(energies, costs, budget), left_out(energies, [0] * len(costs))
         assert cost(found.ranks, costs) <= budget
         assert left_out(energies, found.ranks) <= best + found.above + 1e-12 * total
@@ -123,6 +123,6 @@ def test_a_search_that_could_be_endless_ends(monkeypatch: pytest.MonkeyPatch) ->
     """Every parameter is worth the same, so that every combination could be best."""
     monkeypatch.setattr(module, "MOST_STATES", 1 << 12)
     energies = [np.full(500, float(price)) for price in (7, 11, 13, 17)]
-    found = allot(energies, [7, 11, 13, 17], 9001)
+    found = allocate_ranks(energies, [7, 11, 13, 17], 9001)
     worth = sum(price * (rank - 1) for price, rank in zip((7, 11, 13, 17), found.ranks, strict=True))
     assert found.above == pytest.approx(9001 - 48 - worth)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rankscope.errors import FormatError, RankscopeError
-from rankscope.formats.files import TensorFile
+from rankscope.formats.file_io import TensorFile
 from rankscope.formats.store import open as open_store
 from rankscope.formats.store import write_updates
 from rankscope.surgery.extract import extract
@@ -306,14 +306,14 @@ def test_one_pair_of_tensors_is_read_at_a_time(
 ) -> None:
     """Matrices are read once, as pairs one after the other; a budget reads them twice."""
     seen: list[str] = []
-    original = TensorFile.rows
+    original = TensorFile.read_rows
 
     def rows(self: TensorFile, name: str, start: int, stop: int) -> Tensor:
         assert (start, stop) == (0, self.infos[name].shape[0])  # small ones are one block
         seen.append(name)
         return original(self, name, start, stop)
 
-    monkeypatch.setattr(TensorFile, "rows", rows)
+    monkeypatch.setattr(TensorFile, "read_rows", rows)
     base, tuned = models
     extract(tuned, Rank(1), tmp_path / "1", base)
     matrices = [name for name in seen if "proj.weight" in name]

@@ -18,7 +18,7 @@ from rankscope.formats.checkpoint import Checkpoint
 from rankscope.surgery.algebra import average, subtract
 from rankscope.surgery.extract import extract
 from rankscope.surgery.merge import merge, unmerge
-from rankscope.surgery.result import Surgery
+from rankscope.surgery.surgery_result import SurgeryResult
 from rankscope.surgery.truncate import Rank
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -60,7 +60,7 @@ def test_each_weight_is_rounded_once(tmp_path: Path, adapter: Path, dtype: torch
         assert (layer.rank_before, layer.rank_after, layer.parameters_after) == (2, None, 35)
     for name in tensors.keys() - {"h.0.q.weight", "h.1.q.weight"}:
         assert torch.equal(found[name], tensors[name])
-    assert Surgery.from_json(json.loads((tmp_path / "out" / "rankscope.json").read_text())) == result
+    assert SurgeryResult.from_json(json.loads((tmp_path / "out" / "rankscope.json").read_text())) == result
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

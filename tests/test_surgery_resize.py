@@ -17,7 +17,7 @@ from torch import Tensor
 from rankscope.errors import ConfigError, FormatError, NonFiniteError, RankscopeError
 from rankscope.formats.store import open as open_store
 from rankscope.surgery.resize import resize
-from rankscope.surgery.result import Surgery
+from rankscope.surgery.surgery_result import SurgeryResult
 from rankscope.surgery.truncate import AboveNoise, Budget, Energy, Rank
 
 
@@ -68,7 +68,7 @@ def test_the_folder_that_is_written(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out" / "rankscope.json").read_text())
     assert written == result.to_json()
     assert written["schema"] == "rankscope.resize/1"
-    assert Surgery.from_json(written) == result
+    assert SurgeryResult.from_json(written) == result
     for name in ("h.0.q", "h.1.q"):
         np.testing.assert_allclose(dense(tmp_path / "out", name), cut(dense(adapter, name), 3), atol=1e-5)
     np.testing.assert_allclose(dense(tmp_path / "out", "h.1.v"), dense(adapter, "h.1.v"), atol=1e-5)
@@ -342,7 +342,7 @@ def test_results_of_other_schemas_are_refused(tmp_path: Path) -> None:
     value = resize(write_adapter(tmp_path / "a"), Rank(1), tmp_path / "out").to_json()
     for wrong in ({}, [], {**value, "schema": "rankscope.spectrum/1"}, {**value, "layers": 3}):
         with pytest.raises(FormatError):
-            Surgery.from_json(wrong)  # type: ignore[arg-type]
-    assert "out" in repr(Surgery.from_json(value))
+            SurgeryResult.from_json(wrong)  # type: ignore[arg-type]
+    assert "out" in repr(SurgeryResult.from_json(value))
     with pytest.raises(KeyError):
-        Surgery.from_json(value)["nowhere"]
+        SurgeryResult.from_json(value)["nowhere"]

@@ -8,26 +8,26 @@ import torch
 from makers import MAKERS, float64, frame, normal, planted, planted_dense
 
 from rankscope.errors import ConfigError
-from rankscope.linalg import leading
+from rankscope.linalg import leading_triplets
 from rankscope.noise import noise_edge
 from rankscope.spectra import Spectrum
 from rankscope.structured import Hadamard
-from rankscope.surgery.addition import add
+from rankscope.surgery.addition import add_and_round
 from rankscope.surgery.truncate import (
-    SLACK,
+    MAX_EXCESS_ERROR,
     AboveNoise,
     Budget,
     Energy,
     Rank,
     SigmaRatio,
-    above_best,
-    carried,
-    decomposed,
+    decompose,
     distance,
+    excess_error_bound,
+    fold_scale_and_round,
     is_zero,
-    kept_share,
+    retained_energy,
     rounding_edge,
-    truncated,
+    truncate_svd,
 )
 from rankscope.updates import Dense, LowRank
 
@@ -37,17 +37,17 @@ from rankscope.updates import Dense, LowRank
 def test_no_matrix_of_that_rank_is_closer(name: str, k: int) -> None:
     maker = MAKERS[name]
     update = maker.make(30, 20, 5)
-    after = truncated(update.svd(), k, torch.float64)
+    after = truncate_svd(update.svd(), k, torch.float64)
     u, s, vt = np.linalg.svd(float64(update), full_matrices=False)
     np.testing.assert_allclose(float64(after), u[:, :k] * s[:k] @ vt[:k], rtol=0, atol=20 * maker.exact * s[0])
     assert distance(update, after) == pytest.approx(np.sqrt((s[k:] ** 2).sum()), abs=20 * maker.exact * s[0])
     assert (after.scale, after.nominal_rank) == (1.0, k)
     spectrum = Spectrum.of(update)
-    assert kept_share(spectrum, k) == pytest.approx((s[:k] ** 2).sum() / (s**2).sum(), rel=1e-5)
+    assert retained_energy(spectrum, k) == pytest.approx((s[:k] ** 2).sum() / (s**2).sum(), rel=1e-5)
 
 
 def test_factors_are_balanced() -> None:
-    after = truncated(planted((12, 9), [9.0, 4.0]).svd(), 2, torch.float64)
+    after = truncate_svd(planted((12, 9), [9.0, 4.0]).svd(), 2, torch.float64)
     np.testing.assert_allclose((after.B.T @ after.B).numpy(), np.diag([9.0, 4.0]), atol=1e-12)
     np.testing.assert_allclose((after.A @ after.A.T).numpy(), np.diag([9.0, 4.0]), atol=1e-12)
 
@@ -56,18 +56,18 @@ def test_factors_are_balanced() -> None:
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_error_counts_the_rounding_of_the_factors(dtype: torch.dtype, dense: bool) -> None:
     update = (planted_dense if dense else planted)((40, 30), [5.0, 3.0, 1.0, 0.5])
-    after = truncated(update.svd(), 2, dtype)
+    after = truncate_svd(update.svd(), 2, dtype)
     assert after.B.dtype == after.A.dtype == dtype
     truth = float(np.linalg.norm(float64(update) - float64(after)))
     assert distance(update, after) == pytest.approx(truth, rel=1e-9)
-    rounded = np.linalg.norm(float64(after) - float64(truncated(update.svd(), 2, torch.float64)))
+    rounded = np.linalg.norm(float64(after) - float64(truncate_svd(update.svd(), 2, torch.float64)))
     assert rounded > 0.01 * torch.finfo(dtype).eps * update.norm
     assert truth == pytest.approx(np.hypot(np.hypot(1.0, 0.5), rounded), rel=1e-3)
 
 
 def test_the_error_of_a_matrix_is_found_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     update = Dense(normal(23, 7))
-    after = truncated(update.svd(), 3, torch.float32)
+    after = truncate_svd(update.svd(), 3, torch.float32)
     whole = distance(update, after)
     monkeypatch.setattr("rankscope.surgery.truncate.CHUNK", 15)
     assert distance(update, after) == pytest.approx(whole, rel=1e-12)
@@ -75,7 +75,7 @@ def test_the_error_of_a_matrix_is_found_block_by_block(monkeypatch: pytest.Monke
 
 def test_carried_factors_have_the_scale_in_them() -> None:
     update = LowRank(normal(5, 2, dtype=torch.float32), normal(2, 4, dtype=torch.float32), 1.7)
-    after = carried(update, torch.float32)
+    after = fold_scale_and_round(update, torch.float32)
     assert after.scale == 1.0
     assert torch.equal(after.A, update.A)
     np.testing.assert_allclose(float64(after), float64(update), rtol=1e-6)
@@ -211,7 +211,7 @@ def test_updates_of_every_kind_are_added_in_the_working_precision(name: str, mon
     """Rounded once, to float64 here: a matrix made in float32 on the way would show. Blocks of a few rows."""
     monkeypatch.setattr("rankscope.surgery.addition.CHUNK", 100)
     update, weight = MAKERS[name].make(30, 20, 5), normal(30, 20, seed=9)
-    found, rounding = add(weight, [update], torch.float64)
+    found, rounding = add_and_round(weight, [update], torch.float64)
     truth = weight.numpy() + float64(update)
     np.testing.assert_allclose(found.numpy(), truth, rtol=0, atol=1e-13 * np.abs(truth).max())
     assert rounding.norm == pytest.approx(np.linalg.norm(float64(update)), rel=1e-12)
@@ -234,34 +234,34 @@ def test_the_top_alone_leaves_hardly_more_than_the_least_error(kind: str) -> Non
     """Beside a float64 SVD of the whole; the promised bound holds, and is no looser than it says."""
     update, k = falling(kind), 8
     s = np.linalg.svd(float64(update), compute_uv=False)
-    found = decomposed(update, k)
+    found = decompose(update, k)
     assert len(found.s) == k
     np.testing.assert_allclose((found.Vt @ found.Vt.T).numpy(), np.eye(k), atol=1e-12)
-    least, error = np.sqrt((s[k:] ** 2).sum()), distance(update, truncated(found, k, torch.float64))
+    least, error = np.sqrt((s[k:] ** 2).sum()), distance(update, truncate_svd(found, k, torch.float64))
     rounding = 1e-6 * s[0]
-    assert error <= least * (1 + SLACK) + rounding
-    bound = above_best(leading(update.matrix, k), update.energy)
+    assert error <= least * (1 + MAX_EXCESS_ERROR) + rounding
+    bound = excess_error_bound(leading_triplets(update.matrix, k), update.energy)
     if kind != "few":  # whose least error is rounding
         assert error / least - 1 <= bound + 1e-9
     if kind == "power":
         assert error / least - 1 < 1e-9
     spectrum = Spectrum.from_values(update, found.s)
-    assert kept_share(spectrum, k) == pytest.approx((s[:k] ** 2).sum() / (s**2).sum(), abs=1e-3)
+    assert retained_energy(spectrum, k) == pytest.approx((s[:k] ** 2).sum() / (s**2).sum(), abs=1e-3)
     assert Rank(k).rank(update, spectrum) == (3 if kind == "few" else k)
 
 
 def test_what_the_bound_does_not_promise_is_decomposed_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Krylov space of hardly more columns than are asked for has large residuals, and the bound says so."""
     update = falling("noise")
-    poor = leading(update.matrix, 8, columns=16)
-    assert above_best(poor, update.energy) > SLACK
-    monkeypatch.setattr("rankscope.surgery.truncate.leading", lambda matrix, k: poor)
-    assert len(decomposed(update, 8).s) == min(LARGE)
+    poor = leading_triplets(update.matrix, 8, columns=16)
+    assert excess_error_bound(poor, update.energy) > MAX_EXCESS_ERROR
+    monkeypatch.setattr("rankscope.surgery.truncate.leading_triplets", lambda matrix, k: poor)
+    assert len(decompose(update, 8).s) == min(LARGE)
 
 
 @pytest.mark.parametrize("k", [None, 600])
 def test_the_whole_svd_where_all_is_wanted(k: int | None) -> None:
     update = Dense(normal(60, 50))
-    assert len(decomposed(update, k).s) == 50
+    assert len(decompose(update, k).s) == 50
     zero = Dense(torch.zeros(LARGE))
-    assert len(decomposed(zero, 8).s) == min(LARGE)
+    assert len(decompose(zero, 8).s) == min(LARGE)

@@ -19,16 +19,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from rankscope.errors import ConfigError, FormatError, RankscopeError
-from rankscope.formats import files
-from rankscope.formats.files import TensorInfo
-from rankscope.formats.streaming import Pending, write_streamed
+from rankscope.formats import file_io as files
+from rankscope.formats.file_io import TensorInfo
+from rankscope.formats.streaming import LazyTensor, write_streamed
 from rankscope.surgery.algebra import average, merge_adapters, subtract
 from rankscope.surgery.extract import extract
 from rankscope.surgery.merge import merge, unmerge
+from rankscope.surgery.output_folder import copy_files, create_output_folder
 from rankscope.surgery.resize import resize
-from rankscope.surgery.result import Surgery
+from rankscope.surgery.surgery_result import SurgeryResult
 from rankscope.surgery.truncate import Rank
-from rankscope.surgery.writing import copy_files, new_folder
 
 Act = Callable[[Path], Any]
 
@@ -176,7 +176,7 @@ def test_a_tensor_that_cannot_be_computed_is_not_the_fault_of_the_disk(tmp_path:
         raise error
 
     with pytest.raises(FormatError, match=r"^x\.safetensors: a: cannot be computed \(.+\)$") as caught:
-        write_streamed(tmp_path / "x.safetensors", {"a": Pending(TensorInfo((2, 3), torch.float32), fail)})
+        write_streamed(tmp_path / "x.safetensors", {"a": LazyTensor(TensorInfo((2, 3), torch.float32), fail)})
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -188,7 +188,7 @@ def test_a_place_whose_name_is_no_text(tmp_path: Path, sources: Path, name: str)
     result = ACTS[name](sources, out)
     assert result.output.endswith("caf\\udce9")
     (out / "rankscope.json").read_text().encode()
-    assert Surgery.from_json(json.loads((out / "rankscope.json").read_text())) == result
+    assert SurgeryResult.from_json(json.loads((out / "rankscope.json").read_text())) == result
 
 
 def test_a_command_line_that_is_no_text(tmp_path: Path, sources: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_command_line_that_is_no_text(tmp_path: Path, sources: Path) -> None:
 
 
 def fill(out: Path, then: Callable[[], Any]) -> None:
-    with new_folder(out) as folder:
+    with create_output_folder(out) as folder:
         (folder / "ours").write_text("x")
         then()
 
@@ -265,7 +265,7 @@ TENSORS = {
 
 def test_what_is_streamed_is_read_back_to_the_bit(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    write_streamed(path, {name: Pending.of(tensor) for name, tensor in TENSORS.items()}, {"note": "ü"})
+    write_streamed(path, {name: LazyTensor.of(tensor) for name, tensor in TENSORS.items()}, {"note": "ü"})
     found = load_file(path)
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
@@ -287,7 +287,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
         held.append(weakref.ref(tensor))
         return tensor
 
-    pending = Pending(TensorInfo((10, 10), torch.float32), read)
+    pending = LazyTensor(TensorInfo((10, 10), torch.float32), read)
     write_streamed(tmp_path / "x.safetensors", {str(i): pending for i in range(4)})
     assert len(held) == 4
 
@@ -295,5 +295,5 @@ def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("info", [TensorInfo((3, 2), torch.float32), TensorInfo((2, 3), torch.float16)])
 def test_a_tensor_that_is_not_what_was_announced(tmp_path: Path, info: TensorInfo) -> None:
     with pytest.raises(FormatError, match=r"x\.safetensors: a: is .* was announced"):
-        write_streamed(tmp_path / "x.safetensors", {"a": Pending(info, lambda: normal(2, 3))})
+        write_streamed(tmp_path / "x.safetensors", {"a": LazyTensor(info, lambda: normal(2, 3))})
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rankscope.errors import ConfigError, FormatError
-from rankscope.train.tables import read_table
+from rankscope.train.data_tables import read_table
 
 # Everything that naive splitting gets wrong.
 TEXTS = ["plain", 'a "quoted" word', "comma, tab\tend", "two\nlines", "naïve – 日本", "\u2028 separator", "x" * 200_000]

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from rankscope.errors import ConfigError
-from rankscope.formats.files import read_tensors
-from rankscope.train.config import StudyConfig, make_config
-from rankscope.train.loop import Group, InterruptedTrainingError, Silent, precision
+from rankscope.formats.file_io import read_tensors
+from rankscope.train.config import StudyConfig, make_study_config
+from rankscope.train.loop import InterruptedTrainingError, RunGroup, Silent, set_precision
 from rankscope.train.runs import Run
 from rankscope.train.study import Study, run_study
 from rankscope.train.sweep import Sweep
@@ -30,7 +30,7 @@ ROUNDING = 2e-4
 
 
 def small(**changes: object) -> StudyConfig:
-    return make_config({**SMALL, **changes}, "test")
+    return make_study_config({**SMALL, **changes}, "test")
 
 
 def curve(study: Study, run: Run) -> list[float]:
@@ -118,15 +118,15 @@ class Notes(Silent):
 def test_out_of_memory_halves_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"lrs": (0.003, 0.01), "seeds": (0, 1)}
     alone = run_study(small(**settings, tokens=1), tmp_path / "alone")
-    honest, sizes_tried = Group._step, []
+    honest, sizes_tried = RunGroup._step, []
 
-    def step(group: Group) -> None:
+    def step(group: RunGroup) -> None:
         sizes_tried.append(len(group.trainees))
         if len(group.trainees) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         honest(group)
 
-    monkeypatch.setattr(Group, "_step", step)
+    monkeypatch.setattr(RunGroup, "_step", step)
     notes = Notes()
     together = run_study(small(**settings, tokens=10**9), tmp_path / "together", notes)
     assert list(dict.fromkeys(sizes_tried)) == [8, 4, 2]
@@ -200,11 +200,11 @@ def test_pissa_starts_as_the_base_and_its_update_is_tuned_minus_base(tmp_path: P
     ],
 )
 def test_alpha_follows_its_rule(tmp_path: Path, alpha: Any, method: str, rank: int, expected: float) -> None:
-    from rankscope.train.runs import grid
+    from rankscope.train.runs import plan_runs
     from rankscope.train.tasks import make_task
 
     config = small(alpha=alpha, methods=(method,), ranks=(rank,))
-    assert [run.alpha for run in grid(config, make_task(config)) if run.is_lora] == [expected]
+    assert [run.alpha for run in plan_runs(config, make_task(config)) if run.is_lora] == [expected]
 
 
 @pytest.mark.parametrize("alpha", ["x", "-2r", "0", -1.0, "2rr", ""])
@@ -391,11 +391,11 @@ def test_an_overflow_in_float16_skips_the_step_of_its_own_run_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A gradient too large for its scale is dropped and the scale halved; the neighbour's step is taken."""
-    from rankscope.train.trainee import Trainee
+    from rankscope.train.run_state import RunState
 
-    honest, scales = Trainee.step, {}
+    honest, scales = RunState.step, {}
 
-    def step(trainee: Trainee) -> None:
+    def step(trainee: RunState) -> None:
         if trainee.run.rank == 4 and trainee.progress.step == 0:
             for weight in trainee.parameters.values():
                 if weight.grad is not None:
@@ -405,7 +405,7 @@ def test_an_overflow_in_float16_skips_the_step_of_its_own_run_alone(
         moved = any(not torch.equal(weight, before[name]) for name, weight in trainee.parameters.items())
         scales.setdefault(trainee.run.rank, []).append((moved, trainee.scaler.get_scale()))
 
-    monkeypatch.setattr(Trainee, "step", step)
+    monkeypatch.setattr(RunState, "step", step)
     study = run_study(small(dropout=0.0, dtype="float16", steps=3, tokens=10**9), tmp_path / "study")
     assert scales[4][0] == (False, 32768.0)
     assert [moved for moved, _ in scales[4][1:]] == [True, True]
@@ -417,7 +417,7 @@ def test_an_overflow_in_float16_skips_the_step_of_its_own_run_alone(
 def test_tf32_is_as_asked_for_on_cuda(wanted: bool) -> None:
     """The switches exist without a GPU."""
     before = torch.backends.cuda.matmul.allow_tf32
-    with precision(torch.device("cuda"), small(tf32=wanted)):
+    with set_precision(torch.device("cuda"), small(tf32=wanted)):
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == wanted
     assert torch.backends.cuda.matmul.allow_tf32 == before
 

@@ -21,10 +21,16 @@ from torch import Tensor, nn
 import rankscope
 from rankscope import AdapterSpec, Bank, RankCallback, Spectrum
 from rankscope.errors import ConfigError, RankscopeError
-from rankscope.formats.files import read_tensors
+from rankscope.formats.file_io import read_tensors
 from rankscope.subspace import chance
 from rankscope.train.callback import INITIAL_NAME
-from rankscope.train.watched import Adapted, Whole, bare, find, measure
+from rankscope.train.tracked_weights import (
+    TrackedAdapter,
+    TrackedFullWeight,
+    find_tracked_weights,
+    measure_update,
+    strip_wrappers,
+)
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -216,7 +222,7 @@ def moved(model: nn.Module, seed: int = 3) -> nn.Module:
 
 
 def watched(model: nn.Module) -> dict[str, Any]:
-    return {layer.name: layer for layer in find(model).layers}
+    return {layer.name: layer for layer in find_tracked_weights(model).layers}
 
 
 def dense_of(layer: Any) -> np.ndarray[Any, Any]:
@@ -229,10 +235,10 @@ def test_every_kind_of_layer(rslora: bool) -> None:
     model = lora(Mixed(), target_modules=KINDS, use_rslora=rslora, modules_to_save=["head"])
     layers = watched(model)
     assert set(layers) == {*KINDS, "head"}
-    assert [type(layers[name]) for name in ("linear", "head")] == [Adapted, Whole]
+    assert [type(layers[name]) for name in ("linear", "head")] == [TrackedAdapter, TrackedFullWeight]
     for layer in layers.values():
         layer.remember()
-        assert measure(layer, 2) == {}  # nothing has moved
+        assert measure_update(layer, 2) == {}  # nothing has moved
     head = model.get_parameter("base_model.model.head.modules_to_save.default.weight").detach().numpy().copy()
     moved(model)
     for name, module in peft_layers(model).items():
@@ -241,7 +247,7 @@ def test_every_kind_of_layer(rslora: bool) -> None:
         # PEFT keeps the update of a Conv1D in the layout of its weight (in, out).
         dense = delta(module).T if name == "turned" else delta(module)
         np.testing.assert_allclose(dense_of(layers[name]), dense, rtol=1e-5, atol=1e-5)
-        found = measure(layers[name], 2)
+        found = measure_update(layers[name], 2)
         assert {m: found[m] for m in ("stable", "entropy", "k90")} == pytest.approx(ranks(dense), rel=1e-4)
     saved = model.get_parameter("base_model.model.head.modules_to_save.default.weight").detach().numpy()
     np.testing.assert_allclose(dense_of(layers["head"]), saved - head, rtol=1e-6)
@@ -264,7 +270,7 @@ def test_an_embedding_is_compared_with_its_random_side() -> None:
     B0 = module.lora_embedding_B["default"].detach().numpy().copy()
     layer.remember()
     moved(model)
-    assert measure(layer, 2)["overlap_init"] == pytest.approx(phi(delta(module), B0, 2), rel=1e-5)
+    assert measure_update(layer, 2)["overlap_init"] == pytest.approx(phi(delta(module), B0, 2), rel=1e-5)
 
 
 def test_a_conv1d_trained_whole_is_read_as_out_by_in() -> None:
@@ -274,7 +280,9 @@ def test_a_conv1d_trained_whole_is_read_as_out_by_in() -> None:
     moved(model)
     update = layer.weight.detach().numpy().T - start
     assert layer.update().shape == (8, 10)
-    assert measure(layer, 2)["overlap_init"] == pytest.approx(phi(update, np.linalg.svd(start)[2][:2].T, 2), rel=1e-4)
+    assert measure_update(layer, 2)["overlap_init"] == pytest.approx(
+        phi(update, np.linalg.svd(start)[2][:2].T, 2), rel=1e-4
+    )
 
 
 def test_dora_is_measured_without_its_magnitude() -> None:
@@ -283,7 +291,7 @@ def test_dora_is_measured_without_its_magnitude() -> None:
     for name, module in peft_layers(model).items():
         A, B = module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach()
         np.testing.assert_allclose(dense_of(layers[name]), 2 * (B @ A).numpy(), rtol=1e-5, atol=1e-6)
-    assert not find(model).left_out
+    assert not find_tracked_weights(model).left_out
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -295,11 +303,11 @@ def test_an_adapter_that_does_not_start_at_zero(init: str) -> None:
     layers = watched(model)
     for layer in layers.values():
         assert set(layer.remember()) == {f"{layer.name}.A", f"{layer.name}.B"}
-        assert measure(layer, 8) == {}
+        assert measure_update(layer, 8) == {}
     moved(model)
     for name, module in peft_layers(model).items():
         change = delta(module) - before[name]
-        found = measure(layers[name], 8)
+        found = measure_update(layers[name], 8)
         assert {m: found[m] for m in ("stable", "entropy", "k90")} == pytest.approx(ranks(change), rel=1e-4)
         assert found["overlap_init"] == pytest.approx(phi(change, rows_before[name], 8), rel=1e-4)
 
@@ -558,7 +566,7 @@ def test_a_real_dtensor(tmp_path: Path) -> None:
         model = nn.Linear(3, 4)
         mesh = init_device_mesh("cpu", (1,))
         model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh))
-        found = find(model)
+        found = find_tracked_weights(model)
         assert not found.layers
         assert ("", "sharded: no process holds the whole weight") in found.left_out
     finally:
@@ -676,4 +684,4 @@ except rankscope.RankscopeError as error:
     ],
 )
 def test_names(path: str, name: str) -> None:
-    assert bare(path) == name
+    assert strip_wrappers(path) == name

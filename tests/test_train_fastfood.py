@@ -12,7 +12,7 @@ from makers import generator, normal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rankscope.train.fastfood import Fastfood, hadamard
+from rankscope.train.fastfood import Fastfood, hadamard_transform
 
 # D a multiple of d and not, d padded and not, one block cut short, d above D, a single direction, a single number.
 SHAPES = [(96, 16), (100, 7), (37, 16), (5, 16), (64, 1), (1, 1), (200, 33), (16, 16)]
@@ -51,19 +51,21 @@ class Work(TorchDispatchMode):
 def test_the_transform_is_that_of_scipy(size: int, columns: int) -> None:
     x = normal(size, columns)
     before = x.clone()
-    np.testing.assert_allclose(hadamard(x).numpy(), scipy.linalg.hadamard(size) @ x.numpy(), atol=1e-12 * size)
+    np.testing.assert_allclose(
+        hadamard_transform(x).numpy(), scipy.linalg.hadamard(size) @ x.numpy(), atol=1e-12 * size
+    )
     assert torch.equal(x, before)
 
 
 def test_the_transform_is_its_own_inverse_up_to_size() -> None:
     x = normal(64, 5)
-    torch.testing.assert_close(hadamard(hadamard(x)), 64 * x)
+    torch.testing.assert_close(hadamard_transform(hadamard_transform(x)), 64 * x)
 
 
 @pytest.mark.parametrize("size", [0, 3, 12])
 def test_other_sizes_are_refused(size: int) -> None:
     with pytest.raises(ValueError, match="power of two"):
-        hadamard(torch.zeros(size, 2))
+        hadamard_transform(torch.zeros(size, 2))
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)

@@ -21,7 +21,7 @@ from rankscope.errors import ConfigError, FormatError, RankscopeError
 from rankscope.train import hf
 from rankscope.train.config import StudyConfig
 from rankscope.train.hf import ClassifyTask, LmTask, macro_f1, make_hf_task
-from rankscope.train.pretrained import Pretrained, check_tokens, draws_numbers, dtype_keyword, length_limit
+from rankscope.train.pretrained import PretrainedModel, check_tokens, draws_random_numbers, dtype_keyword, length_limit
 from rankscope.train.tasks import make_task
 
 transformers = pytest.importorskip("transformers")
@@ -98,9 +98,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def hf_quiet() -> Any:
-    from rankscope.train.pretrained import quiet
+    from rankscope.train.pretrained import silence_transformers
 
-    return quiet(transformers)
+    return silence_transformers(transformers)
 
 
 def save_bert(folder: Path) -> None:
@@ -309,20 +309,20 @@ def test_which_bases_draw(tmp_path: Path, folders: dict[str, Path]) -> None:
         config = transformers.BertConfig(vocab_size=44, **SMALL, **{**none, **more})
         return transformers.BertForSequenceClassification(config)
 
-    assert not draws_numbers(bert())
-    assert draws_numbers(bert(attention_probs_dropout_prob=0.1))  # eager attention has no module for it
-    assert draws_numbers(bert(router_jitter_noise=0.01))
-    assert draws_numbers(bert(text={"layerdrop": 0.5}))
-    assert not draws_numbers(bert(use_dropout=True, text={"layerdrop": 0.0}))
+    assert not draws_random_numbers(bert())
+    assert draws_random_numbers(bert(attention_probs_dropout_prob=0.1))  # eager attention has no module for it
+    assert draws_random_numbers(bert(router_jitter_noise=0.01))
+    assert draws_random_numbers(bert(text={"layerdrop": 0.5}))
+    assert not draws_random_numbers(bert(use_dropout=True, text={"layerdrop": 0.0}))
     model = bert()
     model.bert.encoder.layer[1].output.dropout = torch.nn.Dropout(0.2)
-    assert draws_numbers(model)
+    assert draws_random_numbers(model)
 
 
 def test_default_rates_and_batch(tmp_path: Path, folders: dict[str, Path]) -> None:
     for task in (classifier(tmp_path, folders["bert"]), lm(tmp_path, folders["llama"])):
-        assert task.rates(full=True) == (6e-5, 2e-4, 6e-4)
-        assert task.rates(full=False) == (6e-4, 2e-3, 6e-3)
+        assert task.learning_rates(full=True) == (6e-5, 2e-4, 6e-4)
+        assert task.learning_rates(full=False) == (6e-4, 2e-3, 6e-3)
         assert task.default_batch == 16
     assert classifier(tmp_path, folders["bert"], epochs=1.0).steps == 3  # 48 rows, 16 at a time
     assert classifier(tmp_path, folders["bert"], epochs=1.0, batch=8).steps == 6
@@ -441,7 +441,7 @@ def test_lengths(tmp_path: Path, folders: dict[str, Path]) -> None:
 
 
 def test_the_tokenizers_own_limit_counts(folders: dict[str, Path]) -> None:
-    base = Pretrained(str(folders["bert"]))
+    base = PretrainedModel(str(folders["bert"]))
     model, _ = base.model("AutoModel")
     assert length_limit(model, base.tokenizer) == 32
     base.tokenizer.model_max_length = 20
@@ -468,7 +468,7 @@ def test_loss_and_perplexity_are_transformers_own(
     assert found["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
     assert again == pytest.approx(found, rel=1e-4)
     assert [len(rows) for rows in task.windows("test")][:2] == [3, 3]
-    monkeypatch.setattr(hf, "LOGITS", 5 * 16 * 257)
+    monkeypatch.setattr(hf, "MAX_LOGITS", 5 * 16 * 257)
     assert lm(tmp_path, folders[name], max_length=16).evaluation_rows == 5
 
 
@@ -510,7 +510,7 @@ def test_fingerprint_holds_no_paths(tmp_path: Path, folders: dict[str, Path]) ->
 
 
 def test_shards_are_read_and_all_hashed(tmp_path: Path, folders: dict[str, Path]) -> None:
-    whole = Pretrained(str(folders["gpt2"]))
+    whole = PretrainedModel(str(folders["gpt2"]))
     model, _ = whole.model("AutoModelForCausalLM")
     parts = tmp_path / "parts"
     with hf_quiet():
@@ -518,7 +518,7 @@ def test_shards_are_read_and_all_hashed(tmp_path: Path, folders: dict[str, Path]
     byte_tokenizer(parts, eos_token="<end>")
     shards = sorted(parts.glob("model-*.safetensors"))
     assert len(shards) > 1
-    base = Pretrained(str(parts))
+    base = PretrainedModel(str(parts))
     again, missing = base.model("AutoModelForCausalLM")
     assert missing == []
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
@@ -529,12 +529,12 @@ def test_shards_are_read_and_all_hashed(tmp_path: Path, folders: dict[str, Path]
 
 
 def test_half_precision_checkpoints_come_up_in_float32(tmp_path: Path, folders: dict[str, Path]) -> None:
-    base = Pretrained(str(folders["gpt2"]))
+    base = PretrainedModel(str(folders["gpt2"]))
     model, _ = base.model("AutoModelForCausalLM")
     with hf_quiet():
         model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
     byte_tokenizer(tmp_path / "half", eos_token="<end>")
-    again, _ = Pretrained(str(tmp_path / "half")).model("AutoModelForCausalLM")
+    again, _ = PretrainedModel(str(tmp_path / "half")).model("AutoModelForCausalLM")
     assert {p.dtype for p in again.parameters()} == {torch.float32}
     assert dtype_keyword("5.23.0") == dtype_keyword("4.56.1") == "dtype"
     assert dtype_keyword("4.48.0.dev0") == "torch_dtype"
@@ -573,7 +573,7 @@ def test_a_hub_id_is_found_in_the_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(ConfigError, match="model 'someone/tiny': transformers' AutoTokenizer cannot load it"):
-        Pretrained("someone/tiny")
+        PretrainedModel("someone/tiny")
     entry = tmp_path / "hub" / "models--someone--tiny"
     shutil.copytree(folders["bert"], entry / "snapshots" / ("0" * 40))
     (entry / "refs").mkdir()
@@ -661,7 +661,7 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path, folders: dict[str, Path]) ->
     folder = copied(folders, "gpt2", tmp_path / "no end")
     byte_tokenizer(folder)
     one_sentence(tmp_path, folder, "neither a padding nor an end-of-text token")
-    model, _ = Pretrained(str(folders["bert"])).model("AutoModel")
+    model, _ = PretrainedModel(str(folders["bert"])).model("AutoModel")
     with pytest.raises(ConfigError, match="makes nothing of text 2"):
         check_tokens([[1, 2], [], [3]], model, "bert")
 

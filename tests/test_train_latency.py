@@ -131,10 +131,10 @@ def test_everything_is_as_before() -> None:
     found = measure_latency(model, bank, passes.run, sizes=(1,), repeats=2, clock=passes.clock)
     assert len(found) == 1
     check()
-    assert (bank.attached, bank.route.merged, bank.selected) == (True, None, (1, 0, -1))
+    assert (bank.attached, bank.route.merged, bank.selection) == (True, None, (1, 0, -1))
     bank.select(None)
     measure_latency(model, bank, passes.run, sizes=(1,), repeats=1)
-    assert bank.selected is None
+    assert bank.selection is None
 
 
 @pytest.mark.parametrize("how", ["selected", "merged"])
@@ -153,7 +153,7 @@ def test_the_adapter_in_use_is_measured(how: str) -> None:
     for name in ("merged", "unmerged"):
         torch.testing.assert_close(passes.outputs[name, 1], expected)
     assert bank.route.merged == (1 if how == "merged" else None)
-    assert bank.selected == (0 if how == "merged" else 1)
+    assert bank.selection == (0 if how == "merged" else 1)
     if how == "selected":  # a merged weight is made anew, equal in its bits but another object
         check()
 
@@ -172,7 +172,7 @@ def test_a_pass_that_fails_leaves_everything_as_before(at: int) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         measure_latency(model, bank, failing, sizes=(1,), repeats=2, clock=passes.clock)
     check()
-    assert (bank.attached, bank.route.merged, bank.selected) == (True, None, 0)
+    assert (bank.attached, bank.route.merged, bank.selection) == (True, None, 0)
 
 
 def test_a_head_and_a_wrapped_model() -> None:

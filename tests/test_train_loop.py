@@ -11,19 +11,20 @@ import pytest
 import torch
 
 from rankscope.errors import ConfigError, FormatError, TrainingError
-from rankscope.train.config import StudyConfig, generator, make_config, read_config
+from rankscope.train.config import StudyConfig, make_generator, make_study_config, read_study_config
 from rankscope.train.loop import InterruptedTrainingError, Silent, evaluation_steps
-from rankscope.train.methods import WeightsTrained
-from rankscope.train.runs import Record, Run, grid
+from rankscope.train.methods import TrainableWeights
+from rankscope.train.run_state import make_optimizer, schedule_factor
+from rankscope.train.runs import Run, RunRecord, plan_runs
 from rankscope.train.study import Study, run_study
-from rankscope.train.tasks import epoch_indices, make_task
-from rankscope.train.trainee import make_optimizer, rate_share
+from rankscope.train.task import epoch_indices
+from rankscope.train.tasks import make_task
 
 SMALL = {"task": "planted", "ranks": (1, 4), "steps": 30, "batch": 32, "evaluations": 2}
 
 
 def small(**changes: object) -> StudyConfig:
-    return make_config({**SMALL, **changes}, "test")
+    return make_study_config({**SMALL, **changes}, "test")
 
 
 def tensors_of(study: Study) -> dict[str, torch.Tensor]:
@@ -74,12 +75,12 @@ class Curve(Silent):
 
 def test_schedule_is_the_closed_form() -> None:
     config = small(warmup=0.2, schedule="cosine")
-    shares = [rate_share(step, 10, config) for step in range(10)]
+    shares = [schedule_factor(step, 10, config) for step in range(10)]
     assert shares[:2] == pytest.approx([1 / 3, 2 / 3])
     assert shares[2:] == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
-    linear = [rate_share(step, 10, small(warmup=0.2, schedule="linear")) for step in range(2, 10)]
+    linear = [schedule_factor(step, 10, small(warmup=0.2, schedule="linear")) for step in range(2, 10)]
     assert linear == pytest.approx([1 - i / 8 for i in range(8)])
-    assert rate_share(9, 10, small(warmup=0, schedule="constant")) == 1.0
+    assert schedule_factor(9, 10, small(warmup=0, schedule="constant")) == 1.0
 
 
 def test_evaluations_are_before_during_and_after() -> None:
@@ -90,7 +91,7 @@ def test_evaluations_are_before_during_and_after() -> None:
 def test_weight_decay_spares_vectors() -> None:
     weights = {"matrix": torch.nn.Parameter(torch.ones(2, 2)), "bias": torch.nn.Parameter(torch.ones(2))}
     run = Run(method="full", seed=0, lr=0.1)
-    trained = WeightsTrained(make_task(small()), run)
+    trained = TrainableWeights(make_task(small()), run)
     optimizer = make_optimizer(trained, 0, weights, run, small(weight_decay=0.5), torch.device("cpu"))
     for weight in weights.values():
         weight.grad = torch.zeros_like(weight)
@@ -109,7 +110,7 @@ def test_a_step_is_that_of_plain_adamw(tmp_path: Path, clip: float) -> None:
     losses = []
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=config.weight_decay)
     for step in range(5):
-        optimizer.param_groups[0]["lr"] = 0.01 * rate_share(step, 5, config)
+        optimizer.param_groups[0]["lr"] = 0.01 * schedule_factor(step, 5, config)
         batches = [task.batch(0, 2 * step + micro, 32) for micro in range(2)]
         joined = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
         optimizer.zero_grad()
@@ -138,16 +139,16 @@ def test_the_same_settings_give_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_seeds_and_ranks_start_apart() -> None:
-    draws = [torch.rand(4, generator=generator(seed, "init", rank)) for seed in (0, 1) for rank in (4, 8)]
+    draws = [torch.rand(4, generator=make_generator(seed, "init", rank)) for seed in (0, 1) for rank in (4, 8)]
     assert len({tuple(draw.tolist()) for draw in draws}) == 4
-    assert torch.equal(draws[0], torch.rand(4, generator=generator(0, "init", 4)))
+    assert torch.equal(draws[0], torch.rand(4, generator=make_generator(0, "init", 4)))
 
 
 def test_initial_factors_of_ranks_are_unrelated(tmp_path: Path) -> None:
     """The same-seed confound: A at rank 8 must not contain A at rank 4."""
     config = small(ranks=(4, 8), steps=2, full=False)
     study = run_study(config, tmp_path / "study")
-    from rankscope.formats.files import read_tensors
+    from rankscope.formats.file_io import read_tensors
 
     key = "base_model.model.first.lora_A.weight"
     a, b = (read_tensors(study.path(r.run) / "initial" / "adapter_model.safetensors")[key] for r in study.done()[1:])
@@ -229,7 +230,7 @@ def test_a_damaged_state_is_one_sentence(tmp_path: Path) -> None:
 def test_a_damaged_record_is_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(FormatError, match=r"run\.json"):
-        Record.read(tmp_path)
+        RunRecord.read(tmp_path)
 
 
 def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_epochs_visit_every_example_once() -> None:
 
 def test_grid_order_and_names() -> None:
     config = small(seeds=(0, 1), lrs=(0.1, 0.2), full_lrs=(0.01,))
-    runs = grid(config, make_task(config))
+    runs = plan_runs(config, make_task(config))
     assert [run.name for run in runs[:4]] == ["base-s0", "base-s1", "lora-r1-lr0.1-s0", "lora-r1-lr0.2-s0"]
     assert len({run.name for run in runs}) == len(runs) == 2 + 2 * 2 * 2 + 2
     assert [run.alpha for run in runs if run.rank == 4] == [8.0] * 4
@@ -273,17 +274,17 @@ def test_grid_order_and_names() -> None:
 )
 def test_bad_settings_are_one_sentence(values: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_config(values, "study.toml")
+        make_study_config(values, "study.toml")
 
 
 def test_options_override_the_file(tmp_path: Path) -> None:
     path = tmp_path / "study.toml"
     path.write_text('task = "planted"\nranks = [1, 2]\nsteps = 7\n')
-    config = read_config(path, {"steps": 9})
+    config = read_study_config(path, {"steps": 9})
     assert (config.task, config.ranks, config.steps) == ("planted", (1, 2), 9)
     path.write_text("ranks = [1,")
     with pytest.raises(ConfigError, match="cannot be read as TOML"):
-        read_config(path, {})
+        read_study_config(path, {})
 
 
 def test_bfloat16_is_near_float32_and_not_it(tmp_path: Path) -> None:
@@ -331,7 +332,7 @@ def test_running_out_of_memory_is_one_sentence(tmp_path: Path, monkeypatch: pyte
         def fail(*_: object, error: Exception = raised) -> None:
             raise error
 
-        monkeypatch.setattr("rankscope.train.loop.Group._step", fail)
+        monkeypatch.setattr("rankscope.train.loop.RunGroup._step", fail)
         with pytest.raises(TrainingError, match="smaller --batch"):
             run_study(small(ranks=(1,), full=False, steps=2), tmp_path / "study")
 
@@ -367,5 +368,5 @@ def test_tied_weights_are_one_update(tmp_path: Path) -> None:
             model.again.weight = model.get_submodule("first").weight  # type: ignore[assignment]
             return model
 
-    trained = WeightsTrained(Tied(2, 0.1, 64), Run(method="full", seed=0, lr=0.1))
+    trained = TrainableWeights(Tied(2, 0.1, 64), Run(method="full", seed=0, lr=0.1))
     assert set(trained.updates()) == {"first", "second"}

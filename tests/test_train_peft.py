@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rankscope.lora import load
-from rankscope.train.config import make_config
+from rankscope.train.config import make_study_config
+from rankscope.train.docs import DocsTask, embedded_base_folder
 from rankscope.train.study import Study, run_study
-from rankscope.train.tasks import DocsTask, base_folder
 
 # transformers deprecates names that PEFT still calls.
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning:transformers")
@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    config = make_config(
+    config = make_study_config(
         {"ranks": (3,), "steps": 12, "evaluations": 0, "methods": ("rslora",), "lrs": (1e-2,), "full_lrs": (1e-3,)},
         "test",
     )
@@ -32,7 +32,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 @pytest.fixture(scope="module")
 def adapted(study: Study) -> Any:
-    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder())
+    base = transformers.AutoModelForCausalLM.from_pretrained(embedded_base_folder())
     return peft.PeftModel.from_pretrained(base, study.path(study.done()[1].run) / "adapter").eval()
 
 
@@ -57,7 +57,7 @@ def test_peft_gives_the_logits_that_we_trained(study: Study, adapted: Any) -> No
 
 def test_spectra_are_those_of_pefts_merged_weights(study: Study, adapted: Any) -> None:
     store = study.store(study.done()[1].run)
-    base = dict(transformers.AutoModelForCausalLM.from_pretrained(base_folder()).double().named_parameters())
+    base = dict(transformers.AutoModelForCausalLM.from_pretrained(embedded_base_folder()).double().named_parameters())
     merged = dict(adapted.double().merge_and_unload().named_parameters())
     assert len(store) == 28
     for name in store:
@@ -73,7 +73,7 @@ def test_the_full_update_is_tuned_minus_base(study: Study) -> None:
     task = DocsTask()
     model = task.model(0)
     store = study.store(record.run)
-    from rankscope.formats.files import read_tensors
+    from rankscope.formats.file_io import read_tensors
 
     with torch.no_grad():
         for name in store:

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from rankscope.errors import ConfigError, TrainingError
-from rankscope.train.claims import Claims, claiming
-from rankscope.train.config import make_config
+from rankscope.train.claims import Claims, open_claims
+from rankscope.train.config import make_study_config
 from rankscope.train.loop import Silent
-from rankscope.train.runs import Record, Run
+from rankscope.train.runs import Run, RunRecord
 from rankscope.train.study import Study, run_study
-from rankscope.train.workers import run_study_with_workers
+from rankscope.train.worker_processes import run_study_with_workers
 
 CONFIG = """
 task = "planted"
@@ -79,13 +79,13 @@ def test_a_claim_is_one_processs_and_goes_with_it(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     assert other.stdout.readline().strip() == "True"
-    with claiming(tmp_path) as claims:
-        assert not claims.take("a")
-        assert claims.take("b")
-        assert claims.take("b")
+    with open_claims(tmp_path) as claims:
+        assert not claims.try_claim("a")
+        assert claims.try_claim("b")
+        assert claims.try_claim("b")
         other.kill()
         other.communicate()
-        assert claims.take("a")
+        assert claims.try_claim("a")
 
 
 def test_a_released_claim_can_be_taken_by_another(tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_a_released_claim_can_be_taken_by_another(tmp_path: Path) -> None:
     def other() -> str:
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
-    with claiming(tmp_path) as claims:
-        assert (claims.take("a"), claims.take("b")) == (True, True)
+    with open_claims(tmp_path) as claims:
+        assert (claims.try_claim("a"), claims.take("b")) == (True, True)
         assert other() == "False False"
         claims.release(["a"])
         assert other() == "True False"
@@ -160,7 +160,7 @@ def test_full_fine_tuning_split_over_two_processes_is_that_of_one(tmp_path: Path
 
 
 def test_split_training_without_torchrun_is_refused(tmp_path: Path) -> None:
-    config = make_config({"task": "planted", "steps": 2, "shard": True}, "test")
+    config = make_study_config({"task": "planted", "steps": 2, "shard": True}, "test")
     with pytest.raises(ConfigError, match="start them with torchrun"):
         run_study(config, tmp_path / "study")
 
@@ -170,17 +170,17 @@ def test_split_training_without_torchrun_is_refused(tmp_path: Path) -> None:
 
 class Heard(Silent):
     def __init__(self) -> None:
-        self.records: list[Record] = []
+        self.records: list[RunRecord] = []
         self.planned_runs: set[str] = set()
         self.tokens = 0
 
-    def planned(self, runs: list[Run], ended: list[Record]) -> None:  # type: ignore[override]
+    def planned(self, runs: list[Run], ended: list[RunRecord]) -> None:  # type: ignore[override]
         self.planned_runs |= {run.name for run in runs}
 
     def stepped(self, runs: object, tokens: int, steps: int = 1) -> None:
         self.tokens += tokens
 
-    def ended(self, record: Record) -> None:
+    def ended(self, record: RunRecord) -> None:
         self.records.append(record)
 
 
@@ -191,7 +191,7 @@ def settings(**changes: object) -> dict[str, object]:
 
 def test_workers_give_the_table_of_one_process_and_report(tmp_path: Path, whole: Path) -> None:
     heard = Heard()
-    config = make_config(settings(save_seconds=0.05), "test")
+    config = make_study_config(settings(save_seconds=0.05), "test")
     study = run_study_with_workers(config, tmp_path / "study", 2, heard, lambda: False)
     assert table(study.folder) == table(whole)
     trained = [record.run.name for record in study.records if record.run.lr]
@@ -202,11 +202,11 @@ def test_workers_give_the_table_of_one_process_and_report(tmp_path: Path, whole:
 
 def test_what_fails_in_a_worker_is_said_once(tmp_path: Path) -> None:
     folder = tmp_path / "study"
-    run_study(make_config(settings(steps=2), "test"), folder)
+    run_study(make_study_config(settings(steps=2), "test"), folder)
     with pytest.raises(TrainingError, match="steps = 2, not 3"):
-        run_study_with_workers(make_config(settings(steps=3), "test"), folder, 2, Silent(), lambda: False)
+        run_study_with_workers(make_study_config(settings(steps=3), "test"), folder, 2, Silent(), lambda: False)
 
 
 def test_a_number_of_workers_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="workers = 0"):
-        run_study_with_workers(make_config(settings(), "test"), tmp_path / "study", 0, Silent(), lambda: False)
+        run_study_with_workers(make_study_config(settings(), "test"), tmp_path / "study", 0, Silent(), lambda: False)

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from rankscope.errors import ConfigError, TrainingError
 from rankscope.lora import AdapterSpec, Bank
 from rankscope.train.hf import ClassifyTask
-from rankscope.train.randomness import DRAWING, own_streams, replay
-from rankscope.train.tasks import Batch
+from rankscope.train.randomness import RANDOM_FUNCTIONS, replay_contexts, use_run_streams
+from rankscope.train.task import Batch
 
 CPU = torch.device("cpu")
 SEEDS = (11, 7, 2**62)
@@ -26,11 +26,11 @@ def source(seed: int = 0) -> torch.Generator:
 
 def apart_and_alone(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """What a function gives for three chunks together, and for each of them alone."""
-    with own_streams(CPU, SEEDS):
+    with use_run_streams(CPU, SEEDS):
         together = function(x.clone())
     alone = []
     for seed, part in zip(SEEDS, x.chunk(3), strict=True):
-        with own_streams(CPU, [seed]):
+        with use_run_streams(CPU, [seed]):
             alone.append(function(part.clone()))
     return list(together.chunk(3)), alone
 
@@ -134,7 +134,7 @@ def test_every_function_of_torch_that_draws_is_known() -> None:
     callable_ = {getattr(owner, n) for n in public for owner in (torch, torch.Tensor, F) if hasattr(owner, n)}
     # Recurrent layers keep time in the first axis; torch.random is a module.
     left_out = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.miopen_rnn, torch.random}
-    assert callable_ - set(DRAWING) == left_out
+    assert callable_ - set(RANDOM_FUNCTIONS) == left_out
 
 
 def test_functions_in_a_row_go_on_from_each_other() -> None:
@@ -156,7 +156,7 @@ def test_gradients_pass_through_dropout_in_place() -> None:
     gradients = []
     for rows, seeds in ((x, SEEDS), *((part, [seed]) for part, seed in zip(x.chunk(3), SEEDS, strict=True))):
         leaf = rows.clone().requires_grad_()
-        with own_streams(CPU, seeds):
+        with use_run_streams(CPU, seeds):
             out = Written()(leaf)
         out.square().sum().backward()
         assert torch.equal(leaf.grad == 0, out == 0)
@@ -174,7 +174,7 @@ def test_what_draws_nothing_is_called_once() -> None:
 
     x = torch.rand(5, 8, generator=source())  # 5 rows are not 3 chunks: to cut them would raise
     q = x[:, None]
-    with Count(), own_streams(CPU, SEEDS):
+    with Count(), use_run_streams(CPU, SEEDS):
         F.dropout(x, 0.5, False)
         F.dropout(x, 0.0)
         F.rrelu(x)
@@ -199,7 +199,7 @@ def test_what_draws_nothing_is_called_once() -> None:
 def test_what_cannot_be_shared_out_is_refused(function: Callable[[Tensor], Any], message: str) -> None:
     before = torch.get_rng_state()
     x = torch.rand(4, 8, generator=source())
-    with pytest.raises(TrainingError, match=message) as caught, own_streams(CPU, SEEDS):
+    with pytest.raises(TrainingError, match=message) as caught, use_run_streams(CPU, SEEDS):
         function(x)
     assert "\n" not in str(caught.value)
     assert torch.equal(torch.get_rng_state(), before)
@@ -210,10 +210,10 @@ def test_one_run_has_the_global_stream_to_itself() -> None:
         torch.manual_seed(5)
         expected = torch.rand(3)
         before = torch.get_rng_state()
-        with own_streams(CPU, [5]):
+        with use_run_streams(CPU, [5]):
             assert torch.equal(torch.rand(3), expected)
         assert torch.equal(torch.get_rng_state(), before)
-        with pytest.raises(KeyError), own_streams(CPU, [5]):
+        with pytest.raises(KeyError), use_run_streams(CPU, [5]):
             raise KeyError
         assert torch.equal(torch.get_rng_state(), before)
 
@@ -279,7 +279,7 @@ def losses_and_gradients(
     """The loss of each batch and its gradient, from one pass over all."""
     task, n = Rows(), len(batches)
     batch = task.join(batches)
-    with own_streams(CPU, seeds):
+    with use_run_streams(CPU, seeds):
         outputs = task.outputs(model, batch)
     parts = {key: value.chunk(n) for key, value in batch.items()}
     found = []
@@ -332,13 +332,13 @@ def test_masks_are_equal_bit_for_bit() -> None:
     for module in drops:
         module.register_forward_hook(lambda _, given, out: seen.append((given[0] != 0) & (out == 0)))
     batches = [Rows().batch(seed, 0, 4) for seed in (1, 2, 3)]
-    with own_streams(CPU, SEEDS):
+    with use_run_streams(CPU, SEEDS):
         Rows().outputs(model, Rows().join(batches))
     together, seen[:] = list(seen), []
     assert len(together) == 1 + 2 * 2 + 1  # embeddings; two outputs a layer (attention calls the function); the head
     for i, (batch, seed) in enumerate(zip(batches, SEEDS, strict=True)):
         seen.clear()
-        with own_streams(CPU, [seed]):
+        with use_run_streams(CPU, [seed]):
             Rows().outputs(model, batch)
         for a, b in zip(together, seen, strict=True):
             assert torch.equal(a.chunk(3)[i], b)
@@ -413,7 +413,7 @@ def test_what_is_compiled_has_no_replay() -> None:
 
     Rows().checkpoint(Noting(2, 2), compiled=True)
     Rows().checkpoint(Noting(2, 2))
-    assert asked == [{"use_reentrant": False}, {"use_reentrant": False, "context_fn": replay}]
+    assert asked == [{"use_reentrant": False}, {"use_reentrant": False, "context_fn": replay_contexts}]
 
 
 def test_models_that_cannot_recompute_are_refused() -> None:

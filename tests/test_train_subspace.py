@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from rankscope.cli import cli
 from rankscope.errors import ConfigError
-from rankscope.formats.files import read_tensors
-from rankscope.train.config import StudyConfig, make_config
-from rankscope.train.loop import InterruptedTrainingError, Silent, evaluate
-from rankscope.train.methods import SubspaceTrained, make_trained
+from rankscope.formats.file_io import read_tensors
+from rankscope.train.config import StudyConfig, make_study_config
+from rankscope.train.docs import DocsTask
+from rankscope.train.loop import InterruptedTrainingError, Silent, evaluate_splits
+from rankscope.train.methods import TrainableSubspace, make_trainable
 from rankscope.train.planted import PlantedTask
-from rankscope.train.runs import Run, fitting_dims, grid
+from rankscope.train.random_subspace import RandomSubspace, count_parameters_and_modules
+from rankscope.train.runs import Run, feasible_dims, plan_runs
 from rankscope.train.study import Study, run_study
-from rankscope.train.subspace import Subspace, sizes
-from rankscope.train.tasks import DocsTask, make_task
+from rankscope.train.tasks import make_task
 from rankscope.train.weights import add_updates
 
 SMALL = {"task": "planted", "methods": ("subspace",), "ranks": (), "dims": (32,), "full": False}
@@ -31,7 +32,7 @@ SHORT = {**SMALL, "steps": 12, "batch": 16, "evaluations": 1}
 
 
 def settings(**changes: object) -> StudyConfig:
-    return make_config({**SHORT, **changes}, "test")
+    return make_study_config({**SHORT, **changes}, "test")
 
 
 class Tied(nn.Module):
@@ -57,10 +58,10 @@ NAMES = ("embed.weight", "norm.weight", "norm.bias", "out.bias")
 SIZES = [12, 4, 4, 3]
 
 
-def moved(layered: bool, dim: int = 7) -> tuple[Tied, Subspace]:
+def moved(layered: bool, dim: int = 7) -> tuple[Tied, RandomSubspace]:
     """A model in a subspace, away from its start."""
     model = Tied().double()
-    subspace = Subspace(model, NAMES, dim, generator(1), layered).double()
+    subspace = RandomSubspace(model, NAMES, dim, generator(1), layered).double()
     with torch.no_grad():
         subspace.z.copy_(normal(len(subspace.z), seed=2))
         if subspace.scales is not None:
@@ -68,13 +69,13 @@ def moved(layered: bool, dim: int = 7) -> tuple[Tied, Subspace]:
     return model, subspace
 
 
-def factors(subspace: Subspace) -> Tensor:
+def factors(subspace: RandomSubspace) -> Tensor:
     """λ of each of ``NAMES``: one for each module, the embedding, the norm, the output."""
     scales = subspace.scales.detach() if subspace.scales is not None else torch.ones(3)
     return scales[[0, 1, 1, 2]]
 
 
-def shifted(subspace: Subspace) -> tuple[Tied, Tensor]:
+def shifted(subspace: RandomSubspace) -> tuple[Tied, Tensor]:
     """A plain model with the weights θ₀ + λ·P·z written into it, and P·z, which takes the parameters in order."""
     model = Tied().double()
     flat = subspace.product(subspace.z).detach()
@@ -86,14 +87,14 @@ def shifted(subspace: Subspace) -> tuple[Tied, Tensor]:
 
 
 def test_tied_weights_count_once() -> None:
-    assert sizes(Tied(), NAMES) == (23, 3)
-    assert sizes(Tied(), ["norm.weight"]) == (4, 1)
+    assert count_parameters_and_modules(Tied(), NAMES) == (23, 3)
+    assert count_parameters_and_modules(Tied(), ["norm.weight"]) == (4, 1)
 
 
 def test_at_the_start_the_model_is_the_base() -> None:
     model = Tied()
     before = model(TOKENS)
-    Subspace(model, NAMES, 7, generator(), layered=True)
+    RandomSubspace(model, NAMES, 7, generator(), layered=True)
     assert torch.equal(model(TOKENS), before)
 
 
@@ -125,7 +126,7 @@ def test_gradients_are_those_of_the_weights_projected(layered: bool) -> None:
 
 def test_what_is_not_chosen_stays_as_it_is() -> None:
     model = Tied().double()
-    subspace = Subspace(model, ["norm.weight"], 2, generator()).double()
+    subspace = RandomSubspace(model, ["norm.weight"], 2, generator()).double()
     nn.init.ones_(subspace.z)
     model(TOKENS).sum().backward()
     assert model.embed.weight.grad is not None
@@ -142,14 +143,14 @@ def test_the_factors_are_paid_out_of_the_dimension() -> None:
 @pytest.mark.parametrize(("dim", "layered"), [(0, False), (24, False), (3, True)])
 def test_a_dimension_that_does_not_fit_is_refused(dim: int, layered: bool) -> None:
     with pytest.raises(ValueError, match=f"a subspace of {dim} numbers in a model of 23 with 3 layers"):
-        Subspace(Tied(), NAMES, dim, generator(), layered)
+        RandomSubspace(Tied(), NAMES, dim, generator(), layered)
 
 
 def test_a_step_moves_the_weights_as_far_as_one_of_full_fine_tuning() -> None:
     """Adam's first step is the rate in each number: rate·√D in θ, and rate·factor·√d in z, which P keeps."""
     model = Tied()
-    subspace = Subspace(model, NAMES, 4, generator())
-    assert subspace.rate_factor * 4**0.5 == pytest.approx(23**0.5)
+    subspace = RandomSubspace(model, NAMES, 4, generator())
+    assert subspace.learning_rate_factor * 4**0.5 == pytest.approx(23**0.5)
 
 
 def test_recomputing_activations_sees_the_same_weights() -> None:
@@ -158,7 +159,7 @@ def test_recomputing_activations_sees_the_same_weights() -> None:
     batch = task.batch(0, 0, 2)
     gradients = []
     for checkpointing in (False, True):
-        trained = SubspaceTrained(task, Run(method="subspace", seed=0, dim=8))
+        trained = TrainableSubspace(task, Run(method="subspace", seed=0, dim=8))
         if checkpointing:
             task.checkpoint(trained.model)
         nn.init.ones_(trained.subspace.z)
@@ -180,13 +181,13 @@ class HeadedTask(PlantedTask):
 
 def test_heads_are_trained_whole_and_outside_the_subspace() -> None:
     task = HeadedTask(4, 0.5, count=64)
-    trained = make_trained(task, settings(), [Run(method="subspace", seed=0, dim=8)])
-    assert isinstance(trained, SubspaceTrained)
+    trained = make_trainable(task, settings(), [Run(method="subspace", seed=0, dim=8)])
+    assert isinstance(trained, TrainableSubspace)
     shapes = {name: tuple(p.shape) for name, p in trained.parameters(0).items()}
     assert shapes == {"second.weight": (96, 64), "subspace.z": (8,)}
     assert trained.subspace.product.rows == 64 * 96
-    assert trained.rate_factor(0, "second.weight") == 1.0
-    assert trained.rate_factor(0, "subspace.z") == pytest.approx((64 * 96 / 8) ** 0.5)
+    assert trained.learning_rate_factor(0, "second.weight") == 1.0
+    assert trained.learning_rate_factor(0, "subspace.z") == pytest.approx((64 * 96 / 8) ** 0.5)
     with torch.no_grad():
         for weight in trained.parameters(0).values():
             weight.add_(0.5)
@@ -200,7 +201,7 @@ def test_heads_are_trained_whole_and_outside_the_subspace() -> None:
 def test_the_grid_has_each_dimension_that_fits() -> None:
     """12 288 numbers in two layers: said pays 2."""
     config = settings(methods=("subspace", "said"), dims=(2, 3, 12288, 12289), lrs=(0.1,))
-    runs = [run for run in grid(config, make_task(config)) if run.method != "base"]
+    runs = [run for run in plan_runs(config, make_task(config)) if run.method != "base"]
     assert [(run.method, run.dim) for run in runs] == [
         *(("subspace", dim) for dim in (2, 3, 12288)),
         *(("said", dim) for dim in (3, 12288)),
@@ -208,17 +209,17 @@ def test_the_grid_has_each_dimension_that_fits() -> None:
     assert [run.rank for run in runs] == [None] * 5
     assert (runs[0].name, runs[0].label) == ("subspace-d2-lr0.1-s0", "subspace d = 2")
     with pytest.raises(ConfigError, match="said needs some from 3 to 12288"):
-        fitting_dims((1, 2, 20000), make_task(config), "said")
+        feasible_dims((1, 2, 20000), make_task(config), "said")
 
 
 def test_rates_stand_beside_those_of_full_fine_tuning() -> None:
     config = settings(methods=("subspace", "lora"), ranks=(1,), task="docs", full=True)
     rates: dict[str, list[float | None]] = {}
-    for run in grid(config, make_task(config)):
+    for run in plan_runs(config, make_task(config)):
         rates.setdefault(run.method, []).append(run.lr)
     assert rates["subspace"] == [0.0009, 0.003, 0.009]
     assert (rates["lora"], rates["full"]) == ([0.003, 0.01, 0.03], [0.0003, 0.001, 0.003])
-    chosen = grid(settings(methods=("subspace",), lrs=(0.5,)), make_task(settings()))
+    chosen = plan_runs(settings(methods=("subspace",), lrs=(0.5,)), make_task(settings()))
     assert [run.lr for run in chosen] == [None, 0.5]
 
 
@@ -290,7 +291,7 @@ def test_seeds_dimensions_and_methods_have_subspaces_of_their_own_and_rates_shar
         Run(method="subspace", seed=0, dim=31, lr=0.1),
         Run(method="said", seed=0, dim=34, lr=0.1),
     ]
-    made = [SubspaceTrained(task, run).subspace for run in runs]
+    made = [TrainableSubspace(task, run).subspace for run in runs]
     first, same, *others = (subspace.product(torch.ones_like(subspace.z)).detach() for subspace in made)
     assert torch.equal(first, same)
     for other in others:
@@ -306,7 +307,7 @@ def test_what_is_saved_gives_the_score_back(tmp_path: Path) -> None:
     for record in study.done()[1:]:
         model = task.model(0)
         add_updates(model, read_tensors(study.path(record.run) / "update.safetensors"))
-        again = evaluate(task, model, ("test",), config, torch.device("cpu"))["test"]["loss"]
+        again = evaluate_splits(task, model, ("test",), config, torch.device("cpu"))["test"]["loss"]
         assert again == pytest.approx(study.score(record), rel=1e-6)
         assert study.score(record) < base
         assert record.cost is not None
@@ -343,4 +344,4 @@ def test_the_command_takes_one_method_and_its_dimensions(tmp_path: Path) -> None
 
 def test_alone_the_command_is_what_it_was() -> None:
     config = StudyConfig()
-    assert {run.method for run in grid(config, make_task(config))} == {"base", "lora", "full"}
+    assert {run.method for run in plan_runs(config, make_task(config))} == {"base", "lora", "full"}

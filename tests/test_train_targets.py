@@ -12,9 +12,9 @@ from torch import nn
 from rankscope.errors import ConfigError
 from rankscope.lora import AdapterSpec, Bank
 from rankscope.lora.targets import find_targets
+from rankscope.train.docs import embedded_base_folder
 from rankscope.train.llama import load_llama
-from rankscope.train.targets import expand_targets, parameters_per_rank
-from rankscope.train.tasks import base_folder
+from rankscope.train.target_roles import expand_targets, parameters_per_rank
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
 BERT: dict[str, Any] = {**SIZES, "intermediate_size": 24, "max_position_embeddings": 16}
@@ -36,7 +36,7 @@ def hub(name: str) -> Any:
 
 
 def model_of(name: str) -> nn.Module:
-    return load_llama(base_folder()) if name == "llama" else hub(name)
+    return load_llama(embedded_base_folder()) if name == "llama" else hub(name)
 
 
 def picked(model: nn.Module, targets: str | Sequence[str]) -> set[str]:

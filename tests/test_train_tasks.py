@@ -11,21 +11,13 @@ import torch
 from rankscope.errors import FormatError
 from rankscope.lora import AdapterSpec, Bank
 from rankscope.spectra import Spectrum, mp_count
-from rankscope.train.config import make_config
+from rankscope.train.config import make_study_config
+from rankscope.train.docs import DocsTask, embedded_base_folder, read_documentation, split_blocks
 from rankscope.train.llama import Llama, LlamaConfig, load_llama, save_llama
 from rankscope.train.planted import PlantedTask
-from rankscope.train.results import baseline, rows
+from rankscope.train.results import baseline_score, run_results
 from rankscope.train.study import run_study
-from rankscope.train.tasks import (
-    Batch,
-    DocsTask,
-    Task,
-    WindowTask,
-    base_folder,
-    documentation,
-    split_blocks,
-    weighted_mean,
-)
+from rankscope.train.task import Batch, Task, WindowTask, weighted_mean
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +27,9 @@ def docs() -> DocsTask:
 
 def test_the_base_gives_the_logits_of_transformers(docs: DocsTask) -> None:
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(base_folder(), attn_implementation="sdpa").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        embedded_base_folder(), attn_implementation="sdpa"
+    ).eval()
     tokens = docs.batch(0, 0, 4)["tokens"]
     with torch.no_grad():
         expected, ours = theirs(tokens).logits, docs.model(0)(tokens)
@@ -67,7 +61,7 @@ def test_attention_looks_back_only(docs: DocsTask) -> None:
 
 
 def test_no_paragraph_is_both_trained_on_and_held_out() -> None:
-    paragraphs = [" ".join(part.split()) for part in documentation().decode().split("\n\n")]
+    paragraphs = [" ".join(part.split()) for part in read_documentation().decode().split("\n\n")]
     kept = [paragraph for paragraph in paragraphs if paragraph]
     assert len(kept) == len(set(kept)) > 1000
 
@@ -120,10 +114,10 @@ def test_batches_are_functions_of_seed_and_index(docs: DocsTask) -> None:
 
 
 def test_default_rates_are_half_a_decade_apart_and_ten_times_higher_for_lora(docs: DocsTask) -> None:
-    assert docs.rates(full=True) == (3e-4, 1e-3, 3e-3)
-    assert docs.rates(full=False) == (3e-3, 1e-2, 3e-2)
+    assert docs.learning_rates(full=True) == (3e-4, 1e-3, 3e-3)
+    assert docs.learning_rates(full=False) == (3e-3, 1e-2, 3e-2)
     planted = PlantedTask(2, 0.5)
-    assert (planted.rates(full=True), planted.rates(full=False)) == ((3e-3,), (1e-2,))
+    assert (planted.learning_rates(full=True), planted.rates(full=False)) == ((3e-3,), (1e-2,))
     assert (docs.default_batch, planted.default_batch) == (8, 16)
 
 
@@ -211,7 +205,7 @@ def test_the_planted_rank_is_recovered(tmp_path: Path, planted: int) -> None:
     update's spectrum: as many singular values stand above the noise edge, and they are the planted ones."""
     ranks = (1, 2, 3, 5, 8)
     settings = {"planted_rank": planted, "ranks": ranks, "batch": 128, "steps": 500, "evaluations": 0}
-    config = make_config({"task": "planted", **settings}, "test")
+    config = make_study_config({"task": "planted", **settings}, "test")
     study = run_study(config, tmp_path / "study")
     task = PlantedTask(planted, config.planted_noise)
     scores = {record.run.rank: study.score(record) for record in study.done() if record.run.method == "lora"}
@@ -228,15 +222,15 @@ def test_the_planted_rank_is_recovered(tmp_path: Path, planted: int) -> None:
 
 
 def test_rows_of_a_study_say_what_its_runs_did(tmp_path: Path) -> None:
-    config = make_config({"task": "planted", "ranks": (2,), "lrs": (1e-2, 1e-4), "steps": 40}, "test")
+    config = make_study_config({"task": "planted", "ranks": (2,), "lrs": (1e-2, 1e-4), "steps": 40}, "test")
     study = run_study(config, tmp_path / "study")
-    found = {row.record.run.name: row for row in rows(study)}
-    assert found["lora-r2-lr0.01-s0"].best
-    assert not found["lora-r2-lr0.0001-s0"].best
+    found = {row.record.run.name: row for row in run_results(study)}
+    assert found["lora-r2-lr0.01-s0"].is_best
+    assert not found["lora-r2-lr0.0001-s0"].is_best
     assert found["lora-r2-lr0.01-s0"].ranks["numerical_rank"] == 2
     assert found["full-lr0.003-s0"].ranks["numerical_rank"] > 2
     assert found["base-s0"].ranks == {}
-    assert baseline(study) == found["base-s0"].score
+    assert baseline_score(study) == found["base-s0"].score
     store = study.store(found["full-lr0.003-s0"].record.run)
     stable = [Spectrum.of(store[name]).stable_rank for name in store]
     # the median of two layers is their mean

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankscope.errors import ShapeError
-from rankscope.train.weights import add_updates, matrix_of, to_matrix
+from rankscope.train.weights import add_updates, to_matrix, weight_matrix
 
 
 class Conv1D(nn.Module):
@@ -149,14 +149,14 @@ def test_a_name_that_the_model_lacks_is_refused(name: str) -> None:
 )
 def test_a_weight_reads_as_the_matrix_that_an_update_adds_to(name: str, shape: tuple[int, int]) -> None:
     model, update = Zoo(), single(*shape)
-    before = matrix_of(model, name).clone()
+    before = weight_matrix(model, name).clone()
     assert before.shape == shape
     assert before.dtype == torch.float32
     add_updates(model, {name: update})
-    torch.testing.assert_close(matrix_of(model, name) - before, update)
+    torch.testing.assert_close(weight_matrix(model, name) - before, update)
 
 
 def test_what_is_no_matrix_has_none() -> None:
     for name in ("norm", "square.bias"):
         with pytest.raises(ShapeError, match="not a matrix"):
-            matrix_of(Zoo(), name)
+            weight_matrix(Zoo(), name)

@@ -305,8 +305,8 @@ def test_energy_of_factors_that_cancel(delta: float) -> None:
 
 def test_what_was_found_once_is_not_found_again_unless_a_factor_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[int] = []
-    triangle = updates.triangle
-    monkeypatch.setattr(updates, "triangle", lambda *given: found.append(1) or triangle(*given))
+    triangle = updates.triangular_factor
+    monkeypatch.setattr(updates, "triangular_factor", lambda *given: found.append(1) or triangle(*given))
     update = LowRank(normal(40, 5), normal(5, 30, seed=1), 2.0)
     first, terms = update.singular_values(), update.terms
     assert len(found) == 2
@@ -324,7 +324,7 @@ def test_squares_found_together_serve_each_its_own() -> None:
     made.append(LowRank(normal(60, 20), normal(20, 40, seed=5)))
     expected = [update.singular_values() for update in made]
     again = [update * 1.0 for update in made]
-    updates.square_together([*again, Dense(normal(4, 3))])
+    updates.cache_gram_matrices([*again, Dense(normal(4, 3))])
     for update, values in zip(again, expected, strict=True):
         left, right = update._recall("squares") or (None, None)
         assert left is not None

@@ -22,7 +22,7 @@ from rankscope.updates import Update
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Coordinates:
+class WeightBasisCoordinates:
     """The top k directions of an update in the basis of its weight's singular vectors, n = min(out, in) of them.
 
     ``left``: (n, k), U_WᵀU. ``right``: (n, k), V_WᵀV. ``s``: (n,), singular values of the weight. ``norm``: ‖ΔW‖_F.
@@ -36,7 +36,7 @@ class Coordinates:
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, update: Update, base: SVD, k: int | None = None) -> Coordinates:
+    def of(cls, update: Update, base: SVD, k: int | None = None) -> WeightBasisCoordinates:
         """Those of the top k directions, of all that are above rounding where k is None or larger.
 
         Args:
@@ -92,7 +92,7 @@ class Amplification(msgspec.Struct, frozen=True, kw_only=True):
     random_amplification: float
 
 
-def amplification(update: Coordinates, r: int) -> Amplification:
+def amplification(update: WeightBasisCoordinates, r: int) -> Amplification:
     """Table 7 for the top r directions of an update, of all of them where r is larger.
 
     Raises:
@@ -113,7 +113,7 @@ def amplification(update: Coordinates, r: int) -> Amplification:
         random=random,
         random_sd=math.sqrt(null.variance) / (2 * random),
         z=(own**2 - null.mean) / math.sqrt(null.variance) if null.variance else 0.0,
-        p=null.tail(own**2),
+        p=null.tail_probability(own**2),
         norm=update.norm,
         amplification=update.norm / own if own else None,
         random_amplification=update.norm / random,
@@ -126,7 +126,7 @@ class Moments(NamedTuple):
     mean: float
     variance: float
 
-    def tail(self, value: float) -> float:
+    def tail_probability(self, value: float) -> float:
         """Probability of at least this value, by the log-normal law with these moments.
 
         At most 3 times too small down to 2·10⁻⁴ for weights from white to rank one, where a Gamma law would be 8 times
@@ -167,7 +167,7 @@ def _freedom(i: int, m: int) -> float:
     return 0.0 if i == m else (i * (m - i) / m) / ((m - 1) * (m + 2) / 2)
 
 
-class Side(NamedTuple):
+class SidePositions(NamedTuple):
     """How the top i directions of an update lie among those of its weight, in one space of dimension ``d``.
 
     ``energy``: (n,), ‖U_iᵀw_m‖² for the weight's m-th direction w_m; i/d by chance. ``overlap``: (n,), φ(i, m) of the
@@ -184,11 +184,11 @@ class Positions(NamedTuple):
     """Figure 8 of Hu et al. 2021 with its chance level, in the output space and in the input space."""
 
     i: int
-    left: Side
-    right: Side
+    left: SidePositions
+    right: SidePositions
 
 
-def positions(update: Coordinates, i: int) -> Positions:
+def positions(update: WeightBasisCoordinates, i: int) -> Positions:
     """Where in the weight's spectrum the top i directions of an update lie, all of them where i is larger.
 
     Raises:
@@ -200,12 +200,12 @@ def positions(update: Coordinates, i: int) -> Positions:
     return Positions(i, _side(update.left[:, :i], update.shape[0]), _side(update.right[:, :i], update.shape[1]))
 
 
-def _side(coordinates: Array, d: int) -> Side:
+def _side(coordinates: Array, d: int) -> SidePositions:
     n, i = coordinates.shape
     energy = (coordinates**2).sum(axis=1)
     m = np.arange(1.0, n + 1)
     overlap = np.minimum(np.cumsum(energy) / np.minimum(m, i), 1.0)
-    return Side(d, energy, overlap, np.maximum(m, i) / d)
+    return SidePositions(d, energy, overlap, np.maximum(m, i) / d)
 
 
 def _numbers(tensor: Tensor) -> Array:

@@ -12,38 +12,38 @@ from typing import Any, ClassVar, Literal
 import msgspec
 import torch
 
-from rankscope.analysis.matching import Matched, Renames, match
-from rankscope.analysis.pairs import (
-    MATRICES,
-    MOST_DIRECTIONS,
+from rankscope.analysis.display import html_table, short_name
+from rankscope.analysis.layer_comparison import (
+    MATRIX_TITLES,
+    MAX_DIRECTIONS,
     LayerComparison,
-    Of,
-    check_question,
+    MatrixKind,
+    check_comparison,
     compare_layers,
-    cosine,
+    cosine_similarity,
 )
-from rankscope.analysis.sources import Readable, Source, Track, as_patterns, fits_any
-from rankscope.analysis.text import html_table, short_name
-from rankscope.analysis.workers import spread
-from rankscope.errors import ConfigError, RankscopeError, ShapeError, located
-from rankscope.formats.interface import Skipped, examples
+from rankscope.analysis.matching import MatchedSources, Renames, match_layers
+from rankscope.analysis.sources import Readable, Source, Track, matches_any, pattern_list
+from rankscope.analysis.worker_threads import compute_items
+from rankscope.errors import ConfigError, RankscopeError, ShapeError, prefix_errors
+from rankscope.formats.abstract_store import SkippedItem, examples
 from rankscope.formats.names import Pairing
 from rankscope.result import Result
 from rankscope.updates import Update
 
 SCHEMA = "rankscope.compare/1"
-INITIAL = "initial"
+INITIAL_FOLDER = "initial"
 """Folder of a run that holds the factors before training."""
 
 
-class Compared(msgspec.Struct, frozen=True, kw_only=True):
+class ComparedSource(msgspec.Struct, frozen=True, kw_only=True):
     """One of the two sources."""
 
     path: str
     kind: str
 
 
-class Unmatched(msgspec.Struct, frozen=True, kw_only=True):
+class UnmatchedLayers(msgspec.Struct, frozen=True, kw_only=True):
     """Layers without a partner in the other."""
 
     a: tuple[str, ...]
@@ -79,13 +79,13 @@ class CompareResult(Result, frozen=True, eq=False, kw_only=True):
 
     schemas: ClassVar = (SCHEMA,)
     schema: str = SCHEMA
-    a: Compared
-    b: Compared
-    of: Of
+    a: ComparedSource
+    b: ComparedSource
+    of: MatrixKind
     layers: tuple[LayerComparison, ...]
     summary: Summary
-    unmatched: Unmatched
-    skipped: tuple[Skipped, ...]
+    unmatched: UnmatchedLayers
+    skipped: tuple[SkippedItem, ...]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class CompareResult(Result, frozen=True, eq=False, kw_only=True):
     @property
     def matrices(self) -> str:
         """What ``of`` means, in words."""
-        return MATRICES[self.of]
+        return MATRIX_TITLES[self.of]
 
     def __repr__(self) -> str:
         a, b = self.titles
@@ -145,7 +145,7 @@ def compare(
     base: str | os.PathLike[str] | None = None,
     layers: str | Iterable[str] | None = None,
     top: int | None = None,
-    of: Of = "update",
+    of: MatrixKind = "update",
     device: torch.device | str = "cpu",
     track: Track = iter,
     rename: Renames = (),
@@ -177,45 +177,47 @@ def compare(
     Raises:
         RankscopeError: no layer in common, none that can be compared, or one that holds NaN or infinity.
     """
-    check_question(top, of)
-    patterns = as_patterns(layers)
+    check_comparison(top, of)
+    patterns = pattern_list(layers)
     if len(initial) > 2:
         raise ConfigError(f"{len(initial)} initial adapters were given for 2 sources")
     starts = (*initial, None, None)
     left, right = Source.of(a, base, device, "a", alpha, starts[0]), Source.of(b, base, device, "b", alpha, starts[1])
-    matched = match(left, right, rename)
-    pairing = _chosen(matched, patterns)
-    found, skipped = _compared(matched.a, matched.b, pairing.pairs, top, of, track, workers)
+    matched = match_layers(left, right, rename)
+    pairing = _select_pairs(matched, patterns)
+    found, skipped = _compare_pairs(matched.a, matched.b, pairing.pairs, top, of, track, workers)
     if not found:
         raise RankscopeError(
             f"{left.label} and {right.label}: no layer can be compared; {skipped[0].name}: {skipped[0].reason}"
         )
     skipped += matched.skipped
-    skipped += [Skipped(one.name, f"in {s}: {one.reason}") for s, x in (("a", left), ("b", right)) for one in x.skipped]
+    skipped += [
+        SkippedItem(one.name, f"in {s}: {one.reason}") for s, x in (("a", left), ("b", right)) for one in x.skipped
+    ]
     before, unread = _initial(left, right, patterns) if of == "update" else (None, [])
     summary = _summary(found, before)
     return CompareResult(
-        a=Compared(path=left.label, kind=left.kind),
-        b=Compared(path=right.label, kind=right.kind),
+        a=ComparedSource(path=left.label, kind=left.kind),
+        b=ComparedSource(path=right.label, kind=right.kind),
         of=of,
         layers=tuple(found),
         summary=summary,
-        unmatched=Unmatched(a=tuple(pairing.only_a), b=tuple(pairing.only_b)),
+        unmatched=UnmatchedLayers(a=tuple(pairing.only_a), b=tuple(pairing.only_b)),
         skipped=tuple(skipped),
         notes=(*_notes(left, right, found, summary, top), *unread),
     )
 
 
-def _chosen(matched: Matched, patterns: list[str] | None) -> Pairing:
+def _select_pairs(matched: MatchedSources, patterns: list[str] | None) -> Pairing:
     """Partners, as far as the patterns fit the name in a or in b."""
     everything = matched.pairing
     if patterns is None:
         return everything
 
     kept = Pairing(
-        [names for names in everything.pairs if fits_any(names, patterns)],
-        [name for name in everything.only_a if fits_any([name], patterns)],
-        [name for name in everything.only_b if fits_any([name], patterns)],
+        [names for names in everything.pairs if matches_any(names, patterns)],
+        [name for name in everything.only_a if matches_any([name], patterns)],
+        [name for name in everything.only_b if matches_any([name], patterns)],
     )
     if not kept.pairs:
         shared = [name for name, _ in everything.pairs]
@@ -226,29 +228,35 @@ def _chosen(matched: Matched, patterns: list[str] | None) -> Pairing:
     return kept
 
 
-def _compared(
-    a: Source, b: Source, pairs: list[tuple[str, str]], top: int | None, of: Of, track: Track, workers: int | None
-) -> tuple[list[LayerComparison], list[Skipped]]:
+def _compare_pairs(
+    a: Source,
+    b: Source,
+    pairs: list[tuple[str, str]],
+    top: int | None,
+    of: MatrixKind,
+    track: Track,
+    workers: int | None,
+) -> tuple[list[LayerComparison], list[SkippedItem]]:
     def kind(names: tuple[str, str]) -> Hashable | None:
-        kinds = a.kind_of(names[0]), b.kind_of(names[1])
+        kinds = a.batch_key(names[0]), b.batch_key(names[1])
         return None if None in kinds else kinds
 
     def read(names: tuple[str, str]) -> list[Update]:
         return [a.read(names[0]), b.read(names[1])]
 
-    def one(names: tuple[str, str], updates: Sequence[Update]) -> LayerComparison | Skipped:
+    def one(names: tuple[str, str], updates: Sequence[Update]) -> LayerComparison | SkippedItem:
         try:
-            with located(f"{a.where(names[0])} against {b.label}"):
+            with prefix_errors(f"{a.layer_label(names[0])} against {b.label}"):
                 return compare_layers(*names, updates[0], updates[1], top, of)
         except ShapeError as error:
-            return Skipped(names[0], str(error.__cause__ or error))
+            return SkippedItem(names[0], str(error.__cause__ or error))
 
     def cost(names: tuple[str, str]) -> float:
         return a.cost(names[0]) + b.cost(names[1])
 
-    outcomes = spread(pairs, kind, read, one, a.device, workers, track, cost=cost)
+    outcomes = compute_items(pairs, kind, read, one, a.device, workers, track, cost=cost)
     found = [outcome for outcome in outcomes if isinstance(outcome, LayerComparison)]
-    return found, [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
+    return found, [outcome for outcome in outcomes if isinstance(outcome, SkippedItem)]
 
 
 def _summary(layers: Sequence[LayerComparison], initial: SideSummary | None) -> Summary:
@@ -266,7 +274,7 @@ def _summary(layers: Sequence[LayerComparison], initial: SideSummary | None) -> 
         initial=initial,
         norm_a=norm_a,
         norm_b=norm_b,
-        cosine=cosine(math.fsum(inner), norm_a, norm_b) if inner else None,
+        cosine=cosine_similarity(math.fsum(inner), norm_a, norm_b) if inner else None,
         relative_difference=math.sqrt(math.fsum(apart)) / max(norm_a, norm_b) if apart else None,
     )
 
@@ -304,22 +312,22 @@ def initial_folder(source: Source) -> Path | None:
     if source.kind != "peft" or source.folder is None or source.folder.name != "adapter":
         return None
     run = source.folder.parent
-    return run / INITIAL if (run / "run.json").is_file() and (run / INITIAL).is_dir() else None
+    return run / INITIAL_FOLDER if (run / "run.json").is_file() and (run / INITIAL_FOLDER).is_dir() else None
 
 
 def _notes(a: Source, b: Source, layers: Sequence[LayerComparison], summary: Summary, top: int | None) -> Iterable[str]:
     yield from (f"a: {note}" for note in a.notes)
     yield from (f"b: {note}" for note in b.notes)
-    if top is None and any(_capped(layer) for layer in layers):
-        yield f"of a full update the top {MOST_DIRECTIONS} directions are compared; top (--top) takes more or fewer"
+    if top is None and any(_is_capped(layer) for layer in layers):
+        yield f"of a full update the top {MAX_DIRECTIONS} directions are compared; top (--top) takes more or fewer"
     yield from _confound(summary)
 
 
-def _capped(layer: LayerComparison) -> bool:
+def _is_capped(layer: LayerComparison) -> bool:
     """Whether a full update had more directions than were compared."""
     ranks = layer.nominal_rank_a, layer.nominal_rank_b
     sizes = next(iter(layer.sides.values())).overlap.shape
-    return any(rank is None and n == MOST_DIRECTIONS < min(layer.shape) for rank, n in zip(ranks, sizes, strict=True))
+    return any(rank is None and n == MAX_DIRECTIONS < min(layer.shape) for rank, n in zip(ranks, sizes, strict=True))
 
 
 def _confound(summary: Summary) -> Iterable[str]:

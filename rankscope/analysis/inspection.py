@@ -13,24 +13,24 @@ import msgspec
 import torch
 
 from rankscope.errors import FormatError
+from rankscope.formats.abstract_store import SkippedItem, Store, UpdateInfo
 from rankscope.formats.adapter_file import FileStore
 from rankscope.formats.checkpoint import Checkpoint
-from rankscope.formats.diffusers import DiffusersStore, component_of, configuration
-from rankscope.formats.files import TensorInfo, as_text, read_json
+from rankscope.formats.checkpoint_store import CheckpointStore, UpdateStore
+from rankscope.formats.diffusers import DiffusersStore, component_config, split_component
+from rankscope.formats.file_io import TensorInfo, as_text, read_json
 from rankscope.formats.hub import local_path
-from rankscope.formats.interface import Skipped, Store, UpdateInfo
-from rankscope.formats.kohya import MODULE
+from rankscope.formats.kohya import MODULE_KEY
 from rankscope.formats.loralib import NoAlphaError
-from rankscope.formats.names import kind_of
-from rankscope.formats.peft import PeftStore
-from rankscope.formats.peft_config import by_pattern
+from rankscope.formats.names import layer_kind
+from rankscope.formats.peft_config import resolve_pattern
 from rankscope.formats.peft_folder import AdapterStore, weights_file
 from rankscope.formats.peft_keys import CONFIG_NAME
-from rankscope.formats.pickled import open_tensors
-from rankscope.formats.recipes import size
+from rankscope.formats.peft_lora import PeftStore
+from rankscope.formats.pickle_file import open_tensors
+from rankscope.formats.recipes import element_count
 from rankscope.formats.store import NoBaseError
 from rankscope.formats.store import open as open_store
-from rankscope.formats.tuned import CheckpointStore, UpdateStore
 from rankscope.result import Result
 
 SCHEMA = "rankscope.inspect/1"
@@ -47,7 +47,7 @@ FORMATS = {
 }
 
 
-class Target(msgspec.Struct, frozen=True, kw_only=True):
+class TargetGroup(msgspec.Struct, frozen=True, kw_only=True):
     """Layers that are alike: of one name within their block, one shape (out, in), rank, scale, dtype and method.
 
     ``alpha``, ``scale`` and ``nominal_rank`` are None where there is none.
@@ -76,12 +76,12 @@ class Inspection(Result, frozen=True, kw_only=True):
     base: str | None = None
     training: str | None = None
     layers: int = 0
-    targets: tuple[Target, ...] = ()
+    targets: tuple[TargetGroup, ...] = ()
     tensors: int = 0
     parameters: int = 0
     dtypes: dict[str, int] = msgspec.field(default_factory=dict)
     size: int = 0
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[SkippedItem, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -95,7 +95,7 @@ class _Files(NamedTuple):
         """Those of ``Inspection`` that only count."""
         dtypes: Counter[str] = Counter()
         for info in self.infos.values():
-            dtypes[_name(info.dtype)] += size(info.shape)
+            dtypes[_name(info.dtype)] += element_count(info.shape)
         return {
             "tensors": len(self.infos),
             "parameters": sum(dtypes.values()),
@@ -171,7 +171,7 @@ def _weights(checkpoint: Checkpoint, place: Path, label: str) -> Inspection:
 
 def _source(store: Store, known: bool) -> Inspection:
     rows = Counter(_row(store, name, store.info(name), known) for name in store.names())
-    targets = tuple(Target(layers=count, **dict(row)) for row, count in rows.items())
+    targets = tuple(TargetGroup(layers=count, **dict(row)) for row, count in rows.items())
     methods = tuple(dict.fromkeys(target.method for target in targets))
     return Inspection(
         path=str(store.path),
@@ -179,7 +179,7 @@ def _source(store: Store, known: bool) -> Inspection:
         says=f"{FORMATS[store.kind]}: {len(store)} update{'s' * (len(store) > 1)}, {', '.join(methods)}",
         methods=methods,
         base=_base(store),
-        training=store.file.metadata.get(MODULE) if isinstance(store, FileStore) else None,
+        training=store.file.metadata.get(MODULE_KEY) if isinstance(store, FileStore) else None,
         layers=len(store),
         targets=targets,
         skipped=tuple(store.skipped),
@@ -189,7 +189,7 @@ def _source(store: Store, known: bool) -> Inspection:
 
 
 def _row(store: Store, name: str, info: UpdateInfo, known: bool) -> tuple[tuple[str, Any], ...]:
-    """What layers that are alike have in common, as the fields of a ``Target``."""
+    """What layers that are alike have in common, as the fields of a ``TargetGroup``."""
     return tuple(
         {
             "name": _target(name),
@@ -206,7 +206,7 @@ def _row(store: Store, name: str, info: UpdateInfo, known: bool) -> tuple[tuple[
 def _target(name: str) -> str:
     """What a layer is called within its block, in names with dots or with underscores."""
     if "." in name:
-        return kind_of(name)
+        return layer_kind(name)
     return [part for part in re.split(r"_\d+(?=_|$)", name) if part][-1].strip("_") or name
 
 
@@ -214,7 +214,7 @@ def _alpha(store: Store, name: str) -> float | None:
     if isinstance(store, FileStore):
         return store.layers[name].alpha if name in store.layers else None
     if isinstance(store, PeftStore) and store.info(name).method in ("lora", "dora-product"):
-        alpha: float = by_pattern(store.config.alpha_pattern, name, store.config.lora_alpha)
+        alpha: float = resolve_pattern(store.config.alpha_pattern, name, store.config.lora_alpha)
         return alpha
     return None
 
@@ -225,8 +225,10 @@ def _base(store: Store) -> str | None:
     if isinstance(store, AdapterStore):
         named = (read_json(store.path / CONFIG_NAME).get("base_model_name_or_path"),)
     elif isinstance(store, DiffusersStore):
-        components = {component_of(name)[0] for name in store.layers}
-        named = [configuration(store.file.metadata, one).get("base_model_name_or_path") for one in sorted(components)]
+        components = {split_component(name)[0] for name in store.layers}
+        named = [
+            component_config(store.file.metadata, one).get("base_model_name_or_path") for one in sorted(components)
+        ]
     elif isinstance(store, FileStore):
         named = [store.file.metadata.get(tag) for tag in BASE_TAGS]
     return next((as_text(name) for name in named if isinstance(name, str) and name), None)

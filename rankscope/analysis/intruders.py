@@ -16,21 +16,21 @@ from rankscope.linalg import SVD, dense_svd, product_svd, working_dtype
 from rankscope.noise import Array
 from rankscope.updates import Dense, Update
 
-TOP = 10
+TOP_DIRECTIONS = 10
 """How many directions of the tuned weight are looked at (Shuttleworth et al. 2024)."""
-EPSILON = 0.5
+INTRUDER_THRESHOLD = 0.5
 """A direction whose largest |cos| to every pre-trained one is below this is an intruder (Shuttleworth et al. 2024)."""
-SWEEP = tuple(round(0.1 * step, 1) for step in range(1, 10))
+SWEEP_THRESHOLDS = tuple(round(0.1 * step, 1) for step in range(1, 10))
 """Other thresholds that the count is given for."""
-INSIDE = 1 / 4
+STRONGEST_SHARE = 1 / 4
 """The energy of a direction is measured inside the span of this share of the pre-trained directions, the strongest."""
-GRAM_UP_TO = 1024
+GRAM_MAX_DIMENSION = 1024
 """Smaller side up to which all eigenvalues of the Gram matrix are faster than a Krylov space."""
-BASIS_UP_TO = 1 / 4
+BASIS_MAX_RANK_SHARE = 1 / 4
 """Rank of an update, of the smaller side, up to which it is laid into the weight's own basis."""
 TOLERANCE = 1e-9
 """Largest residual ‖Tᵀu − σv‖/σ₁ of a direction that the Krylov space is trusted with."""
-MOST_COLUMNS = 400
+MAX_KRYLOV_COLUMNS = 400
 """A Krylov space that needs more is given up for a dense SVD."""
 
 
@@ -39,7 +39,7 @@ class Direction(msgspec.Struct, frozen=True, kw_only=True):
 
     ``cosine``: max_l |cos(u, u_l)| over all pre-trained left singular vectors, and ``position`` the l of the maximum,
     from 1. ``share``: of the tuned weight's energy, σ²/‖·‖²_F. ``inside``: energy of u in the span of the strongest
-    ``INSIDE`` of the pre-trained directions: low for a new direction, high for a mixture of strong old ones.
+    ``STRONGEST_SHARE`` of the pre-trained directions: low for a new direction, high for a mixture of strong old ones.
     """
 
     cosine: float
@@ -48,16 +48,16 @@ class Direction(msgspec.Struct, frozen=True, kw_only=True):
     inside: float
 
     @property
-    def intrudes(self) -> bool:
+    def is_intruder(self) -> bool:
         """Whether it is an intruder at the usual threshold."""
-        return self.cosine < EPSILON
+        return self.cosine < INTRUDER_THRESHOLD
 
 
 class Intruders(msgspec.Struct, frozen=True, kw_only=True):
     """The top directions of a tuned weight, strongest first, and what a random direction would read.
 
     ``chance``: the mean of the largest |cos| of a random direction; ``inside_chance``: its energy ``inside``.
-    ``counts``: directions below each threshold of ``SWEEP``.
+    ``counts``: directions below each threshold of ``SWEEP_THRESHOLDS``.
     """
 
     directions: tuple[Direction, ...]
@@ -66,12 +66,12 @@ class Intruders(msgspec.Struct, frozen=True, kw_only=True):
     counts: tuple[int, ...]
 
     @property
-    def found(self) -> tuple[Direction, ...]:
+    def intruding_directions(self) -> tuple[Direction, ...]:
         """The intruders at the usual threshold."""
-        return tuple(one for one in self.directions if one.intrudes)
+        return tuple(one for one in self.directions if one.is_intruder)
 
 
-def intruders(update: Update, weight: Tensor, base: SVD, k: int = TOP) -> Intruders:
+def intruders(update: Update, weight: Tensor, base: SVD, k: int = TOP_DIRECTIONS) -> Intruders:
     """Intruder dimensions among the top k left singular vectors of weight + update (Shuttleworth et al. 2024).
 
     Only |cos| counts, since singular vectors have no sign. Among near-equal singular values they have no direction of
@@ -95,7 +95,7 @@ def intruders(update: Update, weight: Tensor, base: SVD, k: int = TOP) -> Intrud
     coordinates, s = _not_rounding(top, update.shape)
     squared = coordinates.square().cpu().double().numpy()
     n, out = squared.shape[0], update.shape[0]
-    strong = max(1, round(INSIDE * n))
+    strong = max(1, round(STRONGEST_SHARE * n))
     directions = tuple(
         Direction(
             cosine=float(np.sqrt(min(column.max(), 1.0))),
@@ -105,7 +105,7 @@ def intruders(update: Update, weight: Tensor, base: SVD, k: int = TOP) -> Intrud
         )
         for column, sigma in zip(squared.T, s.tolist(), strict=True)
     )
-    counts = tuple(sum(one.cosine < threshold for one in directions) for threshold in SWEEP)
+    counts = tuple(sum(one.cosine < threshold for one in directions) for threshold in SWEEP_THRESHOLDS)
     return Intruders(directions=directions, chance=random_cosine(out, n), inside_chance=strong / out, counts=counts)
 
 
@@ -140,7 +140,7 @@ def _not_rounding(top: Top, shape: tuple[int, int]) -> Top:
 def _against_basis(update: Update, weight: Tensor, base: SVD, k: int) -> tuple[Top, float]:
     """Coordinates (n, k) in the old left directions of the new top k, with their values; ‖W + ΔW‖²_F."""
     weight = weight.to(working_dtype(weight.device))
-    if min(update.shape) <= GRAM_UP_TO:
+    if min(update.shape) <= GRAM_MAX_DIMENSION:
         U, s = _by_gram(weight + update.dense().to(weight.dtype), k)
     else:
         U, s = _by_krylov(update, weight, base, k)
@@ -156,7 +156,7 @@ def _in_basis(update: Update, base: SVD, k: int) -> tuple[Top, float] | None:
     space, the part of the factors outside is appended. None where the update is not thin.
     """
     thin, n = update.product, len(base.s)
-    if thin is None or thin.nominal_rank > BASIS_UP_TO * n:
+    if thin is None or thin.nominal_rank > BASIS_MAX_RANK_SHARE * n:
         return None
     working = working_dtype(base.U.device)
     s = base.s.to(working)[:, None]
@@ -220,7 +220,7 @@ def block_krylov(
     apply: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], start: Tensor, k: int
 ) -> tuple[Tensor, Tensor] | None:
     """Top k left singular vectors and values of an operator T by Rayleigh–Ritz in a growing space; None where the
-    residuals are above ``TOLERANCE`` when it has ``MOST_COLUMNS`` columns or fills the space.
+    residuals are above ``TOLERANCE`` when it has ``MAX_KRYLOV_COLUMNS`` columns or fills the space.
 
     Args:
         apply: x (in, b) → Tx. back: y (out, b) → Tᵀy.
@@ -236,7 +236,7 @@ def block_krylov(
         residual = back(U) - basis @ rotation * s
         if bool(residual.norm(dim=0).max() <= TOLERANCE * s[0]):
             return U, s
-        if basis.shape[1] + k > min(MOST_COLUMNS, basis.shape[0]):
+        if basis.shape[1] + k > min(MAX_KRYLOV_COLUMNS, basis.shape[0]):
             return None
         for _ in range(2):  # once leaves what rounding puts back
             residual = torch.linalg.qr(residual - basis @ (basis.T @ residual))[0]

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from rankscope.analysis.sources import Source
 from rankscope.errors import ConfigError, RankscopeError
-from rankscope.formats.interface import Skipped, Store, examples
-from rankscope.formats.names import PARTS, Pairing, natural_key, pair
+from rankscope.formats.abstract_store import SkippedItem, Store, examples
+from rankscope.formats.names import QKV_PARTS, Pairing, natural_key, pair_names
 from rankscope.updates import Dense, LowRank, Update
 
 Renames = Iterable[tuple[str, str]]
@@ -26,17 +26,17 @@ SPLIT = (
 )
 
 
-class Place(NamedTuple):
+class LayerSlice(NamedTuple):
     """A layer under another name: what the source calls it, and which of its rows (None: all)."""
 
     name: str
     rows: slice | None = None
 
 
-class View(Mapping[str, Update]):
+class RenamedUpdates(Mapping[str, Update]):
     """Updates of a source under other names, or blocks of their rows; read when asked for."""
 
-    def __init__(self, source: Source, places: Mapping[str, Place]) -> None:
+    def __init__(self, source: Source, places: Mapping[str, LayerSlice]) -> None:
         self.source, self.places = source, dict(places)
 
     def __getitem__(self, name: str) -> Update:
@@ -51,16 +51,16 @@ class View(Mapping[str, Update]):
         return len(self.places)
 
 
-class Matched(NamedTuple):
+class MatchedSources(NamedTuple):
     """Both sources under the names that ``pairing`` speaks of, and what was left out of it and why."""
 
     a: Source
     b: Source
     pairing: Pairing
-    skipped: list[Skipped]
+    skipped: list[SkippedItem]
 
 
-def match(a: Source, b: Source, rename: Renames = ()) -> Matched:
+def match_layers(a: Source, b: Source, rename: Renames = ()) -> MatchedSources:
     """Pair the layers of two sources.
 
     Equal names, one wrapper in front, the conventions of tools (``formats.names.pair``); then a fused projection with
@@ -75,9 +75,9 @@ def match(a: Source, b: Source, rename: Renames = ()) -> Matched:
         ConfigError: a renaming that fits no name, or makes two names one.
         RankscopeError: no layer in common.
     """
-    a = renamed(a, list(rename))
+    a = rename_layers(a, list(rename))
     names_a, names_b = a.names(), b.names()
-    pairing = pair(names_a, names_b)
+    pairing = pair_names(names_a, names_b)
     matched = _with_fused(a, b, pairing)
     if not matched.pairing.pairs:
         why = f"; {matched.skipped[0].name}: {matched.skipped[0].reason}" if matched.skipped else ""
@@ -88,7 +88,7 @@ def match(a: Source, b: Source, rename: Renames = ()) -> Matched:
     return matched
 
 
-def renamed(source: Source, rename: Sequence[tuple[str, str]]) -> Source:
+def rename_layers(source: Source, rename: Sequence[tuple[str, str]]) -> Source:
     """The source with parts of its names read as others.
 
     Raises:
@@ -101,10 +101,10 @@ def renamed(source: Source, rename: Sequence[tuple[str, str]]) -> Source:
         if not any(old in name for name in names.values()):
             raise ConfigError(f"{source.label}: no name has {old!r}; it has {examples(list(names.values()))}")
         names = {name: (now.replace(old, new) if old else new + now) for name, now in names.items()}
-    places = {new: Place(name) for name, new in names.items()}
+    places = {new: LayerSlice(name) for name, new in names.items()}
     if len(places) < len(names):
         raise ConfigError(f"{source.label}: the renaming makes two layers one; say it more exactly")
-    return replace(source, updates=View(source, places))
+    return replace(source, updates=RenamedUpdates(source, places))
 
 
 class _Unit(NamedTuple):
@@ -113,20 +113,20 @@ class _Unit(NamedTuple):
     names: tuple[str, ...]
 
     @property
-    def fused(self) -> bool:
+    def is_fused(self) -> bool:
         return len(self.names) == 1
 
 
-def _with_fused(a: Source, b: Source, pairing: Pairing) -> Matched:
+def _with_fused(a: Source, b: Source, pairing: Pairing) -> MatchedSources:
     """The pairing with what is left of it brought together across fused and split projections."""
     units_a, units_b = _units(pairing.only_a), _units(pairing.only_b)
-    blocks_a: dict[str, Place] = {}
-    blocks_b: dict[str, Place] = {}
+    blocks_a: dict[str, LayerSlice] = {}
+    blocks_b: dict[str, LayerSlice] = {}
     found: list[tuple[str, str]] = []
-    skipped: list[Skipped] = []
-    for parent_a, parent_b in pair(units_a, units_b).pairs:
+    skipped: list[SkippedItem] = []
+    for parent_a, parent_b in pair_names(units_a, units_b).pairs:
         ours, theirs = units_a[parent_a], units_b[parent_b]
-        if ours.fused and theirs.fused:
+        if ours.is_fused and theirs.is_fused:
             continue
         try:
             found += zip(_parts(ours, a, theirs, b, blocks_a), _parts(theirs, b, ours, a, blocks_b), strict=True)
@@ -139,7 +139,7 @@ def _with_fused(a: Source, b: Source, pairing: Pairing) -> Matched:
         [name for name in pairing.only_a if name not in used_a],
         [name for name in pairing.only_b if name not in used_b],
     )
-    return Matched(blocked(a, blocks_a), blocked(b, blocks_b), left, skipped)
+    return MatchedSources(split_fused_layers(a, blocks_a), split_fused_layers(b, blocks_b), left, skipped)
 
 
 class _NoBlocksError(RankscopeError):
@@ -147,19 +147,21 @@ class _NoBlocksError(RankscopeError):
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(reason)
-        self.skipped = Skipped(name, reason)
+        self.skipped = SkippedItem(name, reason)
 
 
-def _parts(unit: _Unit, source: Source, partner: _Unit, other: Source, blocks: dict[str, Place]) -> tuple[str, ...]:
+def _parts(
+    unit: _Unit, source: Source, partner: _Unit, other: Source, blocks: dict[str, LayerSlice]
+) -> tuple[str, ...]:
     """Names of q, k and v; those of a fused unit are made, like its partner's, and put into ``blocks``."""
-    if not unit.fused:
+    if not unit.is_fused:
         return unit.names
     places = _blocks(unit.names[0], source, partner.names, other)
     blocks.update(places)
     return tuple(places)
 
 
-def _whole(name: str, blocks: Mapping[str, Place]) -> str:
+def _whole(name: str, blocks: Mapping[str, LayerSlice]) -> str:
     """What a source itself calls the layer that a name is or is a part of."""
     return blocks[name].name if name in blocks else name
 
@@ -188,8 +190,8 @@ def _triples(name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         if (parent := _parent(name, ends[0])) is not None:
             yield parent, tuple(name.removesuffix(ends[0]) + end for end in ends)
     stem, _, part = name.rpartition(":")  # a fused layer that its file holds in parts (loralib)
-    if part == PARTS[0] and (parent := _fused_parent(stem)) is not None:
-        yield parent, tuple(f"{stem}:{part}" for part in PARTS)
+    if part == QKV_PARTS[0] and (parent := _fused_parent(stem)) is not None:
+        yield parent, tuple(f"{stem}:{part}" for part in QKV_PARTS)
 
 
 def _parent(name: str, end: str) -> str | None:
@@ -202,7 +204,7 @@ def _parent(name: str, end: str) -> str | None:
     return None
 
 
-def _blocks(fused: str, source: Source, split: Sequence[str], other: Source) -> dict[str, Place]:
+def _blocks(fused: str, source: Source, split: Sequence[str], other: Source) -> dict[str, LayerSlice]:
     """The parts of a fused projection that are the other side's q, k and v.
 
     Raises:
@@ -220,24 +222,26 @@ def _blocks(fused: str, source: Source, split: Sequence[str], other: Source) -> 
             fused, f"a fused projection {whole}, of which {', '.join(map(str, parts))} are no blocks of rows"
         )
     places, start = {}, 0
-    for part, (out, _) in zip(PARTS, parts, strict=True):
-        places[f"{fused}:{part}"] = Place(fused, slice(start, start + out))
+    for part, (out, _) in zip(QKV_PARTS, parts, strict=True):
+        places[f"{fused}:{part}"] = LayerSlice(fused, slice(start, start + out))
         start += out
     return places
 
 
 def _shape(source: Source, name: str) -> tuple[int, int]:
     """(out, in), from the header where there is one."""
-    if isinstance(source.updates, View):
+    if isinstance(source.updates, RenamedUpdates):
         return _shape(source.updates.source, source.updates.places[name].name)
     return source.updates.info(name).shape if isinstance(source.updates, Store) else source.updates[name].shape
 
 
-def blocked(source: Source, blocks: Mapping[str, Place]) -> Source:
+def split_fused_layers(source: Source, blocks: Mapping[str, LayerSlice]) -> Source:
     """The source with blocks of its fused projections as further layers."""
     if not blocks:
         return source
-    return replace(source, updates=View(source, {name: Place(name) for name in source.names()} | dict(blocks)))
+    return replace(
+        source, updates=RenamedUpdates(source, {name: LayerSlice(name) for name in source.names()} | dict(blocks))
+    )
 
 
 def _rows(update: Update, rows: slice) -> Update:

@@ -14,34 +14,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankscope.analysis.comparison import Compared, initial_folder
-from rankscope.analysis.matching import Renames
-from rankscope.analysis.pairs import (
-    MATRICES,
-    MOST_DIRECTIONS,
+from rankscope.analysis.common_layers import CommonLayers, find_common_layers
+from rankscope.analysis.comparison import ComparedSource, initial_folder
+from rankscope.analysis.display import distinct_names, html_table
+from rankscope.analysis.layer_comparison import (
+    MATRIX_TITLES,
+    MAX_DIRECTIONS,
     SIDES,
-    Decomposed,
-    Of,
-    check_question,
-    difference,
-    matrix_of,
+    DecomposedUpdate,
+    MatrixKind,
+    check_comparison,
+    difference_norm,
+    select_matrix,
 )
-from rankscope.analysis.shared import Shared, shared_layers
-from rankscope.analysis.sources import Readable, Source, Track, as_patterns, fits_any
-from rankscope.analysis.text import distinct_names, html_table
-from rankscope.analysis.workers import spread
-from rankscope.errors import ConfigError, RankscopeError, ShapeError, located
-from rankscope.formats.interface import Skipped, examples
+from rankscope.analysis.matching import Renames
+from rankscope.analysis.sources import Readable, Source, Track, matches_any, pattern_list
+from rankscope.analysis.worker_threads import compute_items
+from rankscope.errors import ConfigError, RankscopeError, ShapeError, prefix_errors
+from rankscope.formats.abstract_store import SkippedItem, examples
 from rankscope.inference import holm
-from rankscope.linalg import transposed_times
+from rankscope.linalg import transpose_matmul
 from rankscope.noise import Array
 from rankscope.result import Result
 from rankscope.subspace import Side, chance_of_cells
 from rankscope.updates import Update
 
-Places = np.ndarray[tuple[int], np.dtype[np.int64]]
+IntArray = np.ndarray[tuple[int], np.dtype[np.int64]]
 SCHEMA = "rankscope.matrix/1"
-SIGNIFICANT = 0.05
+SIGNIFICANCE_LEVEL = 0.05
 """A corrected p below it is beyond chance."""
 
 
@@ -50,7 +50,7 @@ class SideMatrix(msgspec.Struct, frozen=True, eq=False, kw_only=True):
 
     ``overlap``: median over layers of φ(k, k), k the smaller number of directions of the two; ``expected``: that of
     random directions, likewise. ``p``: that more than half of the layers overlap so much by chance, corrected for all
-    pairs and sides (``matrix_p``); NaN on the diagonal.
+    pairs and sides (``combine_p_values``); NaN on the diagonal.
     """
 
     overlap: Array
@@ -70,9 +70,9 @@ class MatrixResult(Result, frozen=True, eq=False, kw_only=True, dict=True):
 
     schemas: ClassVar = (SCHEMA,)
     schema: str = SCHEMA
-    sources: tuple[Compared, ...]
+    sources: tuple[ComparedSource, ...]
     titles: tuple[str, ...]
-    of: Of
+    of: MatrixKind
     layers: tuple[str, ...]
     left: SideMatrix | None
     right: SideMatrix | None
@@ -83,7 +83,7 @@ class MatrixResult(Result, frozen=True, eq=False, kw_only=True, dict=True):
     chance_distance: Array
     joins: Array
     alone: tuple[tuple[str, ...], ...]
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[SkippedItem, ...]
     notes: tuple[str, ...]
 
     @property
@@ -102,17 +102,17 @@ class MatrixResult(Result, frozen=True, eq=False, kw_only=True, dict=True):
     @property
     def matrices(self) -> str:
         """What ``of`` means, in words."""
-        return MATRICES[self.of]
+        return MATRIX_TITLES[self.of]
 
     @cached_property
     def beyond_chance(self) -> tuple[bool, ...]:
         """(n − 1): of each join, whether at least half of the pairs that it brings together overlap beyond chance, on
         one side or the other."""
         least = np.fmin.reduce([side.p for side in self.sides.values()])
-        return tuple(bool(np.median(least[np.ix_(*both)]) < SIGNIFICANT) for both in self.joined)
+        return tuple(bool(np.median(least[np.ix_(*both)]) < SIGNIFICANCE_LEVEL) for both in self.branch_members)
 
     @property
-    def joined(self) -> list[tuple[list[int], list[int]]]:
+    def branch_members(self) -> list[tuple[list[int], list[int]]]:
         """The sources on both sides of each join, ascending."""
         members = [[leaf] for leaf in range(len(self.titles))]
         found = []
@@ -150,7 +150,7 @@ def compare_all(
     base: str | os.PathLike[str] | None = None,
     layers: str | Iterable[str] | None = None,
     top: int | None = None,
-    of: Of = "update",
+    of: MatrixKind = "update",
     device: torch.device | str = "cpu",
     track: Track = iter,
     rename: Renames = (),
@@ -174,7 +174,7 @@ def compare_all(
     """
     if isinstance(sources, str | os.PathLike) or len(sources) < 2:
         raise ConfigError("a matrix of comparisons needs a list of at least two sources")
-    check_question(top, of)
+    check_comparison(top, of)
     if len(initial) > len(sources):
         raise ConfigError(f"{len(initial)} initial adapters were given for {len(sources)} sources")
     starts = [*initial, *[None] * (len(sources) - len(initial))]
@@ -182,37 +182,37 @@ def compare_all(
         Source.of(source, base, device, f"source {i + 1}", alpha, start)
         for i, (source, start) in enumerate(zip(sources, starts, strict=True))
     ]
-    patterns = as_patterns(layers)
-    shared = _chosen(shared_layers(opened, rename), patterns)
+    patterns = pattern_list(layers)
+    shared = _select_layers(find_common_layers(opened, rename), patterns)
     titles = distinct_names([source.label for source in opened])
-    measured, unread = _measured(shared, titles, top, of, track, workers)
+    measured, unread = _measure_layers(shared, titles, top, of, track, workers)
     if not measured:
         raise RankscopeError(f"no layer can be compared in all sources; {unread[0].name}: {unread[0].reason}")
     listed = [
-        Skipped(one.name, f"in {title}: {one.reason}")
+        SkippedItem(one.name, f"in {title}: {one.reason}")
         for title, x in zip(titles, opened, strict=True)
         for one in x.skipped
     ]
-    started = _started(opened, patterns) if of == "update" else []
+    started = _initial_notes(opened, patterns) if of == "update" else []
     result = _result(opened, titles, of, measured, shared, [*unread, *shared.skipped, *listed])
     return msgspec.structs.replace(result, notes=(*_notes(opened, titles, measured, top, result), *started))
 
 
-def _chosen(shared: Shared, patterns: Sequence[str] | None) -> Shared:
+def _select_layers(shared: CommonLayers, patterns: Sequence[str] | None) -> CommonLayers:
     """The layers that one of the patterns fits under one of their names."""
     if patterns is None:
         return shared
 
-    kept = [names for names in shared.layers if fits_any(names, patterns)]
+    kept = [names for names in shared.layers if matches_any(names, patterns)]
     if not kept:
         known = examples([names[0] for names in shared.layers])
         raise RankscopeError(f"no layer that all share fits {', '.join(map(repr, patterns))}; they share {known}")
-    alone = [tuple(name for name in names if fits_any([name], patterns)) for names in shared.alone]
+    alone = [tuple(name for name in names if matches_any([name], patterns)) for names in shared.alone]
     return shared._replace(layers=kept, alone=alone)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Layer:
+class _LayerMatrices:
     """One layer of all sources, (n, n): ``overlap``, ``expected`` and ``p`` by side, ``inner``, ``apart`` ‖a − b‖."""
 
     name: str
@@ -225,33 +225,33 @@ class _Layer:
     capped: bool
 
 
-def _measured(
-    shared: Shared, titles: Sequence[str], top: int | None, of: Of, track: Track, workers: int | None
-) -> tuple[list[_Layer], list[Skipped]]:
+def _measure_layers(
+    shared: CommonLayers, titles: Sequence[str], top: int | None, of: MatrixKind, track: Track, workers: int | None
+) -> tuple[list[_LayerMatrices], list[SkippedItem]]:
     def kind(names: tuple[str, ...]) -> Hashable | None:
-        kinds = tuple(source.kind_of(name) for source, name in zip(shared.sources, names, strict=True))
+        kinds = tuple(source.batch_key(name) for source, name in zip(shared.sources, names, strict=True))
         return None if None in kinds else kinds
 
     def read(names: tuple[str, ...]) -> list[Update]:
         return [source.read(name) for source, name in zip(shared.sources, names, strict=True)]
 
-    def one(names: tuple[str, ...], updates: Sequence[Update]) -> _Layer | Skipped:
+    def one(names: tuple[str, ...], updates: Sequence[Update]) -> _LayerMatrices | SkippedItem:
         try:
             parts = list(_parts(names, updates, shared.sources, titles, top, of))
             return _layer(names[0], parts, of)
         except ShapeError as error:
-            return Skipped(names[0], str(error))
+            return SkippedItem(names[0], str(error))
 
     def cost(names: tuple[str, ...]) -> float:
         return sum(source.cost(name) for source, name in zip(shared.sources, names, strict=True))
 
-    outcomes = spread(shared.layers, kind, read, one, shared.sources[0].device, workers, track, cost=cost)
-    found = [outcome for outcome in outcomes if isinstance(outcome, _Layer)]
-    return found, [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
+    outcomes = compute_items(shared.layers, kind, read, one, shared.sources[0].device, workers, track, cost=cost)
+    found = [outcome for outcome in outcomes if isinstance(outcome, _LayerMatrices)]
+    return found, [outcome for outcome in outcomes if isinstance(outcome, SkippedItem)]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Part:
+class _UpdateDirections:
     """What is needed of one update once it is decomposed. ``columns``: orthonormal, (d, c), the first ``k`` of them
     compared; of a product all, with their σ ``values`` (c,), so that inner products follow; of another k, without."""
 
@@ -268,31 +268,31 @@ def _parts(
     sources: Sequence[Source],
     titles: Sequence[str],
     top: int | None,
-    of: Of,
-) -> Iterator[_Part]:
+    of: MatrixKind,
+) -> Iterator[_UpdateDirections]:
     """Each update taken apart; of a full one only the directions that are compared stay in memory."""
     for name, update, source, title in zip(names, updates, sources, titles, strict=True):
         if update.shape != updates[0].shape:
             raise ShapeError(f"its shape is {update.shape} in {title} and {updates[0].shape} in {titles[0]}")
         try:
-            with located(source.where(name)):
-                matrix = matrix_of(update, of)
-                whole = Decomposed.of(matrix, top)
+            with prefix_errors(source.layer_label(name)):
+                matrix = select_matrix(update, of)
+                whole = DecomposedUpdate.of(matrix, top)
         except ShapeError as error:
             raise ShapeError(f"in {title}: {error.__cause__ or error}") from error
         svd = {"left": whole.svd.U, "right": whole.svd.V}
         columns: dict[Side, Tensor] = {
-            side: svd[side].formed() if whole.thin else whole.sides[side].basis for side in SIDES[of]
+            side: svd[side].to_dense() if whole.thin else whole.sides[side].basis for side in SIDES[of]
         }
         values = whole.svd.s.double().cpu().numpy() if whole.thin else None
-        yield _Part(matrix, whole.norm, whole.sides["left"].k, columns, values)
+        yield _UpdateDirections(matrix, whole.norm, whole.sides["left"].k, columns, values)
 
 
-def _layer(name: str, parts: Sequence[_Part], of: Of) -> _Layer:
+def _layer(name: str, parts: Sequence[_UpdateDirections], of: MatrixKind) -> _LayerMatrices:
     widths = [next(iter(part.columns.values())).shape[1] for part in parts]
-    starts: Places = np.cumsum([0, *widths[:-1]])
+    starts: IntArray = np.cumsum([0, *widths[:-1]])
     products = {side: _products([part.columns[side] for part in parts]) for side in SIDES[of]}
-    k: Places = np.array([part.k for part in parts])
+    k: IntArray = np.array([part.k for part in parts])
     norms = np.array([part.norm for part in parts])
     smaller = np.minimum.outer(k, k).astype(float)
     overlap: dict[Side, Array] = {side: _overlaps(product, starts, k) for side, product in products.items()}
@@ -301,7 +301,7 @@ def _layer(name: str, parts: Sequence[_Part], of: Of) -> _Layer:
     }
     inner = _inner(parts, products, starts) if of == "update" else None
     full = [part for part in parts if part.values is None]
-    return _Layer(
+    return _LayerMatrices(
         name=name,
         norms=norms,
         overlap=overlap,
@@ -309,7 +309,7 @@ def _layer(name: str, parts: Sequence[_Part], of: Of) -> _Layer:
         p={side: found.p for side, found in chance.items()},
         inner=inner,
         apart=None if inner is None else _apart(parts, inner, norms),
-        capped=any(part.k == MOST_DIRECTIONS < min(part.update.shape) for part in full),
+        capped=any(part.k == MAX_DIRECTIONS < min(part.update.shape) for part in full),
     )
 
 
@@ -317,17 +317,17 @@ def _products(columns: Sequence[Tensor]) -> Array:
     """UᵀV of all pairs as blocks of one matrix, on the host: one multiplication, which fills the machine better than
     many small ones."""
     stacked = torch.cat(list(columns), dim=1)
-    product: Array = transposed_times(stacked, stacked).double().cpu().numpy()
+    product: Array = transpose_matmul(stacked, stacked).double().cpu().numpy()
     return product
 
 
-def _block_sums(matrix: Array, starts: Places) -> Array:
+def _block_sums(matrix: Array, starts: IntArray) -> Array:
     """(n, n): the sums over the blocks that begin at ``starts`` in both directions."""
     sums: Array = np.add.reduceat(np.add.reduceat(matrix, starts, axis=0), starts, axis=1)
     return sums
 
 
-def _overlaps(product: Array, starts: Places, k: Places) -> Array:
+def _overlaps(product: Array, starts: IntArray, k: IntArray) -> Array:
     """φ(k, k) of all pairs, k the smaller number of directions of the two; symmetric, 1 on the diagonal."""
     squared = product**2
     position = np.arange(len(product)) - np.repeat(starts, np.diff([*starts, len(product)]))
@@ -342,7 +342,7 @@ def _overlaps(product: Array, starts: Places, k: Places) -> Array:
     return found
 
 
-def _inner(parts: Sequence[_Part], products: dict[Side, Array], starts: Places) -> Array:
+def _inner(parts: Sequence[_UpdateDirections], products: dict[Side, Array], starts: IntArray) -> Array:
     """⟨a, b⟩ of all pairs; of two products Σ_ij σ_i·σ'_j·(UᵀU')_ij·(VᵀV')_ij."""
     widths = np.diff([*starts, len(products["left"])])
     sigma = np.concatenate(
@@ -357,16 +357,16 @@ def _inner(parts: Sequence[_Part], products: dict[Side, Array], starts: Places) 
     return found
 
 
-def _apart(parts: Sequence[_Part], inner: Array, norms: Array) -> Array:
+def _apart(parts: Sequence[_UpdateDirections], inner: Array, norms: Array) -> Array:
     """‖a − b‖_F of all pairs."""
     found = np.zeros_like(inner)
     for i, j in combinations(range(len(parts)), 2):
         pair = float(norms[i]), float(norms[j])
-        found[i, j] = found[j, i] = difference(parts[i].update, parts[j].update, float(inner[i, j]), pair)
+        found[i, j] = found[j, i] = difference_norm(parts[i].update, parts[j].update, float(inner[i, j]), pair)
     return found
 
 
-def matrix_p(p: Sequence[Array]) -> list[Array]:
+def combine_p_values(p: Sequence[Array]) -> list[Array]:
     """p of every pair, from those of its layers, for each side: (layers, n, n) → (n, n), NaN on the diagonal.
 
     That k = ⌊L/2⌋ + 1 of L layers, more than half, are p_(k) or less by chance has a probability of at most L/k·p_(k),
@@ -390,13 +390,13 @@ def matrix_p(p: Sequence[Array]) -> list[Array]:
 def _result(
     opened: Sequence[Source],
     titles: Sequence[str],
-    of: Of,
-    measured: Sequence[_Layer],
-    shared: Shared,
-    skipped: Sequence[Skipped],
+    of: MatrixKind,
+    measured: Sequence[_LayerMatrices],
+    shared: CommonLayers,
+    skipped: Sequence[SkippedItem],
 ) -> MatrixResult:
     names = SIDES[of]
-    corrected = matrix_p([np.stack([layer.p[side] for layer in measured]) for side in names])
+    corrected = combine_p_values([np.stack([layer.p[side] for layer in measured]) for side in names])
     sides = {
         side: SideMatrix(
             overlap=np.median([layer.overlap[side] for layer in measured], axis=0),
@@ -409,7 +409,7 @@ def _result(
     distance = 1 - np.mean([side.overlap for side in sides.values()], axis=0)
     cosines, apart = _sizes(measured, norms)
     return MatrixResult(
-        sources=tuple(Compared(path=source.label, kind=source.kind) for source in opened),
+        sources=tuple(ComparedSource(path=source.label, kind=source.kind) for source in opened),
         titles=tuple(titles),
         of=of,
         layers=tuple(layer.name for layer in measured),
@@ -427,7 +427,7 @@ def _result(
     )
 
 
-def _sizes(measured: Sequence[_Layer], norms: Array) -> tuple[Array | None, Array | None]:
+def _sizes(measured: Sequence[_LayerMatrices], norms: Array) -> tuple[Array | None, Array | None]:
     """Cosines and relative differences of all layers as one vector; None for factors."""
     inner = [layer.inner for layer in measured if layer.inner is not None]
     apart = [layer.apart**2 for layer in measured if layer.apart is not None]
@@ -447,7 +447,7 @@ def _joins(distance: Array) -> Array:
     return joins
 
 
-def _started(opened: Sequence[Source], patterns: list[str] | None) -> list[str]:
+def _initial_notes(opened: Sequence[Source], patterns: list[str] | None) -> list[str]:
     """Remarks on the factors A before training, where every source is a run that kept them."""
     folders = [folder for folder in map(initial_folder, opened) if folder is not None]
     if len(folders) < len(opened):
@@ -466,12 +466,16 @@ def _started(opened: Sequence[Source], patterns: list[str] | None) -> list[str]:
 
 
 def _notes(
-    opened: Sequence[Source], titles: Sequence[str], measured: Sequence[_Layer], top: int | None, result: MatrixResult
+    opened: Sequence[Source],
+    titles: Sequence[str],
+    measured: Sequence[_LayerMatrices],
+    top: int | None,
+    result: MatrixResult,
 ) -> Iterator[str]:
     for title, source in zip(titles, opened, strict=True):
         yield from (f"{title}: {note}" for note in source.notes)
     if top is None and any(layer.capped for layer in measured):
-        yield f"of a full update the top {MOST_DIRECTIONS} directions are compared; top (--top) takes more or fewer"
+        yield f"of a full update the top {MAX_DIRECTIONS} directions are compared; top (--top) takes more or fewer"
     left, right = result.left, result.right
     if right is not None:
         alike = _excess(right) > 0.9

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from rankscope.errors import ConfigError, RankscopeError, located
-from rankscope.formats.interface import Skipped, Store, UpdateInfo, examples, usable_device
+from rankscope.errors import ConfigError, RankscopeError, prefix_errors
+from rankscope.formats.abstract_store import SkippedItem, Store, UpdateInfo, check_device, examples
 from rankscope.formats.names import natural_key
 from rankscope.formats.store import open as open_store
-from rankscope.linalg import krylov_columns, worth_a_sketch
+from rankscope.linalg import krylov_columns, sketch_is_cheaper
 from rankscope.updates import Update
 
 Readable = str | os.PathLike[str] | Store | Mapping[str, Update]
@@ -32,7 +32,7 @@ class Source:
     kind: str
     updates: Mapping[str, Update] | Store
     device: torch.device
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[SkippedItem, ...] = ()
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -57,7 +57,7 @@ class Source:
             return cls._of_store(readable, readable.device, label)
         if initial is not None:
             raise ConfigError(f"an initial adapter ({initial}) is taken with the path of an adapter only")
-        place = usable_device(device)
+        place = check_device(device)
         if isinstance(readable, Store):
             return cls._of_store(readable, place, str(readable.path))
         if not isinstance(readable, Mapping):
@@ -74,7 +74,7 @@ class Source:
         return self.updates.path if isinstance(self.updates, Store) else None
 
     @property
-    def ahead(self) -> bool:
+    def can_read_ahead(self) -> bool:
         """Whether another thread may read the next update: a mapping may make its own, and not be made for that."""
         return isinstance(self.updates, Store)
 
@@ -85,16 +85,16 @@ class Source:
         """One update, on the device asked for."""
         if isinstance(self.updates, Store):
             return self.updates[name].to(self.device)
-        with located(self.where(name)):
+        with prefix_errors(self.layer_label(name)):
             return self.updates[name].to(self.device)
 
     def info(self, name: str) -> UpdateInfo | None:
         """What the headers tell of one update; None of a mapping, which has none."""
         return self.updates.info(name) if isinstance(self.updates, Store) else None
 
-    def kind_of(self, name: str) -> Hashable | None:
+    def batch_key(self, name: str) -> Hashable | None:
         """Shape and rank where an update has thin factors, from the header; None for any other (``workers.spread``)."""
-        of = self._known(name)
+        of = self._shape_info(name)
         if of is None:  # a mapping may make its updates when asked, and not be made for several threads
             return None
         thin = of.nominal_rank is not None and of.nominal_rank < min(of.shape)
@@ -106,50 +106,50 @@ class Source:
         Args:
             sketch: how many singular values of a full update are asked for; None for all.
         """
-        of = self._known(name)
+        of = self._shape_info(name)
         if of is None:
             return 1.0
         out, into = of.shape
         if of.nominal_rank is not None:
             return float((out + into) * of.nominal_rank**2)
-        rough = sketch is not None and worth_a_sketch(of.shape, sketch)
+        rough = sketch is not None and sketch_is_cheaper(of.shape, sketch)
         return float(out * into * (krylov_columns(sketch) if sketch and rough else min(of.shape)))
 
-    def _known(self, name: str) -> UpdateInfo | Update | None:
+    def _shape_info(self, name: str) -> UpdateInfo | Update | None:
         """What has the shape and rank of an update without reading it; None where it is made when asked."""
         return self.updates[name] if isinstance(self.updates, dict) else self.info(name)
 
-    def where(self, name: str) -> str:
+    def layer_label(self, name: str) -> str:
         """How messages name a layer."""
         return f"{self.label}: layer {name}"
 
 
-def select(names: Iterable[str], layers: str | Iterable[str] | None, label: str) -> list[str]:
+def select_layers(names: Iterable[str], layers: str | Iterable[str] | None, label: str) -> list[str]:
     """The names that one of the patterns fits, in their order; all where ``layers`` is None.
 
     Raises:
         RankscopeError: nothing fits.
     """
-    names, patterns = list(names), as_patterns(layers)
+    names, patterns = list(names), pattern_list(layers)
     if patterns is None:
         return names
-    found = [name for name in names if fits_any([name], patterns)]
+    found = [name for name in names if matches_any([name], patterns)]
     if not found:
         raise RankscopeError(f"{label}: no layer fits {', '.join(map(repr, patterns))}; it has {examples(names)}")
     return found
 
 
-def as_patterns(layers: str | Iterable[str] | None) -> list[str] | None:
+def pattern_list(layers: str | Iterable[str] | None) -> list[str] | None:
     """One pattern or several as a list; None for all layers."""
     return [layers] if isinstance(layers, str) else None if layers is None else list(layers)
 
 
-def fits_any(names: Iterable[str], patterns: Sequence[str]) -> bool:
+def matches_any(names: Iterable[str], patterns: Sequence[str]) -> bool:
     """Whether one of the patterns fits one of the names of a layer."""
-    return any(fits(name, pattern) for name in names for pattern in patterns)
+    return any(matches_pattern(name, pattern) for name in names for pattern in patterns)
 
 
-def fits(name: str, pattern: str) -> bool:
+def matches_pattern(name: str, pattern: str) -> bool:
     """A pattern with ``*``, ``?`` or ``[`` is a glob of the whole name; any other is a run of its dotted parts.
 
     ``q_proj`` fits every query projection, ``layers.1`` the layer 1 and not the layer 10.

@@ -11,7 +11,7 @@ from importlib import import_module
 
 import click
 
-from rankscope.cli.processes import SHARED, first
+from rankscope.cli.torchrun import SHARED_COMMANDS, is_first_process
 from rankscope.errors import RankscopeError
 
 COMMANDS = {
@@ -33,7 +33,7 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """Finds the command NAME as ``rankscope.cli.NAME:command``."""
+    """Finds the command NAME as ``rankscope.cli.NAME_command:command``."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -41,7 +41,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"rankscope.cli.{cmd_name}").command
+        command: click.Command = import_module(f"rankscope.cli.{cmd_name}_command").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -63,7 +63,7 @@ def cli(context: click.Context) -> None:
       rankscope inspect lora.safetensors        what is in this file?
       rankscope report study                    how much rank does the task need? one page
     """
-    if not first() and context.invoked_subcommand not in SHARED:
+    if not is_first_process() and context.invoked_subcommand not in SHARED_COMMANDS:
         context.exit()
 
 
@@ -73,11 +73,11 @@ def main(args: list[str] | None = None) -> None:
         code = cli.main(args=args, prog_name="rankscope", standalone_mode=False)
     except click.ClickException as error:
         code = 0  # of any process of torchrun but the first, which says it for all
-        if first():
+        if is_first_process():
             error.show()
             code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        if first():
+        if is_first_process():
             click.echo("interrupted", err=True)
         code = 130
     except RankscopeError as error:

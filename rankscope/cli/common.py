@@ -14,14 +14,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
-from rankscope.cli.processes import first
+from rankscope.cli.torchrun import is_first_process
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-SHORTEST_NAME = 16
-SLOW = 2.0  # seconds after which a bar is shown
+MIN_NAME_WIDTH = 16
+PROGRESS_DELAY = 2.0  # seconds after which a bar is shown
 
 
-def grouped(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+def combine_options(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
     """Several options as one decorator, shown in the order given."""
 
     def apply(function: Command) -> Command:
@@ -55,7 +55,7 @@ def _page_path(context: click.Context, parameter: click.Parameter, value: str | 
 
 
 alpha_option = click.option("--alpha", type=float, metavar="α", help="LoRA's α where the file has none (loralib).")
-reading_options = grouped(
+reading_options = combine_options(
     click.option("--base", metavar="PATH", help="Pre-trained checkpoint that full weights were tuned from."),
     alpha_option,
     click.option(
@@ -79,7 +79,7 @@ workers_option = click.option(
     metavar="N",
     help="Threads that adapters' layers are shared out over [the cores]; the numbers are the same.",
 )
-output_options = grouped(
+output_options = combine_options(
     click.option("--json", "as_json", is_flag=True, help="Print everything as JSON."),
     click.option("--csv", "as_csv", is_flag=True, help="Print one row a layer as CSV."),
     click.option("--plot", metavar="FILE", callback=_plot_path, help="Draw to a .png, .svg or .pdf file."),
@@ -111,49 +111,49 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
     the first column, which tell layers apart, and every number whole.
     """
     screen = sys.stdout.isatty()
-    table = [[printable(cell) for cell in row] for row in (header, *rows)]
+    table = [[remove_control_characters(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     if screen:
         room = shutil.get_terminal_size().columns - sum(widths[1:]) - 2 * (len(widths) - 1)
-        widths[0] = min(widths[0], max(room, SHORTEST_NAME))
+        widths[0] = min(widths[0], max(room, MIN_NAME_WIDTH))
     for number, row in enumerate(table):
-        cells = (_aligned(cell, width, i < left) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        cells = (_align(cell, width, i < left) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
         line = "  ".join(cells).rstrip()
         if screen and totals and number == len(table) - totals:
             click.echo("─" * (sum(widths) + 2 * (len(widths) - 1)))
         click.echo(click.style(line, bold=True) if screen and number == 0 else line)
 
 
-def _aligned(cell: str, width: int, left: bool) -> str:
+def _align(cell: str, width: int, left: bool) -> str:
     cell = cell if len(cell) <= width else "…" + cell[len(cell) - width + 1 :]
     return cell.ljust(width) if left else cell.rjust(width)
 
 
-def printable(text: str) -> str:
+def remove_control_characters(text: str) -> str:
     """Text without control characters: names come from files, and must not steer the terminal."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
-def number(value: float | int | None, digits: int = 4) -> str:
+def format_number(value: float | int | None, digits: int = 4) -> str:
     """A count as it is, another number to ``digits`` digits, nothing for None."""
     if value is None:
         return ""
     return str(value) if isinstance(value, int) else f"{value:.{digits}g}"
 
 
-def probability(p: float) -> str:
+def format_p_value(p: float) -> str:
     """A p-value as far as it means anything."""
     return "<1e-12" if p < 1e-12 else f"{p:.2g}"
 
 
-def say(quiet: bool, lines: Iterable[str]) -> None:
+def print_notes(quiet: bool, lines: Iterable[str]) -> None:
     """Notes on stderr."""
     if not quiet:
         for line in lines:
-            click.echo(f"note: {printable(line)}", err=True)
+            click.echo(f"note: {remove_control_characters(line)}", err=True)
 
 
-def count(n: int, noun: str) -> str:
+def format_count(n: int, noun: str) -> str:
     """``1 layer``, ``2 layers``."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
@@ -163,14 +163,14 @@ def skipped_lines(skipped: Sequence[Any], verbose: bool) -> Iterator[str]:
     if verbose:
         yield from (f"skipped {one.name}: {one.reason}" for one in skipped)
     elif skipped:
-        yield f"skipped {count(len(skipped), 'tensor')} ({skipped[0].name}: {skipped[0].reason}); -v lists them"
+        yield f"skipped {format_count(len(skipped), 'tensor')} ({skipped[0].name}: {skipped[0].reason}); -v lists them"
 
 
-def tracker(quiet: bool, what: str) -> Callable[[list[Any]], Iterable[Any]]:
-    """For the ``track`` of an analysis: a bar on stderr, on a terminal only, once it takes longer than ``SLOW``."""
+def progress_tracker(quiet: bool, what: str) -> Callable[[list[Any]], Iterable[Any]]:
+    """For the ``track`` of an analysis: a bar on stderr, on a terminal only, once it takes longer than ``PROGRESS_DELAY``."""
 
     def track(items: list[Any]) -> Iterator[Any]:
-        if quiet or not first() or not sys.stderr.isatty():
+        if quiet or not is_first_process() or not sys.stderr.isatty():
             yield from items
             return
         from rich.console import Console
@@ -182,7 +182,7 @@ def tracker(quiet: bool, what: str) -> Callable[[list[Any]], Iterable[Any]]:
         try:
             for done, item in enumerate(items):
                 progress.update(task, completed=done)
-                if time.monotonic() - began > SLOW:
+                if time.monotonic() - began > PROGRESS_DELAY:
                     progress.start()
                 yield item
         finally:
@@ -213,7 +213,7 @@ def write_report(build: Callable[[str], Any], path: str | None, quiet: bool) -> 
         click.echo(f"wrote {path}", err=True)
 
 
-class Output(NamedTuple):
+class OutputOptions(NamedTuple):
     """How a result is to be given: the values of ``output_options``."""
 
     as_json: bool
@@ -232,7 +232,7 @@ class Output(NamedTuple):
         if self.as_json and self.as_csv:
             raise click.UsageError("--json and --csv both write to stdout; choose one")
 
-    def give(
+    def write_result(
         self,
         notes: Iterable[str],
         draw: Callable[[], Any],
@@ -248,9 +248,9 @@ class Output(NamedTuple):
         Pictures and pages come first: what they refuse is said before a table and not after it, and whoever pipes the
         table into head may end this process.
         """
-        if not first():
+        if not is_first_process():
             return
-        say(self.quiet, notes)
+        print_notes(self.quiet, notes)
         write_plot(draw, self.plot, self.quiet)
         write_report(page, self.report, self.quiet)
         if self.as_json:

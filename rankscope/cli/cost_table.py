@@ -5,38 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rankscope.train.results import Row
-from rankscope.train.runs import Cost
+from rankscope.train.results import RunResult
+from rankscope.train.runs import RunCost
 
 MIB = 2**20
-AGAINST_FULL = ("trainable", "trained_bytes", "peak_memory", "seconds_per_step", "saved_bytes")
-SHARED = "~"
+RATIO_KEYS = ("trainable", "trained_bytes", "peak_memory", "seconds_per_step", "saved_bytes")
+SHARED_MARK = "~"
 HEADER = ("method", "params", "of all", "/full", "state", "/full", "peak", "/full", "s/step", "/full", "saved", "/full")
 
 
-def costs(found: Sequence[Row]) -> list[dict[str, Any]]:
+def cost_entries(found: Sequence[RunResult]) -> list[dict[str, Any]]:
     """One entry a label: its run at the best rate with the first seed.
 
     Bytes of ``trained_bytes`` are parameters, gradients and the optimizer's state of what is trained. ``of_full`` holds
     the ratios to full fine-tuning's run, None where there is none; the peak of runs that were trained together with
     others is not theirs alone, and has no ratio.
     """
-    first: dict[str, tuple[Row, Cost]] = {}
+    first: dict[str, tuple[RunResult, RunCost]] = {}
     for row in found:
         label, cost = row.record.run.label, row.record.cost
-        if row.best and cost and (label not in first or row.record.run.seed < first[label][0].record.run.seed):
+        if row.is_best and cost and (label not in first or row.record.run.seed < first[label][0].record.run.seed):
             first[label] = row, cost
     full = next((_numbers(cost) for row, cost in first.values() if row.record.run.method == "full"), None)
     return [_entry(row, cost, full) for row, cost in first.values()]
 
 
-def _entry(row: Row, cost: Cost, full: dict[str, Any] | None) -> dict[str, Any]:
+def _entry(row: RunResult, cost: RunCost, full: dict[str, Any] | None) -> dict[str, Any]:
     run, numbers = row.record.run, _numbers(cost)
-    ratios = {key: _ratio(numbers, full, key) for key in AGAINST_FULL} if full else None
+    ratios = {key: _ratio(numbers, full, key) for key in RATIO_KEYS} if full else None
     return {"label": run.label, "name": run.name, "lr": run.lr, "seed": run.seed, **numbers, "of_full": ratios}
 
 
-def _numbers(cost: Cost) -> dict[str, Any]:
+def _numbers(cost: RunCost) -> dict[str, Any]:
     return {
         "together": cost.together,
         "parameters": cost.parameters,
@@ -68,8 +68,8 @@ def cost_rows(entries: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[
 
 
 def _cells(entry: dict[str, Any]) -> tuple[str, ...]:
-    of_full = entry["of_full"] or dict.fromkeys(AGAINST_FULL)
-    shared = SHARED if entry["together"] > 1 and entry["peak_memory"] is not None else ""
+    of_full = entry["of_full"] or dict.fromkeys(RATIO_KEYS)
+    shared = SHARED_MARK if entry["together"] > 1 and entry["peak_memory"] is not None else ""
     return (
         entry["label"],
         _short(entry["trainable"]),
@@ -86,7 +86,7 @@ def _cells(entry: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def legend(entries: Sequence[dict[str, Any]], device: str) -> list[str]:
+def cost_legend(entries: Sequence[dict[str, Any]], device: str) -> list[str]:
     """What the columns are; ``device`` is the study's."""
     whose = "the GPU that was allocated" if device.startswith("cuda") else "the whole process (resident)"
     lines = [
@@ -95,7 +95,7 @@ def legend(entries: Sequence[dict[str, Any]], device: str) -> list[str]:
         f"of {whose}; saved: MiB of the update on disk; /full: against full fine-tuning.",
     ]
     if any(entry["together"] > 1 for entry in entries):
-        lines.append(f"{SHARED} trained in one pass with other runs: the peak is that of all, the time its share.")
+        lines.append(f"{SHARED_MARK} trained in one pass with other runs: the peak is that of all, the time its share.")
     return lines
 
 

@@ -18,20 +18,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rankscope.cli.common import count, printable
-from rankscope.cli.standing import Leader, Metric, Standing, duration, summary
-from rankscope.formats.files import read_json
+from rankscope.cli.common import format_count, remove_control_characters
+from rankscope.cli.progress_state import Leader, Metric, ProgressState, format_duration, summarize_group
+from rankscope.formats.file_io import read_json
 from rankscope.train.loop import Listener, Silent
-from rankscope.train.runs import Record, Run
+from rankscope.train.runs import Run, RunRecord
 
-PER_SECOND = 4  # times the view is drawn
-LIFE = 60.0  # seconds without a line after which a log gets one
+FRAMES_PER_SECOND = 4  # times the view is drawn
+HEARTBEAT_SECONDS = 60.0  # seconds without a line after which a log gets one
 ABOVE = 5  # lines of the view that are not the table's
-MOST_GROUPS = 4
+MAX_GROUPS = 4
 LONGEST = 36  # letters of a label
 
 
-class Lines:
+class PlainProgress:
     """Plain lines for pipes and logs: one a run that has ended, and a sign of life a minute.
 
     Args:
@@ -39,16 +39,20 @@ class Lines:
         clock: seconds that never go back.
     """
 
-    def __init__(self, standing: Standing, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, standing: ProgressState, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ):
         self.standing, self._write, self.clock = standing, say, clock
         self.total, self.spoke, self.based = 0, clock(), False
 
-    def planned(self, runs: Sequence[Run], ended: Sequence[Record]) -> None:
+    def planned(self, runs: Sequence[Run], ended: Sequence[RunRecord]) -> None:
         self.standing.planned(runs, ended)
         standing = self.standing
-        if standing.total != self.total:
-            self.total = standing.total
-            self.say(f"{count(standing.total, 'run')}{f', {standing.done} ended' if standing.done else ''}")
+        if standing.run_count != self.total:
+            self.total = standing.run_count
+            self.say(
+                f"{format_count(standing.run_count, 'run')}{f', {standing.done_count} ended' if standing.done_count else ''}"
+            )
 
     def started(self, run: Run, steps: int, at: int) -> None:
         # A run that is started for the second time has only changed its company.
@@ -58,24 +62,28 @@ class Lines:
 
     def stepped(self, runs: Sequence[Run], tokens: int, steps: int = 1) -> None:
         self.standing.stepped(runs, tokens, steps)
-        if self.clock() - self.spoke >= LIFE:
+        if self.clock() - self.spoke >= HEARTBEAT_SECONDS:
             standing = self.standing
-            now = "; ".join(f"step {at}/{standing.steps} of {summary(group)}" for group, at in standing.in_training())
-            self.say(", ".join([f"{standing.done}/{standing.total} runs", now, *pace(standing)]))
+            now = "; ".join(
+                f"step {at}/{standing.steps} of {summarize_group(group)}" for group, at in standing.training_groups()
+            )
+            self.say(", ".join([f"{standing.done_count}/{standing.run_count} runs", now, *pace_texts(standing)]))
 
     def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
         self.standing.evaluated(run, step, metrics)
-        metric, base = self.standing.metric, self.standing.base
+        metric, base = self.standing.metric, self.standing.base_score
         if not self.based and metric is not None and base is not None:
             self.based = True
-            self.say(f"base: validation {metric.name} {base:.4f} ({metric.way})")
+            self.say(f"base: validation {metric.name} {base:.4f} ({metric.direction_text})")
 
-    def ended(self, record: Record) -> None:
+    def ended(self, record: RunRecord) -> None:
         self.standing.ended(record)
         if record.run.method != "base":
-            self.say(f"[{self.standing.done}/{self.standing.total}] {record.run.name}: {self._outcome(record)}")
+            self.say(
+                f"[{self.standing.done_count}/{self.standing.run_count}] {record.run.name}: {self._outcome(record)}"
+            )
 
-    def _outcome(self, record: Record) -> str:
+    def _outcome(self, record: RunRecord) -> str:
         metric, base = self.standing.metric, self.standing.bases.get(record.run.seed)
         if record.status == "diverged":
             return f"diverged at step {record.steps}"
@@ -91,22 +99,22 @@ class Lines:
 
     def say(self, line: str) -> None:
         self.spoke = self.clock()
-        self._write(printable(line))
+        self._write(remove_control_characters(line))
 
 
-class View:
+class LiveProgress:
     """What a terminal shows in place, at most a screen of it: bar, pace, groups in training, the best so far.
 
     Heard in one thread, drawn in another. Drawing never waits: a frame that cannot have the numbers now shows those
     of the last one, so that nobody who writes to the terminal can be waited for in turn.
     """
 
-    def __init__(self, standing: Standing, console: Console) -> None:
+    def __init__(self, standing: ProgressState, console: Console) -> None:
         self.standing, self.console = standing, console
         self.lock = Lock()
         self.shown: RenderableType = ""
 
-    def planned(self, runs: Sequence[Run], ended: Sequence[Record]) -> None:
+    def planned(self, runs: Sequence[Run], ended: Sequence[RunRecord]) -> None:
         with self.lock:
             self.standing.planned(runs, ended)
 
@@ -122,66 +130,70 @@ class View:
         with self.lock:
             self.standing.evaluated(run, step, metrics)
 
-    def ended(self, record: Record) -> None:
+    def ended(self, record: RunRecord) -> None:
         with self.lock:
             self.standing.ended(record)
 
     def noted(self, text: str) -> None:
         """Stays on the terminal, above the view."""
-        self.console.print(f"note: {printable(text)}", highlight=False, markup=False)
+        self.console.print(f"note: {remove_control_characters(text)}", highlight=False, markup=False)
 
     def frame(self) -> RenderableType:
         if self.lock.acquire(blocking=False):
             try:
-                self.shown = draw(self.standing, self.console.height)
+                self.shown = render_progress(self.standing, self.console.height)
             finally:
                 self.lock.release()
         return self.shown
 
 
-def draw(standing: Standing, height: int) -> RenderableType:
+def render_progress(standing: ProgressState, height: int) -> RenderableType:
     """The view of these numbers, at most ``height`` lines; each line is cut at the width of the console."""
-    if not standing.total:
+    if not standing.run_count:
         return Text("getting ready", style="dim")
     bar = Table.grid(padding=(0, 2), expand=True)
     bar.add_column(no_wrap=True)
     bar.add_column(ratio=1)
     bar.add_column(no_wrap=True)
-    done = f"{standing.done}/{count(standing.total, 'run')}"
-    bar.add_row(done, ProgressBar(total=1.0, completed=standing.share), Text(", ".join(pace(standing)), style="cyan"))
-    groups = standing.in_training()[-MOST_GROUPS:]
+    done = f"{standing.done_count}/{format_count(standing.run_count, 'run')}"
+    bar.add_row(
+        done, ProgressBar(total=1.0, completed=standing.done_share), Text(", ".join(pace_texts(standing)), style="cyan")
+    )
+    groups = standing.training_groups()[-MAX_GROUPS:]
     room = max(0, height - ABOVE - max(1, len(groups)))
     return Group(bar, _groups(standing, groups), *([_leaders(standing, room)] if room > 1 else []))
 
 
-def pace(standing: Standing) -> list[str]:
+def pace_texts(standing: ProgressState) -> list[str]:
     """Tokens per second and time remaining, as far as they are known."""
     speed, left = standing.speed.per_second(), standing.seconds_left()
     return [
         *([] if speed is None else [f"{speed:,.0f} tokens/s"]),
-        *([] if left is None else [f"about {duration(left)} left"]),
+        *([] if left is None else [f"about {format_duration(left)} left"]),
     ]
 
 
-def _groups(standing: Standing, groups: Sequence[tuple[list[Run], int]]) -> RenderableType:
+def _groups(standing: ProgressState, groups: Sequence[tuple[list[Run], int]]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, justify="right")
     table.add_column(no_wrap=True, overflow="ellipsis")
     for runs, at in groups:
-        table.add_row(f"step {at}/{standing.steps}", Text(printable(summary(runs))))
-    return table if groups else Text("no run in training yet" if not standing.done else "between runs", style="dim")
+        table.add_row(f"step {at}/{standing.steps}", Text(remove_control_characters(summarize_group(runs))))
+    return (
+        table if groups else Text("no run in training yet" if not standing.done_count else "between runs", style="dim")
+    )
 
 
-def _leaders(standing: Standing, room: int) -> RenderableType:
+def _leaders(standing: ProgressState, room: int) -> RenderableType:
     """The best rate of each label so far, in ``room`` lines besides the header."""
     metric = standing.metric
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     # Only these two give way where it is narrow: by their columns, in which nothing is set not to wrap.
-    table.add_column(_cut(f"best so far{f' ({metric.way})' if metric else ''}"))
+    table.add_column(_cut(f"best so far{f' ({metric.direction_text})' if metric else ''}"))
     for header in (metric.name if metric else "", "lr", "runs"):
         table.add_column(header, no_wrap=True, justify="right")
     table.add_column("")
-    found = [Leader("base", standing.base, None, 0, 0, 0), *standing.leaders()]
+    found = [Leader("base", standing.base_score, None, 0, 0, 0), *standing.leaders()]
     shown = found if len(found) <= room else found[: room - 1]
     for one in shown:
         score, lr = "" if one.score is None else f"{one.score:.4f}", "" if one.lr is None else f"{one.lr:g}"
@@ -189,7 +201,7 @@ def _leaders(standing: Standing, room: int) -> RenderableType:
         notes = f"{one.lost} diverged or stopped" if one.lost else ""
         # The end of a long label, its rank, tells it from others.
         label = one.label if len(one.label) <= LONGEST else f"…{one.label[1 - LONGEST :]}"
-        table.add_row(_cut(printable(label)), score, lr, runs, _cut(notes, "dim"))
+        table.add_row(_cut(remove_control_characters(label)), score, lr, runs, _cut(notes, "dim"))
     if len(shown) < len(found):
         table.add_row(_cut(f"… and {len(found) - len(shown)} more", "dim"))
     return table
@@ -201,7 +213,7 @@ def _cut(text: str, style: str = "") -> Text:
 
 
 @contextmanager
-def listen(quiet: bool, study: Path | str | None = None, workers: int = 1) -> Iterator[Listener]:
+def open_listener(quiet: bool, study: Path | str | None = None, workers: int = 1) -> Iterator[Listener]:
     """The listener that fits: none when quiet, a view in place on a terminal, lines in a pipe.
 
     Args:
@@ -209,27 +221,27 @@ def listen(quiet: bool, study: Path | str | None = None, workers: int = 1) -> It
             scores are shown.
         workers: processes at work whose reports come here.
     """
-    standing = Standing(lambda: None if study is None else metric_of(Path(study)), workers)
+    standing = ProgressState(lambda: None if study is None else study_metric(Path(study)), workers)
     console = Console(stderr=True)
     if quiet:
         yield Silent()
     elif sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal:
-        view = View(standing, console)
+        view = LiveProgress(standing, console)
         # stdout may go elsewhere, and is not ours to divert.
         with Live(
             get_renderable=view.frame,
             console=console,
-            refresh_per_second=PER_SECOND,
+            refresh_per_second=FRAMES_PER_SECOND,
             transient=True,
             redirect_stdout=False,
             vertical_overflow="crop",
         ):
             yield view
     else:
-        yield Lines(standing, lambda line: click.echo(line, err=True))
+        yield PlainProgress(standing, lambda line: click.echo(line, err=True))
 
 
-def metric_of(study: Path) -> Metric:
+def study_metric(study: Path) -> Metric:
     description = read_json(study / "study.json")
     return Metric(str(description["metric"]), bool(description["higher_is_better"]))
 

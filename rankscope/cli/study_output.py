@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from rankscope.cli.cost_table import cost_rows, costs, legend
+from rankscope.cli.cost_table import cost_entries, cost_legend, cost_rows
 from rankscope.train.latency import Latency
-from rankscope.train.results import MEASURE, Row, baseline
+from rankscope.train.results import DEFAULT_MEASURE, RunResult, baseline_score
 from rankscope.train.runs import Run
-from rankscope.train.serving import Serving
+from rankscope.train.serving import ServingLatency
 from rankscope.train.study import Study
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ SERIES = {
 
 
 def print_study(
-    study: Study, found: list[Row], as_json: bool, verbose: bool = False, served: Serving | None = None
+    study: Study, found: list[RunResult], as_json: bool, verbose: bool = False, served: ServingLatency | None = None
 ) -> None:
     """The runs and what they cost: tables on stdout with their legend on stderr, or the same as JSON.
 
@@ -50,7 +50,7 @@ def print_study(
         served: what serving an adapter costs, where it was measured.
         verbose: a row for each run, not one for each label; JSON has every run.
     """
-    entries = costs(found)
+    entries = cost_entries(found)
     if as_json:
         described = {
             "schema": "rankscope.study-table/1",
@@ -74,7 +74,7 @@ def print_study(
     if entries:
         click.echo()
         print_table(*cost_rows(entries))
-        _say(legend(entries, _device(study)))
+        _say(cost_legend(entries, _device(study)))
     if served:
         click.echo()
         print_table(SERVING_HEADER, [_serving_cells(latency) for latency in served.latency])
@@ -95,7 +95,7 @@ def _say(lines: Sequence[str]) -> None:
     click.echo("\n" + "\n".join(lines), err=True)
 
 
-def _runs_legend(study: Study, found: Sequence[Row], verbose: bool) -> list[str]:
+def _runs_legend(study: Study, found: Sequence[RunResult], verbose: bool) -> list[str]:
     way = "higher" if study.higher_is_better else "lower"
     spread = "" if verbose or len({row.record.run.seed for row in found}) == 1 else ", mean ± standard deviation"
     lines = [f"validation, test: {study.metric} ({way} is better){spread}."]
@@ -110,9 +110,9 @@ def _runs_legend(study: Study, found: Sequence[Row], verbose: bool) -> list[str]
     return lines
 
 
-def _labels_table(found: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def _labels_table(found: Sequence[RunResult]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and one row a label; what was lost has a column where something was."""
-    labels: dict[str, list[Row]] = {}
+    labels: dict[str, list[RunResult]] = {}
     for row in found:
         labels.setdefault(row.record.run.label, []).append(row)
     cells = [_label_cells(label, rows) for label, rows in labels.items()]
@@ -120,9 +120,9 @@ def _labels_table(found: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str
     return LABELS_HEADER[:columns], [row[:columns] for row in cells]
 
 
-def _label_cells(label: str, rows: Sequence[Row]) -> tuple[str, ...]:
+def _label_cells(label: str, rows: Sequence[RunResult]) -> tuple[str, ...]:
     """The runs at the best rate, put together over seeds."""
-    chosen = [row for row in rows if row.best]
+    chosen = [row for row in rows if row.is_best]
     lost = Counter(row.record.status for row in rows if row.record.status != "done")
     return (
         label,
@@ -148,7 +148,7 @@ def _mean(values: Sequence[float | None]) -> str:
     return f"{statistics.fmean(known):.4f} ± {statistics.stdev(known):.4f}"
 
 
-def _run_cells(row: Row) -> tuple[str, ...]:
+def _run_cells(row: RunResult) -> tuple[str, ...]:
     run, cost = row.record.run, row.record.cost
     return (
         run.label,
@@ -162,11 +162,11 @@ def _run_cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _rate(row: Row) -> str:
+def _rate(row: RunResult) -> str:
     return _number(row.record.run.lr, "g") + _mark(row)
 
 
-def _mark(row: Row) -> str:
+def _mark(row: RunResult) -> str:
     """Where rates were compared, which was best."""
     if row.choice is None or len(row.choice.tried) < 2:
         return ""
@@ -177,13 +177,13 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def write_plots(study: Study, found: list[Row]) -> list[Path]:
+def write_plots(study: Study, found: list[RunResult]) -> list[Path]:
     """``spectra.png`` and ``performance.png`` in the study's folder, where there are runs to draw."""
     from rankscope import plots
 
     written = []
     # A dimension is no rank: random subspaces have an axis of their own, in the report.
-    best = [row for row in found if row.best and row.record.run.method != "base" and not row.record.run.is_subspace]
+    best = [row for row in found if row.is_best and row.record.run.method != "base" and not row.record.run.is_subspace]
     if measured := [row for row in best if row.spectra]:
         first = min(row.record.run.seed for row in measured)
         one_seed = [row.spectra for row in measured if row.spectra and row.record.run.seed == first]
@@ -192,15 +192,15 @@ def write_plots(study: Study, found: list[Row]) -> list[Path]:
         figure = plots.plot_performance(
             [_point(row) for row in best],
             metric=study.metric,
-            measure=MEASURE,
-            baseline=baseline(study),
+            measure=DEFAULT_MEASURE,
+            baseline=baseline_score(study),
             higher_is_better=study.higher_is_better,
         )
         written.append(plots.save(figure, study.folder / "performance.png"))
     return written
 
 
-def _point(row: Row) -> PerformancePoint:
+def _point(row: RunResult) -> PerformancePoint:
     """A run at its best rate as the performance plot takes it."""
     from rankscope.plots import PerformancePoint
 
@@ -209,15 +209,15 @@ def _point(row: Row) -> PerformancePoint:
         label=run.label,
         method=run.method,
         nominal_rank=run.rank,
-        effective_rank=row.ranks.get(MEASURE),
+        effective_rank=row.ranks.get(DEFAULT_MEASURE),
         score=row.score or 0.0,
         seed=run.seed,
-        series=series(run),
+        series=series_name(run),
         edge=row.choice is not None and row.choice.edge is not None,
     )
 
 
-def series(run: Run) -> str:
+def series_name(run: Run) -> str:
     """What the line of a run is called: its method, and its targets where the study names them."""
     name = SERIES.get(run.method, run.method)
     return name if run.targets is None else f"{name} on {run.targets}"

@@ -10,17 +10,26 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from rankscope.cli.common import count, grouped, number, print_json, print_table, say, skipped_lines, tracker
+from rankscope.cli.common import (
+    combine_options,
+    format_count,
+    format_number,
+    print_json,
+    print_notes,
+    print_table,
+    progress_tracker,
+    skipped_lines,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from rankscope.surgery.result import LayerChange, Surgery
-    from rankscope.surgery.truncate import Choice
+    from rankscope.surgery.surgery_result import LayerChange, SurgeryResult
+    from rankscope.surgery.truncate import RankChoice
 
-Acting = Callable[..., "Surgery"]
+SurgeryFunction = Callable[..., "SurgeryResult"]
 CHOICES = ("rank", "energy", "sigma_ratio", "noise", "budget")
-choice_options = grouped(
+choice_options = combine_options(
     click.option("--rank", type=click.IntRange(min=1), metavar="R", help="At most rank R in every layer."),
     click.option("--energy", type=float, metavar="SHARE", help="The fewest σ with this share of each layer's energy."),
     click.option("--sigma-ratio", type=float, metavar="X", help="In every layer the σ of at least X·σ₁."),
@@ -35,11 +44,11 @@ choice_options = grouped(
 dtype_option = click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the written factors [as they were]."
 )
-place_options = grouped(
+place_options = combine_options(
     click.option("-o", "--output", required=True, metavar="OUT", help="Folder to be made; nothing is overwritten."),
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to compute: cpu, cuda …"),
 )
-report_options = grouped(
+report_options = combine_options(
     click.option("--json", "as_json", is_flag=True, help="Print everything as JSON."),
     click.option("-v", "--verbose", is_flag=True, help="List what was left out, each with its reason."),
     click.option("--quiet", is_flag=True, help="No notes and no progress."),
@@ -47,7 +56,9 @@ report_options = grouped(
 )
 
 
-def acts(chooses: Literal["never", "maybe", "always"] = "never") -> Callable[[Acting], Callable[..., None]]:
+def surgery_command(
+    chooses: Literal["never", "maybe", "always"] = "never",
+) -> Callable[[SurgeryFunction], Callable[..., None]]:
     """A command that writes an adapter or a model: with the options that all of these share, and what it returns shown.
 
     The function is called with its own arguments, ``output``, and ``options`` for the library's function (device,
@@ -55,24 +66,28 @@ def acts(chooses: Literal["never", "maybe", "always"] = "never") -> Callable[[Ac
     """
     several = [] if chooses == "never" else [choice_options, dtype_option]
 
-    def decorate(function: Acting) -> Callable[..., None]:
+    def decorate(function: SurgeryFunction) -> Callable[..., None]:
         @wraps(function)
         def command(device: str, as_json: bool, verbose: bool, quiet: bool, debug: bool, **own: Any) -> None:
-            options: dict[str, Any] = {"device": device, "track": tracker(quiet, "layers"), "command": command_line()}
+            options: dict[str, Any] = {
+                "device": device,
+                "track": progress_tracker(quiet, "layers"),
+                "command": command_line(),
+            }
             if chooses != "never":
-                own["choice"] = chosen(chooses == "always", **{name: own.pop(name) for name in CHOICES})
+                own["choice"] = choice_from_options(chooses == "always", **{name: own.pop(name) for name in CHOICES})
                 if dtype := own.pop("dtype"):
-                    options["dtype"] = parsed_dtype(dtype)
-            show(function(options=options, **own), as_json, verbose, quiet)
+                    options["dtype"] = parse_dtype(dtype)
+            print_surgery(function(options=options, **own), as_json, verbose, quiet)
 
-        return grouped(*several, place_options, report_options)(command)
+        return combine_options(*several, place_options, report_options)(command)
 
     return decorate
 
 
-def chosen(
+def choice_from_options(
     required: bool, rank: int | None, energy: float | None, sigma_ratio: float | None, noise: bool, budget: int | None
-) -> Choice | None:
+) -> RankChoice | None:
     """The choice of ranks that was made, if one was.
 
     Raises:
@@ -80,7 +95,7 @@ def chosen(
     """
     from rankscope.surgery.truncate import AboveNoise, Budget, Energy, Rank, SigmaRatio
 
-    makers: list[tuple[Callable[[Any], Choice], Any]] = [
+    makers: list[tuple[Callable[[Any], RankChoice], Any]] = [
         (Rank, rank),
         (Energy, energy),
         (SigmaRatio, sigma_ratio),
@@ -96,7 +111,7 @@ def chosen(
     return given[0][0](given[0][1]) if given else None
 
 
-def parsed_weights(text: str | None) -> list[float] | None:
+def parse_weights(text: str | None) -> list[float] | None:
     """``1,-0.5`` as numbers.
 
     Raises:
@@ -110,7 +125,7 @@ def parsed_weights(text: str | None) -> list[float] | None:
         raise click.UsageError(f"--weights takes numbers with commas between them, not {text!r}") from error
 
 
-def parsed_dtype(name: str) -> torch.dtype:
+def parse_dtype(name: str) -> torch.dtype:
     """The dtype of that name."""
     import torch
 
@@ -120,17 +135,19 @@ def parsed_dtype(name: str) -> torch.dtype:
 
 def command_line() -> str:
     """What was typed, for the record."""
-    from rankscope.formats.files import as_text
+    from rankscope.formats.file_io import as_text
 
     return as_text(shlex.join(["rankscope", *sys.argv[1:]]))
 
 
-def show(result: Surgery, as_json: bool, verbose: bool, quiet: bool) -> None:
+def print_surgery(result: SurgeryResult, as_json: bool, verbose: bool, quiet: bool) -> None:
     """Notes, then the table or JSON, then where the output is."""
-    say(quiet, result.notes)
+    print_notes(quiet, result.notes)
     if result.carried:
-        say(quiet, [f"{count(len(result.carried), 'tensor')} went along whole, beside the low-rank layers"])
-    say(quiet, skipped_lines(result.skipped, verbose))
+        print_notes(
+            quiet, [f"{format_count(len(result.carried), 'tensor')} went along whole, beside the low-rank layers"]
+        )
+    print_notes(quiet, skipped_lines(result.skipped, verbose))
     if as_json:
         print_json(result.to_json())
     elif any(layer.rank_after is None for layer in result.layers):
@@ -141,30 +158,30 @@ def show(result: Surgery, as_json: bool, verbose: bool, quiet: bool) -> None:
         click.echo(f"wrote {result.output}", err=True)
 
 
-def _print_factors(result: Surgery) -> None:
+def _print_factors(result: SurgeryResult) -> None:
     total = result.total
     header = ["layer", "out × in", "r", "new r", "parameters", "norm", "energy kept", "error", "rel. error"]
     rows = [
         [
             layer.name,
             _shape(layer),
-            number(layer.rank_before),
-            number(layer.rank_after),
-            number(layer.parameters_after),
-            number(layer.norm),
+            format_number(layer.rank_before),
+            format_number(layer.rank_after),
+            format_number(layer.parameters_after),
+            format_number(layer.norm),
             f"{layer.retained:.2%}",
-            number(layer.error, 3),
-            number(layer.relative_error, 3),
+            format_number(layer.error, 3),
+            format_number(layer.relative_error, 3),
         ]
         for layer in result.layers
     ]
     sizes = f"{total.parameters_before} → {total.parameters_after}"
     energy = f"{total.retained:.2%}"
-    last = ["all", "", "", "", sizes, number(total.norm), energy, number(total.error, 3)]
-    print_table(header, [*rows, [*last, number(total.relative_error, 3)]], totals=1)
+    last = ["all", "", "", "", sizes, format_number(total.norm), energy, format_number(total.error, 3)]
+    print_table(header, [*rows, [*last, format_number(total.relative_error, 3)]], totals=1)
 
 
-def _print_sums(result: Surgery) -> None:
+def _print_sums(result: SurgeryResult) -> None:
     total = result.total
     back = total.from_original is not None
     header = ["layer", "out × in", "r", "norm", "rounding", "rel. rounding", *(["from original"] if back else [])]
@@ -172,16 +189,23 @@ def _print_sums(result: Surgery) -> None:
         [
             layer.name,
             _shape(layer),
-            number(layer.rank_before),
-            number(layer.norm),
-            number(layer.error, 3),
-            number(layer.relative_error, 3),
-            *([number(layer.from_original, 3)] if back else []),
+            format_number(layer.rank_before),
+            format_number(layer.norm),
+            format_number(layer.error, 3),
+            format_number(layer.relative_error, 3),
+            *([format_number(layer.from_original, 3)] if back else []),
         ]
         for layer in result.layers
     ]
-    last = ["all", "", "", number(total.norm), number(total.error, 3), number(total.relative_error, 3)]
-    print_table(header, [*rows, [*last, *([number(total.from_original, 3)] if back else [])]], totals=1)
+    last = [
+        "all",
+        "",
+        "",
+        format_number(total.norm),
+        format_number(total.error, 3),
+        format_number(total.relative_error, 3),
+    ]
+    print_table(header, [*rows, [*last, *([format_number(total.from_original, 3)] if back else [])]], totals=1)
 
 
 def _shape(layer: LayerChange) -> str:

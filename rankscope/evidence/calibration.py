@@ -15,69 +15,69 @@ from typing import Any, ClassVar
 import msgspec
 import numpy as np
 
+from rankscope.analysis.display import html_table
 from rankscope.analysis.sources import Track
-from rankscope.analysis.text import html_table
 from rankscope.evidence.hypothesis import LINES, Hypothesis, hypothesis
-from rankscope.evidence.spectra import FULL
-from rankscope.evidence.verdict import GAIN, LOW, Answer, Line
+from rankscope.evidence.spectra.measure import FULL_LABEL
 from rankscope.inference import mean_interval
 from rankscope.noise import noise_edge
 from rankscope.result import Result
-from rankscope.train.config import PlantedSpectrum, StudyConfig, make_config
-from rankscope.train.planted import ROWS, Planted, PlantedTask
+from rankscope.train.config import PlantedSpectrum, StudyConfig, make_study_config
+from rankscope.train.planted import ROWS_PER_SPLIT, PlantedModel, PlantedTask
 from rankscope.train.study import Study, run_study
+from rankscope.verdict import GAIN_SHARE, LOW_RANK_SHARE, Answer, LineName
 
 SCHEMA = "rankscope.calibration/1"
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-DIM = min(min(shape) for shape in Planted.SHAPES)
+DIM = min(min(shape) for shape in PlantedModel.SHAPES)
 TRAINING: dict[str, Any] = {"batch": 64, "steps": 300, "evaluations": 0}
 
 
-class Plant(msgspec.Struct, frozen=True, kw_only=True):
+class PlantedUpdate(msgspec.Struct, frozen=True, kw_only=True):
     """An update to plant: ``rank`` singular values in the form ``spectrum``, answers with ``noise``."""
 
     rank: int
     spectrum: PlantedSpectrum
     noise: float
 
-    def config(self, **settings: Any) -> StudyConfig:
+    def study_config(self, **settings: Any) -> StudyConfig:
         planted = {"planted_rank": self.rank, "planted_spectrum": self.spectrum, "planted_noise": self.noise}
-        return make_config({"task": "planted", **planted, **TRAINING, **settings}, f"plant {self}")
+        return make_study_config({"task": "planted", **planted, **TRAINING, **settings}, f"plant {self}")
 
-    def needed(self) -> int:
+    def needed_rank(self) -> int:
         """The fewest directions that hold ``GAIN`` of the planted energy: the rank that the task needs."""
-        return int(np.argmax(self._shares() >= GAIN - 1e-6)) + 1
+        return int(np.argmax(self._shares() >= GAIN_SHARE - 1e-6)) + 1
 
     def _shares(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         energies = PlantedTask(self.rank, self.noise, self.spectrum, count=1).singular_values.double().numpy() ** 2
         shares: np.ndarray[Any, np.dtype[np.float64]] = np.cumsum(energies) / energies.sum()
         return shares
 
-    def visible(self, samples: int) -> bool:
+    def is_visible(self, samples: int) -> bool:
         """Whether every planted σ stands above the edge of the noise that so many samples leave in the update.
 
         Least squares on white inputs errs by noise/√samples an entry.
         """
         values = PlantedTask(self.rank, self.noise, self.spectrum, count=1).singular_values
-        return float(values.min()) > max(noise_edge(self.noise / samples**0.5, shape) for shape in Planted.SHAPES)
+        return float(values.min()) > max(noise_edge(self.noise / samples**0.5, shape) for shape in PlantedModel.SHAPES)
 
     @property
-    def answer(self) -> Answer:
+    def expected_answer(self) -> Answer:
         """What an instrument that works says of it: whether the rank it needs is low."""
-        return "yes" if self.needed() <= LOW * DIM else "no"
+        return "yes" if self.needed_rank() <= LOW_RANK_SHARE * DIM else "no"
 
 
 CASES = (
-    *(Plant(rank=rank, spectrum="flat", noise=0.5) for rank in (1, 2, 4, 8, 32, 48, 64)),
-    *(Plant(rank=rank, spectrum="even", noise=0.5) for rank in (2, 5, 24, 56)),
-    *(Plant(rank=rank, spectrum="decaying", noise=0.5) for rank in (4, 16)),
-    *(Plant(rank=rank, spectrum="flat", noise=noise) for rank in (4, 48) for noise in (0.1, 2.0)),
-    Plant(rank=4, spectrum="flat", noise=40.0),
+    *(PlantedUpdate(rank=rank, spectrum="flat", noise=0.5) for rank in (1, 2, 4, 8, 32, 48, 64)),
+    *(PlantedUpdate(rank=rank, spectrum="even", noise=0.5) for rank in (2, 5, 24, 56)),
+    *(PlantedUpdate(rank=rank, spectrum="decaying", noise=0.5) for rank in (4, 16)),
+    *(PlantedUpdate(rank=rank, spectrum="flat", noise=noise) for rank in (4, 48) for noise in (0.1, 2.0)),
+    PlantedUpdate(rank=4, spectrum="flat", noise=40.0),
 )
 """Low and high ranks, three forms of spectrum, noise from a fifth of the default to where it buries the signal."""
 
 
-class Case(msgspec.Struct, frozen=True, kw_only=True):
+class CalibrationCase(msgspec.Struct, frozen=True, kw_only=True):
     """One plant and what was found.
 
     ``needed`` is the planted truth, ``performance`` and ``truncation`` the ranks that the sweep and the cut full update
@@ -86,7 +86,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     not stand above the noise. ``answers``: the first verdict of each line.
     """
 
-    plant: Plant
+    plant: PlantedUpdate
     needed: int
     visible: bool
     expected: Answer
@@ -95,7 +95,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     truncation: int | None
     counted: float | None
     within: dict[str, bool] | None
-    answers: dict[Line, Answer]
+    answers: dict[LineName, Answer]
 
 
 class Coverage(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,28 +115,28 @@ class Calibration(Result, frozen=True, kw_only=True):
 
     schemas: ClassVar = (SCHEMA,)
     schema: str = SCHEMA
-    cases: tuple[Case, ...]
+    cases: tuple[CalibrationCase, ...]
     coverage: Coverage
 
     @property
-    def recovered(self) -> tuple[int, int]:
+    def recovery_counts(self) -> tuple[int, int]:
         """How many planted ranks were found within one step of the grid, by sweep and by truncation, of how many."""
         within = [hit for case in self.cases if case.within is not None for hit in case.within.values()]
         return sum(within), len(within)
 
     @property
-    def right(self) -> tuple[int, int]:
+    def correct_counts(self) -> tuple[int, int]:
         """How many visible cases were answered as planted, of how many; "undecided" is not."""
         judged = [case.answer == case.expected for case in self.cases if case.visible]
         return sum(judged), len(judged)
 
     @property
-    def wrong(self) -> tuple[Plant, ...]:
+    def wrong_cases(self) -> tuple[PlantedUpdate, ...]:
         """The cases, visible or not, that were answered "yes" for "no" or "no" for "yes"."""
         return tuple(case.plant for case in self.cases if case.answer not in ("undecided", case.expected))
 
     def __repr__(self) -> str:
-        (found, of), (right, judged) = self.recovered, self.right
+        (found, of), (right, judged) = self.recovery_counts, self.correct_counts
         return (
             f"Calibration(planted ranks within one step of the grid: {found} of {of}; answered as planted: {right} of "
             f"{judged}; intervals that held: {self.coverage.held} of {self.coverage.intervals})"
@@ -149,9 +149,9 @@ class Calibration(Result, frozen=True, kw_only=True):
 
 def calibrate(
     folder: Path | str,
-    cases: Sequence[Plant] = CASES,
+    cases: Sequence[PlantedUpdate] = CASES,
     seeds: int = 24,
-    lines: Sequence[Line] | None = None,
+    lines: Sequence[LineName] | None = None,
     track: Track = iter,
     train: Callable[[StudyConfig, Path], Study] = run_study,
 ) -> Calibration:
@@ -171,30 +171,30 @@ def calibrate(
 
 
 def _case(
-    plant: Plant, folder: Path, lines: Sequence[Line] | None, train: Callable[[StudyConfig, Path], Study]
-) -> Case:
-    config = plant.config(ranks=RANKS, seeds=(0, 1, 2))
+    plant: PlantedUpdate, folder: Path, lines: Sequence[LineName] | None, train: Callable[[StudyConfig, Path], Study]
+) -> CalibrationCase:
+    config = plant.study_config(ranks=RANKS, seeds=(0, 1, 2))
     study = train(config, folder / f"r{plant.rank}-{plant.spectrum}-noise{plant.noise:g}")
     said = hypothesis(study, lines)
-    needed, visible = plant.needed(), plant.visible(min(ROWS, TRAINING["batch"] * TRAINING["steps"]))
+    needed, visible = plant.needed_rank(), plant.is_visible(min(ROWS_PER_SPLIT, TRAINING["batch"] * TRAINING["steps"]))
     performance = said.performance.r90.rank if said.performance and said.performance.r90 else None
     truncation = said.truncation.k90.rank if said.truncation else None
     found = {"performance": performance, "truncation": truncation}
-    return Case(
+    return CalibrationCase(
         plant=plant,
         needed=needed,
         visible=visible,
-        expected=plant.answer,
+        expected=plant.expected_answer,
         answer=said.answer,
         performance=performance,
         truncation=truncation,
-        counted=_counted(said),
-        within={name: within_a_step(rank, needed) for name, rank in found.items()} if visible else None,
+        counted=_mean_count_above_noise(said),
+        within={name: is_within_one_step(rank, needed) for name, rank in found.items()} if visible else None,
         answers=_first_answers(said),
     )
 
 
-def within_a_step(found: int | None, needed: int) -> bool:
+def is_within_one_step(found: int | None, needed: int) -> bool:
     """Whether a rank lies within one step of ``RANKS`` of the smallest rank there that suffices."""
     if found is None:
         return False
@@ -205,24 +205,24 @@ def within_a_step(found: int | None, needed: int) -> bool:
     return abs(place(found) - place(needed)) <= 1
 
 
-def _first_answers(said: Hypothesis) -> dict[Line, Answer]:
-    firsts: dict[Line, Answer] = {}
+def _first_answers(said: Hypothesis) -> dict[LineName, Answer]:
+    firsts: dict[LineName, Answer] = {}
     for verdict in said.verdicts:
         firsts.setdefault(verdict.line, verdict.answer)
     return {line: firsts[line] for line in LINES if line in firsts}
 
 
-def _counted(said: Hypothesis) -> float | None:
+def _mean_count_above_noise(said: Hypothesis) -> float | None:
     """#{σ above the noise edge} of full fine-tuning's updates, the mean over layers and seeds."""
-    counts = [layer.mp_count for layer in said.spectra.of(FULL)] if said.spectra else []
+    counts = [layer.mp_count for layer in said.spectra.layers_of(FULL_LABEL)] if said.spectra else []
     known = [count for count in counts if count is not None]
     return fmean(known) if known else None
 
 
 def _coverage(folder: Path, seeds: int, train: Callable[[StudyConfig, Path], Study]) -> Coverage:
     """t intervals over disjoint triples of seeds against the mean over all, at three ranks and full fine-tuning."""
-    plant = Plant(rank=8, spectrum="even", noise=0.5)
-    study = train(plant.config(ranks=(2, 4, 8), seeds=tuple(range(seeds)), steps=100), folder)
+    plant = PlantedUpdate(rank=8, spectrum="even", noise=0.5)
+    study = train(plant.study_config(ranks=(2, 4, 8), seeds=tuple(range(seeds)), steps=100), folder)
     scores: dict[str, list[float]] = {}
     for record in study.best():
         if record.run.method != "base":

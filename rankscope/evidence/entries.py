@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from rankscope.evidence.material import Material
-from rankscope.evidence.verdict import MissingEvidenceError
 from rankscope.inference import Interval, equivalence, mean_interval, ratio_interval
-from rankscope.train.results import Row
-from rankscope.train.study import Edge
-from rankscope.train.trainee import history
+from rankscope.train.results import RunResult
+from rankscope.train.run_state import read_history
+from rankscope.train.study import GridEdge
+from rankscope.verdict import MissingEvidenceError
 
 LAST_STRETCH = 4
 """The training loss at the end is the mean over the last quarter of the steps: one batch is too noisy."""
@@ -36,7 +36,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     targets: str | None
     rank: int | None
     lr: float | None
-    edge: Edge
+    edge: GridEdge
     rates: int
     seeds: tuple[int, ...]
     scores: tuple[float, ...]
@@ -56,7 +56,11 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_entry(
-    material: Material, found: Sequence[Row], gains: dict[int, float], full: dict[int, float], allowed: float | None
+    material: Material,
+    found: Sequence[RunResult],
+    gains: dict[int, float],
+    full: dict[int, float],
+    allowed: float | None,
 ) -> Entry:
     run, choice = found[0].record.run, found[0].choice
     scores = [row.score for row in found if row.score is not None]
@@ -76,7 +80,7 @@ def make_entry(
         score=mean_interval(scores),
         gain=mean_interval(list(gains.values())) if gains and run.method != "base" else None,
         paired=tuple(paired),
-        share=share_of(gains, full) if paired and allowed else None,
+        share=gain_share(gains, full) if paired and allowed else None,
         difference=mean_interval(differences) if paired else None,
         p=equivalence(differences, allowed) if paired and allowed else None,
         gap=mean_of_known(_gap(material, row) for row in found),
@@ -88,9 +92,9 @@ def make_entry(
     )
 
 
-def _gap(material: Material, row: Row) -> float | None:
+def _gap(material: Material, row: RunResult) -> float | None:
     """Training loss over the last stretch less the loss on the test split, where both are told."""
-    lines = history(material.study.path(row.record.run))
+    lines = read_history(material.study.path(row.record.run))
     try:
         losses = [float(loss) for line in lines for loss in line.get("train_losses", ())]
     except (AttributeError, TypeError, ValueError):  # damaged, as a file that is missing: it serves this one number
@@ -108,15 +112,15 @@ def mean_of_known(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def by_label(found: Iterable[Row]) -> dict[str, list[Row]]:
+def group_by_label(found: Iterable[RunResult]) -> dict[str, list[RunResult]]:
     """Runs by method, targets and rank."""
-    labels: dict[str, list[Row]] = {}
+    labels: dict[str, list[RunResult]] = {}
     for row in found:
         labels.setdefault(row.record.run.label, []).append(row)
     return labels
 
 
-def gains_by_seed(material: Material, found: Iterable[Row]) -> dict[int, float]:
+def gains_by_seed(material: Material, found: Iterable[RunResult]) -> dict[int, float]:
     """What runs gain over the base of the same seed; none where that base was not measured."""
     gains = {}
     for row in found:
@@ -128,7 +132,7 @@ def gains_by_seed(material: Material, found: Iterable[Row]) -> dict[int, float]:
     return gains
 
 
-def share_of(gains: Mapping[int, float], full: Mapping[int, float]) -> Interval | None:
+def gain_share(gains: Mapping[int, float], full: Mapping[int, float]) -> Interval | None:
     """The ratio of mean gains over the seeds that both have; None without any, or without a gain to share."""
     seeds = sorted(gains.keys() & full.keys())
     if not seeds or statistics.fmean(full[seed] for seed in seeds) <= 0:
@@ -136,7 +140,7 @@ def share_of(gains: Mapping[int, float], full: Mapping[int, float]) -> Interval 
     return ratio_interval([gains[seed] for seed in seeds], [full[seed] for seed in seeds])
 
 
-def smaller_side(row: Row) -> int:
+def median_smaller_side(row: RunResult) -> int:
     """min(out, in), the median over the layers that an adapter adapts."""
     layers = row.spectra.layers if row.spectra else ()
     return statistics.median_low([min(layer.shape) for layer in layers if layer.nominal_rank is not None])

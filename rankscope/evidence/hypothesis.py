@@ -9,26 +9,26 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, get_args
 
-from rankscope.analysis.pairs import Of
+from rankscope.analysis.display import html_table
+from rankscope.analysis.layer_comparison import MatrixKind
 from rankscope.analysis.sources import Track
-from rankscope.analysis.text import html_table
 from rankscope.errors import ConfigError, FormatError, RankscopeError
-from rankscope.evidence.agreement import Agreement
-from rankscope.evidence.dimension import Dimension
-from rankscope.evidence.effective import Effective
+from rankscope.evidence.agreement.measure import Agreement
+from rankscope.evidence.dimension.measure import IntrinsicDimension
+from rankscope.evidence.effective.measure import EffectiveRanks
 from rankscope.evidence.material import Material
-from rankscope.evidence.overlap import Overlap
-from rankscope.evidence.performance import Performance
-from rankscope.evidence.spectra import Spectra
-from rankscope.evidence.truncation import Truncation
-from rankscope.evidence.verdict import Answer, Line, Verdict
-from rankscope.evidence.weight import Weight
+from rankscope.evidence.overlap.measure import Overlap
+from rankscope.evidence.performance.measure import Performance
+from rankscope.evidence.spectra.measure import Spectra
+from rankscope.evidence.truncation.measure import Truncation
+from rankscope.evidence.weight.measure import WeightComparison
 from rankscope.result import Result
 from rankscope.train.study import Study
+from rankscope.verdict import Answer, LineName, Verdict
 
 SCHEMA = "rankscope.report/1"
-LINES: tuple[Line, ...] = get_args(Line)
-DECISIVE: tuple[Line, ...] = ("performance", "truncation")
+LINES: tuple[LineName, ...] = get_args(LineName)
+DECISIVE: tuple[LineName, ...] = ("performance", "truncation")
 """The lines that ask what the task needs. The others look at weights, where what is there need not matter."""
 
 
@@ -49,15 +49,15 @@ class Hypothesis(Result, frozen=True, eq=False, kw_only=True):
     answer: Answer
     sentence: str
     verdicts: tuple[Verdict, ...]
-    missing: dict[Line, str]
+    missing: dict[LineName, str]
     performance: Performance | None = None
     truncation: Truncation | None = None
     spectra: Spectra | None = None
     overlap: Overlap | None = None
     agreement: Agreement | None = None
-    weight: Weight | None = None
-    effective: Effective | None = None
-    dimension: Dimension | None = None
+    weight: WeightComparison | None = None
+    effective: EffectiveRanks | None = None
+    dimension: IntrinsicDimension | None = None
     made_by: dict[str, Any]
 
     def __repr__(self) -> str:
@@ -70,8 +70,8 @@ class Hypothesis(Result, frozen=True, eq=False, kw_only=True):
 
 def hypothesis(
     study: Study,
-    lines: Sequence[Line] | None = None,
-    of: Of = "update",
+    lines: Sequence[LineName] | None = None,
+    of: MatrixKind = "update",
     device: str = "cpu",
     track: Track = iter,
     cache: str | os.PathLike[str] | None = None,
@@ -96,8 +96,8 @@ def hypothesis(
     material = Material(study, device, track, Path(cache).expanduser() if cache is not None else None)
     if not any(record.run.method != "base" for record in study.done()):
         raise RankscopeError(f"{study.folder}: no run of this study has ended yet; let it go on with rankscope train")
-    found: dict[Line, Any] = {}
-    missing: dict[Line, str] = {}
+    found: dict[LineName, Any] = {}
+    missing: dict[LineName, str] = {}
     for line in material.track([line for line in LINES if line in wanted]):
         try:
             found[line] = _measure(line, material, of)
@@ -121,11 +121,11 @@ def hypothesis(
     )
 
 
-def _module(line: Line) -> ModuleType:
-    return import_module(f"rankscope.evidence.{line}")
+def _module(line: LineName) -> ModuleType:
+    return import_module(f"rankscope.evidence.{line}.measure")
 
 
-def _measure(line: Line, material: Material, of: Of) -> Any:
+def _measure(line: LineName, material: Material, of: MatrixKind) -> Any:
     """The result of one line; each module has a function of its own name."""
     measure: Callable[..., Any] = getattr(_module(line), line)
     return measure(material, of) if line == "overlap" else measure(material)

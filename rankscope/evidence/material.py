@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankscope.analysis.bases import Bases
 from rankscope.analysis.sources import Track
+from rankscope.analysis.svd_cache import SVDCache
 from rankscope.errors import RankscopeError
-from rankscope.evidence.verdict import MissingEvidenceError
-from rankscope.formats.interface import Store
+from rankscope.formats.abstract_store import Store
 from rankscope.formats.names import natural_key
 from rankscope.lora.targets import is_within
 from rankscope.train.config import resolve_device
-from rankscope.train.loop import evaluate
-from rankscope.train.results import Row, adapted_layers, rows
+from rankscope.train.loop import evaluate_splits
+from rankscope.train.results import RunResult, adapted_layers, run_results
 from rankscope.train.runs import Run
 from rankscope.train.study import Study
-from rankscope.train.tasks import Split, Task, make_task
-from rankscope.train.weights import matrix_of
+from rankscope.train.task import Split, Task
+from rankscope.train.tasks import make_task
+from rankscope.train.weights import weight_matrix
+from rankscope.verdict import MissingEvidenceError
 
 
 class Material:
@@ -38,42 +39,42 @@ class Material:
 
     def __init__(self, study: Study, device: str = "cpu", track: Track = iter, cache: Path | None = None) -> None:
         self.study = study
-        self.bases = Bases(cache)
+        self.bases = SVDCache(cache)
         self.device = resolve_device(device)
         self.track = track
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[RunResult]:
         """Every run that has ended."""
-        return rows(self.study)
+        return run_results(self.study)
 
-    def best(self, method: str, targets: str | None = None) -> list[Row]:
+    def best_rows(self, method: str, targets: str | None = None) -> list[RunResult]:
         """The runs of a method on these targets that are done, at the best rate of each rank: by rank, then seed."""
-        found = [row for row in self.rows if row.best and row.record.run.method == method]
+        found = [row for row in self.rows if row.is_best and row.record.run.method == method]
         found = [row for row in found if row.record.run.targets == targets]
         return sorted(found, key=lambda row: (row.record.run.rank or 0, row.record.run.seed))
 
-    def lora(self) -> list[Row]:
+    def lora_rows(self) -> list[RunResult]:
         """The adapters that stand for LoRA, as ``best`` gives them: of the first adapter method of the study that has
         any, on the targets that it was trained at most ranks on.
 
         Raises:
             MissingEvidenceError: no adapter was trained to the end.
         """
-        best = [row.record.run for row in self.rows if row.best and row.record.run.is_lora]
+        best = [row.record.run for row in self.rows if row.is_best and row.record.run.is_lora]
         if not best:
             raise MissingEvidenceError("no LoRA run is done; train some with --ranks")
         cells = dict.fromkeys((r.targets, r.rank) for r in best if r.method == best[0].method)
         ranks = Counter(targets for targets, _ in cells)  # in the study's order, which decides between equals
-        return self.best(best[0].method, ranks.most_common(1)[0][0])
+        return self.best_rows(best[0].method, ranks.most_common(1)[0][0])
 
-    def full(self) -> list[Row]:
+    def full_rows(self) -> list[RunResult]:
         """The runs of full fine-tuning at its best rate, one a seed.
 
         Raises:
             MissingEvidenceError: there is none.
         """
-        found = self.best("full")
+        found = self.best_rows("full")
         if not found:
             raise MissingEvidenceError("no full fine-tuning is done; train it beside LoRA (without --no-full)")
         return found
@@ -99,29 +100,29 @@ class Material:
         """The layers that some adapter of the study has, or, without adapters, that full fine-tuning changes and that
         are no heads: those on which updates are compared."""
         adapted = adapted_layers(self.study)
-        names = adapted or {name for row in self.full() for name in self.store(row).names()}
-        return [name for name in names_in_order(names) if not any(is_within(name, head) for head in self.heads)]
+        names = adapted or {name for row in self.full_rows() for name in self.store(row).names()}
+        return [name for name in sort_names(names) if not any(is_within(name, head) for head in self.heads)]
 
     @property
     def heads(self) -> tuple[str, ...]:
         """Modules that are new to the base: every method trains them whole."""
         return self.task.heads
 
-    def store(self, row: Row) -> Store:
+    def store(self, row: RunResult) -> Store:
         """The updates that a run learned.
 
         Raises:
             MissingEvidenceError: its weights were deleted.
         """
-        return self.study.store(self.kept([row])[0].record.run)
+        return self.study.store(self.require_weights([row])[0].record.run)
 
-    def kept(self, found: Sequence[Row]) -> Sequence[Row]:
+    def require_weights(self, found: Sequence[RunResult]) -> Sequence[RunResult]:
         """The same runs, all of them with what they learned.
 
         Raises:
             MissingEvidenceError: the weights of one were deleted.
         """
-        gone = [row.record.run.name for row in found if not self.study.keeps(row.record.run)]
+        gone = [row.record.run.name for row in found if not self.study.has_weights(row.record.run)]
         if gone:
             more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
             raise MissingEvidenceError(f"the weights of {gone[0]}{more} are gone; put them back, or train it again")
@@ -148,16 +149,16 @@ class Material:
 
     def weight(self, name: str) -> Tensor:
         """The base weight (out, in) in float32 that the update of this name changes, on the device."""
-        return matrix_of(self.base, name).to(self.device)
+        return weight_matrix(self.base, name).to(self.device)
 
-    def fresh(self, run: Run) -> nn.Module:
+    def copy_base(self, run: Run) -> nn.Module:
         """A copy of the base as this run found it, on the device."""
         return self.task.model(run.seed).to(self.device)
 
     @torch.no_grad()
     def score(self, model: nn.Module, split: Split = "test") -> float:
         """The study's metric of a model on held-out data, in the arithmetic that the study used."""
-        return evaluate(self.task, model, (split,), self.study.config, self.device)[split][self.study.metric]
+        return evaluate_splits(self.task, model, (split,), self.study.config, self.device)[split][self.study.metric]
 
     def describe(self) -> dict[str, Any]:
         """What made the study: command, versions, machine, fingerprints, settings."""
@@ -165,14 +166,14 @@ class Material:
         return {key: self.study.description[key] for key in wanted if key in self.study.description}
 
 
-def names_in_order(names: Iterable[str]) -> list[str]:
+def sort_names(names: Iterable[str]) -> list[str]:
     """Layer names in their natural order."""
     return sorted(names, key=natural_key)
 
 
-def by_rank(found: Sequence[Row]) -> dict[int, list[Row]]:
+def group_by_rank(found: Sequence[RunResult]) -> dict[int, list[RunResult]]:
     """Adapters by their rank, ascending."""
-    ranks: dict[int, list[Row]] = {}
+    ranks: dict[int, list[RunResult]] = {}
     for row in sorted(found, key=lambda row: (row.record.run.rank or 0, row.record.run.seed)):
         if row.record.run.rank is not None:
             ranks.setdefault(row.record.run.rank, []).append(row)

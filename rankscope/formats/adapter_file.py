@@ -17,21 +17,29 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from rankscope.errors import FormatError, located
+from rankscope.errors import FormatError, prefix_errors
+from rankscope.formats.abstract_store import Store, UpdateInfo
 from rankscope.formats.checkpoint import BaseWeights
-from rankscope.formats.files import TensorFile
-from rankscope.formats.interface import Store, UpdateInfo
-from rankscope.formats.lycoris import FULL, LOCON, MAGNITUDE, NOT_READ, SCALE, lycoris_recipe, lycoris_whole
+from rankscope.formats.file_io import TensorFile
+from rankscope.formats.lycoris import (
+    ALPHA_LEAF,
+    FULL,
+    LOCON,
+    MAGNITUDE_LEAF,
+    UNSUPPORTED_LEAVES,
+    lycoris_dora_update,
+    lycoris_recipe,
+)
 from rankscope.formats.names import natural_key
-from rankscope.formats.peft_write import Place
-from rankscope.formats.pickled import PickledFile
+from rankscope.formats.peft_write import FactorLayout
+from rankscope.formats.pickle_file import PickledFile
 from rankscope.formats.recipes import Recipe
 from rankscope.updates import Update
 
-WHOLE = ":whole"
-BIAS = "bias of B"  # the part that a parser calls a bias beside the factors
+WHOLE_SUFFIX = ":whole"
+FACTOR_BIAS_PART = "bias of B"  # the part that a parser calls a bias beside the factors
 # Keys that name no part of an update; the first pattern that is found gives the reason.
-OTHER_KEYS = (
+SKIP_REASONS = (
     (
         re.compile(r"^(?:bundle_)?emb"),
         "an embedding bundled with the adapter (textual inversion), no change of a weight",
@@ -42,7 +50,7 @@ OTHER_KEYS = (
 )
 
 
-class Part(NamedTuple):
+class ParsedFileKey(NamedTuple):
     """What a key says: the module as the file calls it, and the part by LyCORIS's name (``lycoris.LEAVES``)."""
 
     module: str
@@ -61,14 +69,20 @@ class FileLayer:
     embedding: bool = False
 
     @property
-    def place(self) -> Place:
+    def place(self) -> FactorLayout:
         """How PEFT stores such factors."""
-        return Place("embedding") if self.embedding else Place("conv", self.kernel) if self.kernel else Place()
+        return (
+            FactorLayout("embedding")
+            if self.embedding
+            else FactorLayout("conv", self.kernel)
+            if self.kernel
+            else FactorLayout()
+        )
 
     @property
     def magnitude(self) -> str | None:
         """Key of DoRA's magnitude."""
-        return self.keys.get(MAGNITUDE)
+        return self.keys.get(MAGNITUDE_LEAF)
 
     @property
     def rank(self) -> int | None:
@@ -109,7 +123,7 @@ class FileStore(Store):
         self._alpha = alpha
         self._weights: BaseWeights | None = None
         for module, keys in self._gather().items():
-            with located(f"{file.path}: layer {module}"):
+            with prefix_errors(f"{file.path}: layer {module}"):
                 self._add(module, keys)
         if not self._infos:
             seen = f"; skipped {self.skipped[0].name}: {self.skipped[0].reason}" if self.skipped else ""
@@ -123,7 +137,7 @@ class FileStore(Store):
         self._add_wholes()
 
     @abstractmethod
-    def _parse(self, key: str) -> Part | None:
+    def _parse(self, key: str) -> ParsedFileKey | None:
         """What a key says; None where it is no part of an update."""
 
     def _scale_alpha(self, module: str, rank: int | None) -> float | None:
@@ -135,10 +149,10 @@ class FileStore(Store):
         found: dict[str, dict[str, str]] = {}
         for key in sorted(self.file.infos, key=natural_key):
             part = self._parse(key)
-            reason = _reason(key) if part is None else NOT_READ.get(part.leaf)
+            reason = _reason(key) if part is None else UNSUPPORTED_LEAVES.get(part.leaf)
             if part is None or reason is not None:
                 self._skip(key, reason or "unknown key")
-            elif part.leaf == BIAS:
+            elif part.leaf == FACTOR_BIAS_PART:
                 self._skip(key, "lora_bias: the bias of B changes the layer's bias, not its weight")
             elif found.setdefault(part.module, {}).setdefault(part.leaf, key) != key:
                 other = found[part.module][part.leaf]
@@ -147,7 +161,7 @@ class FileStore(Store):
 
     def _add(self, module: str, keys: Mapping[str, str]) -> None:
         parts = {leaf: self.file.infos[key] for leaf, key in keys.items()}
-        if not set(parts) - {SCALE, MAGNITUDE}:
+        if not set(parts) - {ALPHA_LEAF, MAGNITUDE_LEAF}:
             for key in keys.values():
                 self._skip(key, "no factors are beside it")
             return
@@ -155,7 +169,7 @@ class FileStore(Store):
             self._skip(keys[FULL.whole], "a change of a vector: one-dimensional, no spectrum")
             return
         rank = next((info.shape[0] for leaf, info in parts.items() if leaf == LOCON.b and info.shape), None)
-        alpha = self._read_alpha(keys[SCALE]) if SCALE in keys else self._scale_alpha(module, rank)
+        alpha = self._read_alpha(keys[ALPHA_LEAF]) if ALPHA_LEAF in keys else self._scale_alpha(module, rank)
         if alpha is None and self._alpha is not None:
             alpha = self._alpha
             self.given += 1
@@ -190,13 +204,13 @@ class FileStore(Store):
         dora = [name for name, layer in self.layers.items() if layer.magnitude is not None]
         for name in dora:
             if self._weights is None:
-                self._skip(name + WHOLE, "DoRA: the whole update needs --base")
+                self._skip(name + WHOLE_SUFFIX, "DoRA: the whole update needs --base")
             elif name not in self._weights:
-                self._skip(name + WHOLE, "DoRA: the base has no weight for it")
+                self._skip(name + WHOLE_SUFFIX, "DoRA: the base has no weight for it")
             else:
-                self._infos[name + WHOLE] = UpdateInfo(self._infos[name].shape, None, 1.0, torch.float32, "dora")
+                self._infos[name + WHOLE_SUFFIX] = UpdateInfo(self._infos[name].shape, None, 1.0, torch.float32, "dora")
         if dora:
-            self.notes.append(f"DoRA in {len(dora)} layers: NAME is the product, NAME{WHOLE} the whole update")
+            self.notes.append(f"DoRA in {len(dora)} layers: NAME is the product, NAME{WHOLE_SUFFIX} the whole update")
 
     def magnitude(self, name: str) -> Tensor | None:
         """DoRA's magnitude of a layer as stored, None without one."""
@@ -204,7 +218,7 @@ class FileStore(Store):
         return None if key is None else self.file.read(key)
 
     def _read(self, name: str) -> Update:
-        module = name.removesuffix(WHOLE) if name not in self.layers else name
+        module = name.removesuffix(WHOLE_SUFFIX) if name not in self.layers else name
         layer = self.layers[module]
         product = layer.recipe.build({leaf: self.file.read(layer.keys[leaf]) for leaf in layer.recipe.reads})
         if name == module:
@@ -212,12 +226,12 @@ class FileStore(Store):
         magnitude, weight = self.magnitude(module), self._read_weight(module)
         if magnitude is None or weight is None:
             raise FormatError("has no whole update")
-        return lycoris_whole(product.to(self.device), magnitude.to(self.device), weight.to(self.device))
+        return lycoris_dora_update(product.to(self.device), magnitude.to(self.device), weight.to(self.device))
 
     def _read_weight(self, name: str) -> Tensor | None:
-        module = name.removesuffix(WHOLE) if name not in self.layers else name
+        module = name.removesuffix(WHOLE_SUFFIX) if name not in self.layers else name
         return self._weights.matrix(module) if self._weights else None
 
 
 def _reason(key: str) -> str:
-    return next((reason for pattern, reason in OTHER_KEYS if pattern.search(key)), "unknown key")
+    return next((reason for pattern, reason in SKIP_REASONS if pattern.search(key)), "unknown key")

@@ -51,17 +51,17 @@ def _component(front: str, number: str | None) -> str | None:
     return None if front in ("lycoris", "base_model.model") else "denoiser"
 
 
-def alias_pairs(names_a: Iterable[str], names_b: Iterable[str]) -> list[tuple[str, str]]:
+def pair_aliases(names_a: Iterable[str], names_b: Iterable[str]) -> list[tuple[str, str]]:
     """Names of a and b that mean one weight, where each has one partner and no other."""
     by_key: dict[str, list[tuple[str, Alias]]] = defaultdict(list)
     for name in names_b:
         for way in aliases(name):
-            by_key[_underscored(way.path)].append((name, way))
+            by_key[_replace_dots(way.path)].append((name, way))
     partners: dict[str, set[str]] = defaultdict(set)
     back: dict[str, set[str]] = defaultdict(set)
     for name in names_a:
         for way in aliases(name):
-            for other, theirs in by_key.get(_underscored(way.path), ()):
+            for other, theirs in by_key.get(_replace_dots(way.path), ()):
                 if _agree(way, theirs):
                     partners[name].add(other)
                     back[other].add(name)
@@ -74,5 +74,5 @@ def _agree(one: Alias, other: Alias) -> bool:
     return components and (one.path == other.path or one.raw or other.raw)
 
 
-def _underscored(path: str) -> str:
+def _replace_dots(path: str) -> str:
     return path.replace(".", "_")

@@ -10,12 +10,12 @@ from typing import Any, cast
 from torch import Tensor
 
 from rankscope.errors import FormatError
-from rankscope.formats.files import TensorFile, TensorInfo, read_json
+from rankscope.formats.abstract_store import examples
+from rankscope.formats.file_io import TensorFile, TensorInfo, read_json
 from rankscope.formats.hub import local_path
-from rankscope.formats.interface import examples
-from rankscope.formats.names import WEIGHT, pair
+from rankscope.formats.names import WEIGHT_SUFFIX, pair_names
 from rankscope.formats.peft_keys import OLD_WEIGHTS_NAME, WEIGHTS_NAME
-from rankscope.formats.pickled import PickledFile, open_tensors
+from rankscope.formats.pickle_file import PickledFile, open_tensors
 
 INDEX_SUFFIX = ".index.json"
 MODEL_CONFIG = "config.json"
@@ -68,13 +68,15 @@ class Checkpoint:
         """The tensor as stored: (rows, columns, …), stored dtype."""
         return self._files[name].read(name)
 
-    def blocks(self, name: str, rows: int, step: int) -> Iterator[Tensor]:
+    def read_blocks(self, name: str, rows: int, step: int) -> Iterator[Tensor]:
         """The first rows as stored, flattened, so many at a time; of a safetensors file they are read, not mapped."""
         file = self._files[name]
         whole = None if isinstance(file, TensorFile) else file.read(name)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            part = file.rows(name, start, stop) if isinstance(file, TensorFile) else cast(Tensor, whole)[start:stop]
+            part = (
+                file.read_rows(name, start, stop) if isinstance(file, TensorFile) else cast(Tensor, whole)[start:stop]
+            )
             yield part.reshape(len(part), -1)
 
     def matrix_shape(self, name: str) -> tuple[int, int]:
@@ -83,15 +85,15 @@ class Checkpoint:
         columns = 1
         for size in rest:
             columns *= size
-        return (columns, rows) if self.transposed(name) else (rows, columns)
+        return (columns, rows) if self.is_transposed(name) else (rows, columns)
 
     def matrix(self, name: str) -> Tensor:
         """The weight as (out, in): Conv1D turned round, convolution kernels flattened; stored dtype."""
         tensor = self.read(name)
         flat = tensor.reshape(tensor.shape[0], -1)
-        return flat.T if self.transposed(name) else flat
+        return flat.T if self.is_transposed(name) else flat
 
-    def transposed(self, name: str) -> bool:
+    def is_transposed(self, name: str) -> bool:
         """Whether it is stored (in, out)."""
         return bool(self.conv1d) and len(self.infos[name].shape) == 2 and CONV1D_NAME.search(name) is not None
 
@@ -108,8 +110,8 @@ class BaseWeights:
 
     def __init__(self, base: Path, shapes: Mapping[str, tuple[int, int]], fan_in_fan_out: bool = False) -> None:
         self._checkpoint = Checkpoint(base)
-        wanted = {module + WEIGHT: module for module in shapes}
-        pairing = pair(wanted, self._checkpoint.infos)
+        wanted = {module + WEIGHT_SUFFIX: module for module in shapes}
+        pairing = pair_names(wanted, self._checkpoint.infos)
         if wanted and not pairing.pairs:
             raise FormatError(
                 f"{base}: has no weight for any of the layers {examples(list(shapes))}; it holds "
@@ -123,7 +125,7 @@ class BaseWeights:
 
     def _turn(self, module: str, tensor: str, shape: tuple[int, int], fan_in_fan_out: bool) -> bool:
         """Whether the checkpoint's matrix must still be transposed to fit its update."""
-        reason = not_a_matrix(self._checkpoint.infos[tensor], stacks=True)
+        reason = non_matrix_reason(self._checkpoint.infos[tensor], stacks=True)
         if reason:
             raise FormatError(f"{self._checkpoint.path}: {tensor} cannot serve as base weight ({reason})")
         found = self._checkpoint.matrix_shape(tensor)
@@ -147,7 +149,7 @@ class BaseWeights:
         return weight.T if self._turned[module] else weight
 
 
-def not_a_matrix(info: TensorInfo, stacks: bool = False) -> str | None:
+def non_matrix_reason(info: TensorInfo, stacks: bool = False) -> str | None:
     """Why a tensor is no matrix to analyse, or None. ``stacks`` lets three dimensions pass (Conv1d kernels)."""
     stored = str(info.dtype).removeprefix("torch.")
     if not info.dtype.is_floating_point:
@@ -225,7 +227,7 @@ def _inside(index: Path, shard: str) -> Path:
     return folder / shard
 
 
-def model_config(folder: Path) -> dict[str, Any]:
+def read_model_config(folder: Path) -> dict[str, Any]:
     """The configuration of the model in a folder, empty where there is none.
 
     Raises:
@@ -245,5 +247,5 @@ def _stores_conv1d(infos: dict[str, TensorInfo], folder: Path) -> bool | None:
         if CONV1D_WIDENS.search(name) and len(info.shape) == 2 and info.shape[0] != info.shape[1]:
             return info.shape[1] > info.shape[0]
     if any(CONV1D_NAME.search(name) for name in infos):
-        return True if str(model_config(folder).get("model_type")) in CONV1D_TYPES else None
+        return True if str(read_model_config(folder).get("model_type")) in CONV1D_TYPES else None
     return None

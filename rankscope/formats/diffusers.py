@@ -18,15 +18,15 @@ import msgspec
 from torch import Tensor
 
 from rankscope.errors import FormatError
-from rankscope.formats.adapter_file import BIAS, FileStore, Part
-from rankscope.formats.files import TensorFile
-from rankscope.formats.lycoris import LOCON, MAGNITUDE, SCALE
-from rankscope.formats.peft_config import by_pattern
-from rankscope.formats.peft_keys import PREFIX, parse_key
-from rankscope.formats.pickled import PickledFile
+from rankscope.formats.adapter_file import FACTOR_BIAS_PART, FileStore, ParsedFileKey
+from rankscope.formats.file_io import TensorFile
+from rankscope.formats.lycoris import ALPHA_LEAF, LOCON, MAGNITUDE_LEAF
+from rankscope.formats.peft_config import resolve_pattern
+from rankscope.formats.peft_keys import PEFT_PREFIX, parse_key
+from rankscope.formats.pickle_file import PickledFile
 
-CONFIGURATION = "lora_adapter_metadata"
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+LORA_ADAPTER_METADATA_KEY = "lora_adapter_metadata"
+DIFFUSERS_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 COMPONENTS = re.compile(
     r"(?P<component>unet|transformer(?:_\d)?|text_encoder(?:_\d)?|prior|controlnet|diffusion_model|model\.diffusion_model)"
     r"\.(?P<module>.+)"
@@ -36,7 +36,13 @@ _OLDEST = re.compile(
     r"(?P<module>.+?)(?:\.processor)?\.(?P<name>to_q|to_k|to_v|to_out)_lora\.(?P<half>down|up)\.weight"
 )
 _OWN = re.compile(r"(?P<module>.+)\.(?P<leaf>alpha|diff|diff_b)")  # of trainers that write PEFT's names
-_LEAVES = {"lora_A": LOCON.b, "lora_B": LOCON.a, "down": LOCON.b, "up": LOCON.a, "lora_magnitude_vector": MAGNITUDE}
+_LEAVES = {
+    "lora_A": LOCON.b,
+    "lora_B": LOCON.a,
+    "down": LOCON.b,
+    "up": LOCON.a,
+    "lora_magnitude_vector": MAGNITUDE_LEAF,
+}
 
 
 class ComponentConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,38 +54,40 @@ class ComponentConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def alpha(self, module: str, rank: int) -> float:
         """α of a layer such that its scale is α/r."""
-        alpha: float = by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        alpha: float = resolve_pattern(self.alpha_pattern, module, self.lora_alpha)
         return alpha * math.sqrt(rank) if self.use_rslora else alpha
 
 
-def parse(key: str) -> Part | None:
+def parse_diffusers_key(key: str) -> ParsedFileKey | None:
     """What a key says; None where it is no part of an update."""
     if found := _OLD.fullmatch(key):
-        return Part(found["module"], _LEAVES[found["half"]])
+        return ParsedFileKey(found["module"], _LEAVES[found["half"]])
     if found := _OLDEST.fullmatch(key):
         name = found["name"] + (".0" if found["name"] == "to_out" else "")
-        return Part(f"{found['module']}.{name}", _LEAVES[found["half"]])
+        return ParsedFileKey(f"{found['module']}.{name}", _LEAVES[found["half"]])
     if found := _OWN.fullmatch(key):
-        return Part(found["module"], found["leaf"])
+        return ParsedFileKey(found["module"], found["leaf"])
     parsed = parse_key(key)
     if parsed is None or parsed.part not in _LEAVES or parsed.leaf not in ("weight", "bias", ""):
         return None
     if parsed.leaf == "bias":
-        return Part(parsed.module, BIAS)
+        return ParsedFileKey(parsed.module, FACTOR_BIAS_PART)
     if parsed.leaf == "" and parsed.part != "lora_magnitude_vector":  # loralib's
         return None
-    return Part(parsed.module, _LEAVES[parsed.part])
+    return ParsedFileKey(parsed.module, _LEAVES[parsed.part])
 
 
 def is_diffusers(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
     """Whether keys are those of diffusers: its older names, or PEFT's behind a component or with its metadata."""
-    factors = [key for key in keys if (part := parse(key)) is not None and part.leaf in (LOCON.a, LOCON.b)]
-    plain = [key for key in factors if not key.startswith(PREFIX)]
+    factors = [
+        key for key in keys if (part := parse_diffusers_key(key)) is not None and part.leaf in (LOCON.a, LOCON.b)
+    ]
+    plain = [key for key in factors if not key.startswith(PEFT_PREFIX)]
     old = any(_OLD.fullmatch(key) or _OLDEST.fullmatch(key) for key in plain)
-    return bool(plain) and (old or CONFIGURATION in metadata or any(COMPONENTS.match(key) for key in plain))
+    return bool(plain) and (old or LORA_ADAPTER_METADATA_KEY in metadata or any(COMPONENTS.match(key) for key in plain))
 
 
-def component_of(name: str) -> tuple[str, str]:
+def split_component(name: str) -> tuple[str, str]:
     """(component, path within it) of a layer's name; the component is "" where the name has none."""
     found = COMPONENTS.fullmatch(name)
     return (found["component"], found["module"]) if found else ("", name)
@@ -94,13 +102,13 @@ class DiffusersStore(FileStore):
         self._configs: dict[str, ComponentConfig | None] = {}
         super().__init__(path, file, *options, **others)
 
-    def _parse(self, key: str) -> Part | None:
-        return parse(key)
+    def _parse(self, key: str) -> ParsedFileKey | None:
+        return parse_diffusers_key(key)
 
     def _scale_alpha(self, module: str, rank: int | None) -> float | None:
-        component, inner = component_of(module)
+        component, inner = split_component(module)
         if component not in self._configs:
-            self._configs[component] = read_config(self.file.metadata, component)
+            self._configs[component] = read_component_config(self.file.metadata, component)
         config = self._configs[component]
         if rank is None:
             return None
@@ -114,20 +122,20 @@ class DiffusersStore(FileStore):
         return None if found is None else found.flatten()
 
     def _note_oddities(self) -> None:
-        own = SCALE in {leaf for layer in self.layers.values() for leaf in layer.keys}
+        own = ALPHA_LEAF in {leaf for layer in self.layers.values() for leaf in layer.keys}
         if not own and not self.given and not any(self._configs.values()):
             self.notes.append("the file gives no α; diffusers then takes α = r, so the scale is 1")
 
 
-def read_config(metadata: Mapping[str, str], component: str) -> ComponentConfig | None:
+def read_component_config(metadata: Mapping[str, str], component: str) -> ComponentConfig | None:
     """The configuration of one component in a file's metadata; None where there is none.
 
     Raises:
         FormatError: it is no JSON object, or a value is of a wrong type or not finite.
     """
-    if CONFIGURATION not in metadata:
+    if LORA_ADAPTER_METADATA_KEY not in metadata:
         return None
-    values = configuration(metadata, component)
+    values = component_config(metadata, component)
     if values.get("lora_alpha") is None:
         return None
     try:
@@ -138,18 +146,18 @@ def read_config(metadata: Mapping[str, str], component: str) -> ComponentConfig 
         for pattern in config.alpha_pattern or ():
             re.compile(rf"(.*\.)?({pattern})$")
     except (msgspec.ValidationError, ValueError, OverflowError, RecursionError, re.error) as error:
-        raise FormatError(f"its metadata {CONFIGURATION}: {error}") from error
+        raise FormatError(f"its metadata {LORA_ADAPTER_METADATA_KEY}: {error}") from error
     return config
 
 
-def configuration(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
+def component_config(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
     """PEFT's configuration of a component: its keys behind the component's name, in an object of that name, or bare."""
     try:
-        raw = json.loads(metadata.get(CONFIGURATION, "{}"))
+        raw = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"its metadata {CONFIGURATION} is not valid JSON ({error})") from error
+        raise FormatError(f"its metadata {LORA_ADAPTER_METADATA_KEY} is not valid JSON ({error})") from error
     if not isinstance(raw, dict):
-        raise FormatError(f"its metadata {CONFIGURATION} is no JSON object")
+        raise FormatError(f"its metadata {LORA_ADAPTER_METADATA_KEY} is no JSON object")
     if isinstance(raw.get(component), dict):
         return dict(raw[component])
     behind = {key.removeprefix(f"{component}."): value for key, value in raw.items() if key.startswith(f"{component}.")}

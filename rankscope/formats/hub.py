@@ -11,10 +11,10 @@ from typing import Any
 from rankscope.errors import FormatError
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".pth")
-SAFE = ("*.safetensors", "*.json")  # what is fetched, and, where it holds no weights, what instead
-PICKLED = ("*.bin", "*.json")
-LEFT = ("original/*", "consolidated*")  # the same weights once more, in their authors' format
+WEIGHT_SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".pth")
+SAFETENSORS_PATTERNS = ("*.safetensors", "*.json")  # what is fetched, and, where it holds no weights, what instead
+PICKLE_PATTERNS = ("*.bin", "*.json")
+IGNORED_PATTERNS = ("original/*", "consolidated*")  # the same weights once more, in their authors' format
 
 
 def local_path(name: str | os.PathLike[str]) -> Path:
@@ -28,7 +28,7 @@ def local_path(name: str | os.PathLike[str]) -> Path:
     text, place = os.fspath(name), Path(name).expanduser()
     if text.startswith("."):
         return Path(os.path.abspath(place)) if not _exists(place) else place
-    if not HUB_ID.fullmatch(text) or text.endswith(SUFFIXES) or _exists(place) or _exists(place.parent):
+    if not HUB_ID.fullmatch(text) or text.endswith(WEIGHT_SUFFIXES) or _exists(place) or _exists(place.parent):
         return place
     try:
         hub = importlib.import_module("huggingface_hub")
@@ -36,7 +36,7 @@ def local_path(name: str | os.PathLike[str]) -> Path:
         raise FormatError(
             f'{text}: no such file or folder; if it is a model of the hub, pip install "rankscope[hf]"'
         ) from error
-    return _cached(hub, text) or _fetched(hub, text)
+    return _find_cached(hub, text) or _download(hub, text)
 
 
 def _exists(path: Path) -> bool:
@@ -46,7 +46,7 @@ def _exists(path: Path) -> bool:
         return True
 
 
-def _cached(hub: Any, name: str) -> Path | None:
+def _find_cached(hub: Any, name: str) -> Path | None:
     """The folder in the cache, None where it is not there or without weights."""
     try:
         folder = Path(hub.snapshot_download(name, local_files_only=True))
@@ -55,12 +55,14 @@ def _cached(hub: Any, name: str) -> Path | None:
     return folder if _has_weights(folder) else None
 
 
-def _fetched(hub: Any, name: str) -> Path:
+def _download(hub: Any, name: str) -> Path:
     if hub.constants.HF_HUB_OFFLINE:
         raise FormatError(f"{name}: no such file or folder, and not in the hub's cache (HF_HUB_OFFLINE is set)")
     try:
-        for patterns in (SAFE, PICKLED):
-            folder = Path(hub.snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(LEFT)))
+        for patterns in (SAFETENSORS_PATTERNS, PICKLE_PATTERNS):
+            folder = Path(
+                hub.snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(IGNORED_PATTERNS))
+            )
             if _has_weights(folder):
                 return folder
     except Exception as error:  # no network, no such repository, a gated one: dozens of classes

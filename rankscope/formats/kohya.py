@@ -13,15 +13,15 @@ from typing import ClassVar
 
 import msgspec
 
-from rankscope.formats.adapter_file import FileStore, Part
-from rankscope.formats.lycoris import LEAVES
-from rankscope.formats.peft_keys import PREFIX
+from rankscope.formats.adapter_file import FileStore, ParsedFileKey
+from rankscope.formats.lycoris import LEAF_NAMES
+from rankscope.formats.peft_keys import PEFT_PREFIX
 
-NAMES = "rankscope_names"
+NAMES_KEY = "rankscope_names"
 """Metadata of files that we wrote: a JSON object of [part of the pipeline or "", dotted path] by the raw names."""
-RANK, ALPHA, MODULE = "ss_network_dim", "ss_network_alpha", "ss_network_module"
+RANK_KEY, ALPHA_KEY, MODULE_KEY = "ss_network_dim", "ss_network_alpha", "ss_network_module"
 
-_LEAF = re.compile("|".join(re.escape(leaf) for leaf in sorted(LEAVES, key=len, reverse=True)))
+_LEAF = re.compile("|".join(re.escape(leaf) for leaf in sorted(LEAF_NAMES, key=len, reverse=True)))
 _KEY = re.compile(rf"(?P<module>.+?)\.(?P<leaf>{_LEAF.pattern})")
 # Parts that no other file has; the others (diff, alpha, rescale) tell only behind kohya's prefixes.
 _TELLING = re.compile(r"\.(?:lora_(?:up|down|mid)\.weight|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|oft_\w+)$")
@@ -30,7 +30,7 @@ _PREFIXED = re.compile(r"^(?:lora|lycoris)_[^.]+\.")
 
 def is_kohya(keys: Iterable[str]) -> bool:
     """Whether keys are those of kohya's scripts or LyCORIS."""
-    own = [key for key in keys if not key.startswith(PREFIX)]  # PEFT's LoHa and LoKr have the same parts
+    own = [key for key in keys if not key.startswith(PEFT_PREFIX)]  # PEFT's LoHa and LoKr have the same parts
     return any(_TELLING.search(key) or (_PREFIXED.match(key) and _KEY.fullmatch(key)) for key in own)
 
 
@@ -39,9 +39,9 @@ class KohyaStore(FileStore):
 
     kind: ClassVar[str] = "kohya"
 
-    def _parse(self, key: str) -> Part | None:
+    def _parse(self, key: str) -> ParsedFileKey | None:
         found = _KEY.fullmatch(key)
-        return Part(found["module"], found["leaf"]) if found else None
+        return ParsedFileKey(found["module"], found["leaf"]) if found else None
 
     def _note_oddities(self) -> None:
         self._note_claim()
@@ -50,7 +50,7 @@ class KohyaStore(FileStore):
 
     def _note_claim(self) -> None:
         """Where the metadata gives another rank than the tensors; convolutions have one of their own."""
-        claimed = self.file.metadata.get(RANK, "")
+        claimed = self.file.metadata.get(RANK_KEY, "")
         ranks = {name: layer.rank for name, layer in self.layers.items() if layer.rank and not layer.kernel}
         differ = {name: rank for name, rank in ranks.items() if claimed.isdecimal() and str(rank) != claimed}
         if differ:
@@ -61,9 +61,9 @@ class KohyaStore(FileStore):
             )
 
 
-def dotted_names(metadata: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+def read_dotted_names(metadata: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """(part of the pipeline, dotted path) by raw name as the metadata says it; empty where it says none."""
     try:
-        return msgspec.json.decode(metadata.get(NAMES, "{}"), type=dict[str, tuple[str, str]])
+        return msgspec.json.decode(metadata.get(NAMES_KEY, "{}"), type=dict[str, tuple[str, str]])
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return {}

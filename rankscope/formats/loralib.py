@@ -15,10 +15,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from rankscope.errors import FormatError
-from rankscope.formats.adapter_file import FileLayer, FileStore, Part
-from rankscope.formats.files import TensorInfo
+from rankscope.formats.adapter_file import FileLayer, FileStore, ParsedFileKey
+from rankscope.formats.file_io import TensorInfo
 from rankscope.formats.lycoris import LOCON, lycoris_recipe
-from rankscope.formats.names import PARTS
+from rankscope.formats.names import QKV_PARTS
 from rankscope.formats.recipes import Recipe, Tensors
 from rankscope.updates import Update
 
@@ -45,9 +45,9 @@ class LoralibStore(FileStore):
 
     kind: ClassVar[str] = "loralib"
 
-    def _parse(self, key: str) -> Part | None:
+    def _parse(self, key: str) -> ParsedFileKey | None:
         module, _, name = key.rpartition(".")
-        return Part(module or "model", _LEAVES[name]) if name in _LEAVES else None
+        return ParsedFileKey(module or "model", _LEAVES[name]) if name in _LEAVES else None
 
     def _add(self, module: str, keys: Mapping[str, str]) -> None:
         if self._alpha is None:
@@ -59,7 +59,7 @@ class LoralibStore(FileStore):
         A, B = (self.file.infos[keys[leaf]] for leaf in (LOCON.b, LOCON.a))
         whole = TensorInfo((A.shape[0] // packed, *A.shape[1:]), A.dtype)
         block = TensorInfo((B.shape[0] // packed, *B.shape[1:]), B.dtype)
-        for i, name in enumerate(PARTS if packed == len(PARTS) else map(str, range(packed))):
+        for i, name in enumerate(QKV_PARTS if packed == len(QKV_PARTS) else map(str, range(packed))):
             self._add_block(f"{module}:{name}", keys, {LOCON.b: whole, LOCON.a: block}, i)
 
     def _add_block(self, name: str, keys: Mapping[str, str], parts: Mapping[str, TensorInfo], i: int) -> None:

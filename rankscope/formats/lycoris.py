@@ -13,13 +13,22 @@ import torch
 from torch import Tensor
 
 from rankscope.errors import FormatError
-from rankscope.formats.interface import UpdateInfo
-from rankscope.formats.recipes import Headers, Recipe, Tensors, check_complete, check_floating, floats, header, size
+from rankscope.formats.abstract_store import UpdateInfo
+from rankscope.formats.recipes import (
+    Headers,
+    Recipe,
+    Tensors,
+    check_complete,
+    check_floating,
+    element_count,
+    tensor_info,
+    upcast_float8,
+)
 from rankscope.structured import Hadamard, Kronecker
 from rankscope.updates import Dense, LowRank, Update, check_finite
 
 
-class Leaves(NamedTuple):
+class FactorNames(NamedTuple):
     """Names of one matrix's tensors: W whole; or a (out, r) and b (r, in, …); or those around a core (r, r, …).
 
     With a core (Tucker), ``a`` is (r, out) in LoHa and LoKr and (out, r) in LoCon, which is ``upright``.
@@ -32,16 +41,19 @@ class Leaves(NamedTuple):
     upright: bool = False
 
 
-LOCON = Leaves(a="lora_up.weight", b="lora_down.weight", core="lora_mid.weight", upright=True)
-LOHA = (Leaves(a="hada_w1_a", b="hada_w1_b", core="hada_t1"), Leaves(a="hada_w2_a", b="hada_w2_b", core="hada_t2"))
-LOKR = (
-    Leaves("lokr_w1", "lokr_w1_a", "lokr_w1_b"),
-    Leaves("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+LOCON = FactorNames(a="lora_up.weight", b="lora_down.weight", core="lora_mid.weight", upright=True)
+LOHA = (
+    FactorNames(a="hada_w1_a", b="hada_w1_b", core="hada_t1"),
+    FactorNames(a="hada_w2_a", b="hada_w2_b", core="hada_t2"),
 )
-FULL = Leaves("diff")
+LOKR = (
+    FactorNames("lokr_w1", "lokr_w1_a", "lokr_w1_b"),
+    FactorNames("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+)
+FULL = FactorNames("diff")
 
 # Tensors that make no update of a matrix, or none by themselves: why.
-NOT_READ = {
+UNSUPPORTED_LEAVES = {
     "diff_b": "a change of a bias: one-dimensional, no spectrum",
     "w_norm": "a change of a norm's weight: one-dimensional, no spectrum",
     "b_norm": "a change of a norm's bias: one-dimensional, no spectrum",
@@ -59,29 +71,29 @@ NOT_READ = {
     "p_layer.weight": "T-LoRA: its update is the change since a start that is not saved",
     "lambda_layer": "T-LoRA: its update is the change since a start that is not saved",
 }
-SCALE = "alpha"
-MAGNITUDE = "dora_scale"
-LEAVES: tuple[str, ...] = (
+ALPHA_LEAF = "alpha"
+MAGNITUDE_LEAF = "dora_scale"
+LEAF_NAMES: tuple[str, ...] = (
     *(name for leaves in (LOCON, *LOHA, *LOKR, FULL) for name in leaves[:4] if name),
-    SCALE,
-    MAGNITUDE,
-    *NOT_READ,
+    ALPHA_LEAF,
+    MAGNITUDE_LEAF,
+    *UNSUPPORTED_LEAVES,
 )
 """Every name that ends a key of LyCORIS."""
 
 
 def lycoris_update(tensors: Mapping[str, Tensor], alpha: float | None) -> Update:
-    """The update (out, in·kernel) that one module's tensors make, by leaf name (``LEAVES``).
+    """The update (out, in·kernel) that one module's tensors make, by leaf name (``LEAF_NAMES``).
 
     The scale is α/r, with α as stored (rsLoRA is in it already), 1 without α, and 1 for a LoKr of two whole factors and
     for a whole difference. A ``dora_scale`` is not applied: the result is what is added before the rescaling, and
-    ``lycoris_whole`` goes on from there.
+    ``lycoris_dora_update`` goes on from there.
 
     Raises:
         FormatError: a part is missing, does not fit, or is of a method that has no update without the base.
         NonFiniteError: a tensor holds NaN or infinity.
     """
-    return lycoris_recipe({name: header(tensor) for name, tensor in tensors.items()}, alpha).build(tensors)
+    return lycoris_recipe({name: tensor_info(tensor) for name, tensor in tensors.items()}, alpha).build(tensors)
 
 
 def lycoris_recipe(headers: Headers, alpha: float | None) -> Recipe:
@@ -90,29 +102,29 @@ def lycoris_recipe(headers: Headers, alpha: float | None) -> Recipe:
     Raises:
         FormatError: as ``lycoris_update``.
     """
-    present = {name: info for name, info in headers.items() if name not in (SCALE, MAGNITUDE)}
+    present = {name: info for name, info in headers.items() if name not in (ALPHA_LEAF, MAGNITUDE_LEAF)}
     for name in present:
-        if name in NOT_READ:
-            raise FormatError(f"{name}: {NOT_READ[name]}")
-        if name not in LEAVES:
+        if name in UNSUPPORTED_LEAVES:
+            raise FormatError(f"{name}: {UNSUPPORTED_LEAVES[name]}")
+        if name not in LEAF_NAMES:
             raise FormatError(f"{name}: not a tensor that LyCORIS is known to write")
     family = _family(present)
     if family == (FULL,):
         return _full(present)
     if family == LOHA:
-        return loha_recipe(present, over_rank(alpha, loha_rank(present)))
+        return loha_recipe(present, lora_scale(alpha, loha_rank(present)))
     if family == LOKR:
-        return lokr_recipe(present, over_rank(alpha, lokr_rank(present)))
-    return _locon(present, over_rank(alpha, _rank(LOCON, present)))
+        return lokr_recipe(present, lora_scale(alpha, lokr_rank(present)))
+    return _locon(present, lora_scale(alpha, _rank(LOCON, present)))
 
 
-def _family(present: Headers) -> tuple[Leaves, ...]:
+def _family(present: Headers) -> tuple[FactorNames, ...]:
     """The method that all of these tensors belong to.
 
     Raises:
         FormatError: they belong to more than one.
     """
-    families: tuple[tuple[Leaves, ...], ...] = ((FULL,), LOHA, LOKR, (LOCON,))
+    families: tuple[tuple[FactorNames, ...], ...] = ((FULL,), LOHA, LOKR, (LOCON,))
     for family in families:
         names = {name for leaves in family for name in leaves[:4]}
         if names & set(present):
@@ -125,7 +137,7 @@ def _family(present: Headers) -> tuple[Leaves, ...]:
     raise FormatError("holds no factors")
 
 
-def lycoris_whole(update: Update, magnitude: Tensor, weight: Tensor) -> Dense:
+def lycoris_dora_update(update: Update, magnitude: Tensor, weight: Tensor) -> Dense:
     """The whole update of a module with a ``dora_scale``: m·(W + ΔW)/‖W + ΔW‖ − W, weight (out, in·kernel).
 
     The norm is per output where m is (out, 1, …), per input channel where it is (1, in, …).
@@ -136,13 +148,15 @@ def lycoris_whole(update: Update, magnitude: Tensor, weight: Tensor) -> Dense:
     out, columns = update.shape
     start = weight.to(update.working_matrix)
     moved = start + update.working_matrix
-    m = floats(magnitude).to(moved)
+    m = upcast_float8(magnitude).to(moved)
     check_finite(m, "the dora_scale")
     tiny = torch.finfo(torch.float32).eps  # which LyCORIS adds to the norm
     if m.shape[0] == out and m.numel() == out:
         return Dense(m.reshape(out, 1) / (moved.norm(dim=1, keepdim=True) + tiny) * moved - start)
     if m.ndim < 2 or m.shape[0] != 1 or m.numel() != m.shape[1] or columns % m.shape[1]:
-        raise FormatError(f"{MAGNITUDE} is {tuple(magnitude.shape)}, which fits no side of an update {update.shape}")
+        raise FormatError(
+            f"{MAGNITUDE_LEAF} is {tuple(magnitude.shape)}, which fits no side of an update {update.shape}"
+        )
     channels = moved.reshape(out, m.shape[1], -1)
     norms = channels.norm(dim=(0, 2), keepdim=True) + tiny
     return Dense((m.reshape(1, -1, 1) / norms * channels).reshape(out, columns) - start)
@@ -170,7 +184,7 @@ def lokr_recipe(headers: Headers, scale: float) -> Recipe:
     info = UpdateInfo(shape, rank, scale, next(iter(headers.values())).dtype, "lokr")
 
     def build(tensors: Tensors) -> Update:
-        W1, W2 = (matrix(leaves, tensors) for leaves in LOKR)
+        W1, W2 = (build_matrix(leaves, tensors) for leaves in LOKR)
         return Kronecker(W1, W2, scale)
 
     return Recipe(info, tuple(headers), build)
@@ -198,24 +212,24 @@ def _full(headers: Headers) -> Recipe:
     info = UpdateInfo(shape, None, 1.0, headers[FULL.whole].dtype, "full")
 
     def build(tensors: Tensors) -> Update:
-        difference = floats(tensors[FULL.whole]).flatten(1)
+        difference = upcast_float8(tensors[FULL.whole]).flatten(1)
         return Dense.difference(difference, torch.zeros_like(difference))  # which knows how coarsely it was stored
 
     return Recipe(info, (FULL.whole,), build)
 
 
-def over_rank(alpha: float | None, rank: int | None) -> float:
+def lora_scale(alpha: float | None, rank: int | None) -> float:
     """α/r; 1 where one of the two is not known."""
     return 1.0 if alpha is None or rank is None else alpha / rank
 
 
-def _rank(leaves: Leaves, headers: Headers) -> int | None:
+def _rank(leaves: FactorNames, headers: Headers) -> int | None:
     """r, the first side of b in every layout; None for a whole matrix."""
     info = headers.get(leaves.b)
     return info.shape[0] if info is not None and info.shape and info.shape[0] else None
 
 
-def _geometry(leaves: Leaves, headers: Headers) -> tuple[tuple[int, int], int | None]:
+def _geometry(leaves: FactorNames, headers: Headers) -> tuple[tuple[int, int], int | None]:
     """(out, in·kernel) and r of one matrix; r is None where it is whole.
 
     Raises:
@@ -230,32 +244,36 @@ def _geometry(leaves: Leaves, headers: Headers) -> tuple[tuple[int, int], int | 
         shape = present[leaves.whole].shape
         if len(shape) < 2:
             raise FormatError(f"{shapes}: one-dimensional, no spectrum")
-        return (shape[0], size(shape[1:])), None
+        return (shape[0], element_count(shape[1:])), None
     check_complete(present, (leaves.a, leaves.b))
     a, b = present[leaves.a].shape, present[leaves.b].shape
     core = present[leaves.core].shape if leaves.core in present else None
     if core is not None and not leaves.upright:
         a = a[1::-1] + a[2:]
-    fits = len(a) >= 2 and len(b) >= 2 and a[1] == b[0] and size(a[2:]) == 1
+    fits = len(a) >= 2 and len(b) >= 2 and a[1] == b[0] and element_count(a[2:]) == 1
     if core is not None:
-        fits = fits and len(core) >= 3 and core[:2] == (a[1], b[0]) and size(b[2:]) == 1
+        fits = fits and len(core) >= 3 and core[:2] == (a[1], b[0]) and element_count(b[2:]) == 1
     if not fits:
         between = "" if core is None else f", with {leaves.core} (r, r, …) between"
         first = "(out, r)" if core is None or leaves.upright else "(r, out)"
         raise FormatError(f"{shapes} do not multiply; expected {leaves.a} {first} and {leaves.b} (r, in){between}")
-    return (a[0], b[1] * size(core[2:] if core is not None else b[2:])), b[0]
+    return (a[0], b[1] * element_count(core[2:] if core is not None else b[2:])), b[0]
 
 
-def matrix(leaves: Leaves, tensors: Tensors) -> LowRank | Dense:
+def build_matrix(leaves: FactorNames, tensors: Tensors) -> LowRank | Dense:
     """One matrix (out, in·kernel), whole or as factors."""
-    return Dense(floats(tensors[leaves.whole]).flatten(1)) if leaves.whole in tensors else _low_rank(leaves, tensors)
+    return (
+        Dense(upcast_float8(tensors[leaves.whole]).flatten(1))
+        if leaves.whole in tensors
+        else _low_rank(leaves, tensors)
+    )
 
 
-def _low_rank(leaves: Leaves, tensors: Tensors) -> LowRank:
+def _low_rank(leaves: FactorNames, tensors: Tensors) -> LowRank:
     """a·b, or a·(core ×₂ b): the columns run over the kernel fastest, as in a flattened convolution."""
-    a, b = floats(tensors[leaves.a]).flatten(1), floats(tensors[leaves.b]).flatten(1)
+    a, b = upcast_float8(tensors[leaves.a]).flatten(1), upcast_float8(tensors[leaves.b]).flatten(1)
     if leaves.core not in tensors:
         return LowRank(a, b)
-    core = floats(tensors[leaves.core]).double().flatten(2)
+    core = upcast_float8(tensors[leaves.core]).double().flatten(2)
     right = torch.einsum("ijk,jn->ink", core, b.double()).flatten(1)
     return LowRank(a if leaves.upright else a.T, right)

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from rankscope.formats.aliases import alias_pairs
+from rankscope.formats.aliases import pair_aliases
 
-WEIGHT = ".weight"
-PARTS = ("q", "k", "v")
+WEIGHT_SUFFIX = ".weight"
+QKV_PARTS = ("q", "k", "v")
 """What the parts of a fused projection are called: ``NAME:q`` …"""
 
 
@@ -21,12 +21,12 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, len(bare), bare) if number else (1, 0, part) for number, bare, part in parts)
 
 
-def is_named(name: str, path: str) -> bool:
+def matches_path_end(name: str, path: str) -> bool:
     """Whether ``name`` is the path or its last components."""
     return path == name or path.endswith(f".{name}")
 
 
-def kind_of(name: str) -> str:
+def layer_kind(name: str) -> str:
     """What a layer is called within its block: the last part of its name that is not a number."""
     parts = [part for part in name.split(".") if not part.isdecimal()]
     return parts[-1] if parts else name
@@ -40,7 +40,7 @@ class Pairing(NamedTuple):
     only_b: list[str]
 
 
-def pair(names_a: Iterable[str], names_b: Iterable[str]) -> Pairing:
+def pair_names(names_a: Iterable[str], names_b: Iterable[str]) -> Pairing:
     """Partners among two lists of dotted names.
 
     Equal names are partners. Among the rest, one wrapper in front of one side (``bert.``,
@@ -64,7 +64,7 @@ def pair(names_a: Iterable[str], names_b: Iterable[str]) -> Pairing:
         pairs += found
     rest_a -= {one for one, _ in pairs}
     rest_b -= {other for _, other in pairs}
-    known = alias_pairs(rest_a, rest_b)
+    known = pair_aliases(rest_a, rest_b)
     pairs += known
     rest_a -= {one for one, _ in known}
     rest_b -= {other for _, other in known}
@@ -93,4 +93,7 @@ def _only_best(candidates: list[tuple[int, int, str]]) -> tuple[int, str] | None
 def module_names(tensors: Iterable[str]) -> dict[str, str]:
     """Module path of each tensor name: without ``.weight``, unless that name is a tensor's already."""
     names = set(tensors)
-    return {name: bare if (bare := name.removesuffix(WEIGHT)) == name or bare not in names else name for name in names}
+    return {
+        name: bare if (bare := name.removesuffix(WEIGHT_SUFFIX)) == name or bare not in names else name
+        for name in names
+    }

@@ -11,17 +11,17 @@ from typing import Any, TypeVar
 import msgspec
 
 from rankscope.errors import FormatError
-from rankscope.formats.files import read_json
+from rankscope.formats.file_io import read_json
 from rankscope.formats.peft_keys import CONFIG_NAME
 
 T = TypeVar("T")
 S = TypeVar("S", bound=msgspec.Struct)
 
 # Initialisations that move the base weight as well (PEFT's LoraLayer.*_init): B·A then contains the start.
-MOVES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+BASE_MODIFYING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 LARGEST_RANK = 2**31
 # Variants of LoRA in which B·A is not the change of the weight at all.
-NOT_A_PRODUCT = {
+UNSUPPORTED_SETTINGS = {
     "use_qalora": "QA-LoRA averages the inputs before A",
     "use_bdlora": "BD-LoRA stores block-diagonal factors",
     "kasa_config": "KaSA has a diagonal between B and A and truncates the base",
@@ -50,23 +50,23 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def scale(self, module: str, rank: int) -> float:
         """α/r, or α/√r with rsLoRA, α by ``alpha_pattern``; ``rank`` is that of the stored factors."""
-        alpha = by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        alpha = resolve_pattern(self.alpha_pattern, module, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def rank(self, module: str) -> int | None:
         """The rank that the configuration claims for a module."""
-        return by_pattern(self.rank_pattern, module, self.r)
+        return resolve_pattern(self.rank_pattern, module, self.r)
 
-    def parameters_of(self, owner: str) -> list[str]:
+    def target_parameter_names(self, owner: str) -> list[str]:
         """Names of a module's bare parameters, such as stacked experts, that are adapted (``target_parameters``)."""
         targets = (target.rpartition(".") for target in self.target_parameters or ())
         return [name for parent, _, name in targets if owner == parent or owner.endswith("." + parent)]
 
     @property
-    def moves_base(self) -> str | None:
+    def base_modifying_init(self) -> str | None:
         """The initialisation, where it is one that moves the base weight as well."""
         init = self.init_lora_weights
-        return init if isinstance(init, str) and init.lower().startswith(MOVES_BASE) else None
+        return init if isinstance(init, str) and init.lower().startswith(BASE_MODIFYING_INITS) else None
 
     def notes(self) -> list[str]:
         """What a reader of the numbers must know."""
@@ -92,10 +92,10 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         raise FormatError(f"{path}: peft_type is {kind!r}; only LORA is read")
     if raw.get("lora_alpha") is None:
         raise FormatError(f"{path}: has no lora_alpha, so the scale α/r is not known; add it")
-    for key, reason in NOT_A_PRODUCT.items():
+    for key, reason in UNSUPPORTED_SETTINGS.items():
         if raw.get(key):
             raise FormatError(f"{path}: {key} is set: {reason}; this variant is not read")
-    config = _typed(path, raw, AdapterConfig)
+    config = _convert_config(path, raw, AdapterConfig)
     _check_numbers(path, {"lora_alpha": config.lora_alpha, **(config.alpha_pattern or {})})
     _check_ranks(path, {"r": config.r, **(config.rank_pattern or {})})
     _check_patterns(path, *(config.rank_pattern or ()), *(config.alpha_pattern or ()))
@@ -135,7 +135,7 @@ class MethodConfig(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             FormatError: there is none.
         """
-        alpha: float = by_pattern(self.alpha_pattern, module, self.need("alpha"))
+        alpha: float = resolve_pattern(self.alpha_pattern, module, self.require("alpha"))
         return alpha
 
     def rank_of(self, module: str) -> int:
@@ -144,12 +144,12 @@ class MethodConfig(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             FormatError: there is none.
         """
-        rank = by_pattern(self.rank_pattern, module, self.r)
+        rank = resolve_pattern(self.rank_pattern, module, self.r)
         if not isinstance(rank, int) or rank < 1:
             raise FormatError(f"{CONFIG_NAME} gives no rank r, so the scale α/r is not known; add it")
         return rank
 
-    def need(self, key: str) -> Any:
+    def require(self, key: str) -> Any:
         """The value of a key that the update cannot be told without.
 
         Raises:
@@ -168,7 +168,7 @@ def read_method_config(path: Path) -> MethodConfig:
         FormatError: missing, not JSON, or a wrong type.
     """
     raw = read_json(path)
-    config = _typed(path, {**raw, "peft_type": peft_type(path, raw)}, MethodConfig)
+    config = _convert_config(path, {**raw, "peft_type": peft_type(path, raw)}, MethodConfig)
     scales = {key: getattr(config, key) or 0.0 for key in ("alpha", "lora_alpha", "randlora_alpha", "scaling")}
     _check_numbers(path, {**scales, **(config.alpha_pattern or {})})
     _check_ranks(path, {"r": config.r, "init_r": config.init_r, **(config.rank_pattern or {})})
@@ -188,7 +188,7 @@ def peft_type(path: Path, raw: Mapping[str, Any]) -> str:
     return str(kind)[:40]
 
 
-def _typed(path: Path, raw: dict[str, Any], kind: type[S]) -> S:
+def _convert_config(path: Path, raw: dict[str, Any], kind: type[S]) -> S:
     try:
         return msgspec.convert(raw, kind)
     except (msgspec.ValidationError, OverflowError, ValueError) as error:
@@ -215,7 +215,7 @@ def _check_patterns(path: Path, *patterns: str) -> None:
             raise FormatError(f"{path}: {pattern!r} is not a valid pattern ({error})") from error
 
 
-def by_pattern(patterns: Mapping[str, T] | None, module: str, default: T) -> T:
+def resolve_pattern(patterns: Mapping[str, T] | None, module: str, default: T) -> T:
     """PEFT's get_pattern_key: the first pattern that matches the end of the path wins; then the path itself."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):

@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rankscope.errors import FormatError
-from rankscope.formats.files import TensorInfo
-from rankscope.formats.interface import UpdateInfo
+from rankscope.formats.abstract_store import UpdateInfo
+from rankscope.formats.file_io import TensorInfo
 from rankscope.formats.peft_config import AdapterConfig
-from rankscope.formats.peft_folder import Origin
+from rankscope.formats.peft_folder import BaseCheckpoint
 from rankscope.updates import LowRank
 
-UNTOLD = (
+AMBIGUOUS_FACTORS = (
     "target_parameters: factors of several parameters of one module, and nothing in the file tells whose; "
     "with --base the shapes tell"
 )
-ALIKE = "target_parameters: factors that fit several parameters of the base; nothing tells whose they are"
+AMBIGUOUS_PARAMETERS = (
+    "target_parameters: factors that fit several parameters of the base; nothing tells whose they are"
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Experts:
         e = self._number(name)
         return LowRank(B[:, e :: self.count], A[e * self.rank : (e + 1) * self.rank], self.scale)
 
-    def weight(self, name: str, origin: Origin | None) -> Tensor | None:
+    def weight(self, name: str, origin: BaseCheckpoint | None) -> Tensor | None:
         """The expert's weight as (out, in), None where the base does not tell how a square one is stored."""
         info = origin.info(self.name) if origin is not None else None
         if origin is None or info is None or (self.stacked and self.shape[0] == self.shape[1]):
@@ -65,15 +67,15 @@ class Experts:
         return int(name.removeprefix(self.name)[1:-1]) if self.stacked else 0
 
 
-def experts_of(
-    owner: str, pairs: Mapping[str, tuple[TensorInfo, ...]], config: AdapterConfig, origin: Origin | None
+def find_experts(
+    owner: str, pairs: Mapping[str, tuple[TensorInfo, ...]], config: AdapterConfig, origin: BaseCheckpoint | None
 ) -> list[Experts] | str:
     """The parameters behind the nested wrappers of a module, (A, B) by path; or the reason why nothing tells.
 
     Raises:
         FormatError: factors that do not multiply or do not divide into experts.
     """
-    names = [f"{owner}.{name}" for name in config.parameters_of(owner)]
+    names = [f"{owner}.{name}" for name in config.target_parameter_names(owner)]
     for A, B in pairs.values():
         if not (len(A.shape) == len(B.shape) == 2 and A.shape[0] == B.shape[1]) or 0 in A.shape + B.shape:
             raise FormatError(f"A {A.shape} and B {B.shape} do not multiply; expected (experts · r, in) and (out, …)")
@@ -85,10 +87,10 @@ def experts_of(
         if not fitting:
             return "target_parameters: factors that fit no parameter of the base"
         if len(fitting) > 1:
-            return UNTOLD if origin is None else ALIKE
+            return AMBIGUOUS_FACTORS if origin is None else AMBIGUOUS_PARAMETERS
         found.append(_experts(module, fitting[0], A, B, config, origin))
     if len({experts.name for experts in found}) < len(found):
-        return UNTOLD if origin is None else ALIKE
+        return AMBIGUOUS_FACTORS if origin is None else AMBIGUOUS_PARAMETERS
     return found
 
 
@@ -101,7 +103,7 @@ def _fits(parameter: TensorInfo | None, A: TensorInfo, B: TensorInfo) -> bool:
 
 
 def _experts(
-    module: str, name: str, A: TensorInfo, B: TensorInfo, config: AdapterConfig, origin: Origin | None
+    module: str, name: str, A: TensorInfo, B: TensorInfo, config: AdapterConfig, origin: BaseCheckpoint | None
 ) -> Experts:
     info = origin.info(name) if origin is not None else None
     if info is not None:

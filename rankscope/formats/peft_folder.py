@@ -12,33 +12,33 @@ import torch
 from torch import Tensor
 
 from rankscope.errors import FormatError
-from rankscope.formats.checkpoint import CONV1D_NAME, Checkpoint, not_a_matrix
-from rankscope.formats.files import TensorInfo
-from rankscope.formats.interface import Store, UpdateInfo
-from rankscope.formats.names import WEIGHT, natural_key, pair
-from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME, ParsedKey, bare_module
-from rankscope.formats.pickled import open_tensors
-from rankscope.formats.recipes import floats
-from rankscope.formats.tuned import VOCABULARY
+from rankscope.formats.abstract_store import Store, UpdateInfo
+from rankscope.formats.checkpoint import CONV1D_NAME, Checkpoint, non_matrix_reason
+from rankscope.formats.checkpoint_store import VOCABULARY_LAYERS
+from rankscope.formats.file_io import TensorInfo
+from rankscope.formats.names import WEIGHT_SUFFIX, natural_key, pair_names
+from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME, ParsedKey, strip_peft_prefix
+from rankscope.formats.pickle_file import open_tensors
+from rankscope.formats.recipes import upcast_float8
 from rankscope.updates import Dense, LowRank, Update
 
-SAVED_WHOLE = "modules_to_save: a full weight, no low-rank update"
-TOKENS = "trainable token rows: full rows of an embedding, no low-rank update"
+SAVED_MODULE_REASON = "modules_to_save: a full weight, no low-rank update"
+TOKEN_ROWS_REASON = "trainable token rows: full rows of an embedding, no low-rank update"
 
 # Keys that are no factors; the first pattern that is found gives the reason.
-OTHER_KEYS = (
+SKIP_REASONS = (
     (re.compile(r"\.lora_B\.(?:.+\.)?bias$"), "lora_bias: the bias of B changes the layer's bias, not its weight"),
-    (re.compile(r"trainable_tokens"), TOKENS),
+    (re.compile(r"trainable_tokens"), TOKEN_ROWS_REASON),
     (re.compile(r"base_layer\.weight$"), "the base weight, saved along"),
     (re.compile(r"original_module\.weight$"), "the untrained copy of a whole module"),
     (re.compile(r"\.bias$"), "a bias: one-dimensional, no spectrum"),
-    (re.compile(r"\.weight$"), SAVED_WHOLE),
+    (re.compile(r"\.weight$"), SAVED_MODULE_REASON),
 )
 _SAVED = re.compile(r"\.modules_to_save(?:\.[^.]+)?(?=\.)")  # a live state dict's wrapper, with the adapter's name
 _TOKENS = re.compile(r"(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?$")
 
 
-class Origin:
+class BaseCheckpoint:
     """The base checkpoint as an adapter sees it: its tensors by the names that the adapter has for them.
 
     Raises:
@@ -47,7 +47,7 @@ class Origin:
 
     def __init__(self, base: Path, names: Iterable[str]) -> None:
         self.checkpoint = Checkpoint(base)
-        self._tensors = dict(pair(set(names), self.checkpoint.infos).pairs)
+        self._tensors = dict(pair_names(set(names), self.checkpoint.infos).pairs)
 
     def info(self, name: str) -> TensorInfo | None:
         """The header of a tensor (``layers.0.q.weight``), None where the base has none of that name."""
@@ -56,7 +56,7 @@ class Origin:
     def shape(self, name: str, fan_in_fan_out: bool = False) -> tuple[int, int] | None:
         """(out, in) of a matrix; ``fan_in_fan_out`` decides where the checkpoint does not tell how it is stored."""
         info = self.info(name)
-        if info is None or not_a_matrix(info, stacks=True):
+        if info is None or non_matrix_reason(info, stacks=True):
             return None
         found = self.checkpoint.matrix_shape(self._tensors[name])
         return found[::-1] if fan_in_fan_out and self.checkpoint.conv1d is None else found
@@ -132,34 +132,34 @@ class AdapterStore(Store):
 
     def _other_names(self) -> set[str]:
         """Names in the base of what the adapter holds besides factors."""
-        found = {whole_name(key) for key in self._others}
-        return found | {_token_module(key) + WEIGHT for key in self._others if _TOKENS.search(key)}
+        found = {base_tensor_name(key) for key in self._others}
+        return found | {_token_module(key) + WEIGHT_SUFFIX for key in self._others if _TOKENS.search(key)}
 
-    def _add_others(self, origin: Origin | None, indices: object) -> None:
+    def _add_others(self, origin: BaseCheckpoint | None, indices: object) -> None:
         """Whole weights and token rows as updates where the base has them; all else is listed."""
         for key in self._others:
             reason: str | None = _reason(key)
-            if origin is not None and reason == SAVED_WHOLE:
+            if origin is not None and reason == SAVED_MODULE_REASON:
                 reason = self._add_whole(key, origin)
-            elif origin is not None and reason == TOKENS and _TOKENS.search(key):
+            elif origin is not None and reason == TOKEN_ROWS_REASON and _TOKENS.search(key):
                 reason = self._add_tokens(key, origin, indices)
-            elif reason in (SAVED_WHOLE, TOKENS):
+            elif reason in (SAVED_MODULE_REASON, TOKEN_ROWS_REASON):
                 reason = f"{reason}; with --base it is read as tuned − base"
             if reason is not None:
-                self._skip(bare_module(key), reason)
+                self._skip(strip_peft_prefix(key), reason)
 
-    def _add_whole(self, key: str, origin: Origin) -> str | None:
+    def _add_whole(self, key: str, origin: BaseCheckpoint) -> str | None:
         """Tuned − base of a module that was trained whole, or the reason why there is none."""
-        name, info = whole_name(key), self._file.infos[key]
+        name, info = base_tensor_name(key), self._file.infos[key]
         found = origin.info(name)
         if found is None:
-            return f"{SAVED_WHOLE}; the base has no {name}"
-        reason = not_a_matrix(info) or not_a_matrix(found)
+            return f"{SAVED_MODULE_REASON}; the base has no {name}"
+        reason = non_matrix_reason(info) or non_matrix_reason(found)
         if reason:
             return f"modules_to_save: {reason}"
         rows = None
         if info.shape != found.shape:
-            if info.shape[1:] != found.shape[1:] or not VOCABULARY.search(name):
+            if info.shape[1:] != found.shape[1:] or not VOCABULARY_LAYERS.search(name):
                 return f"modules_to_save: its shape is {info.shape}, that in the base {found.shape}"
             rows = min(info.shape[0], found.shape[0])
             self.notes.append(
@@ -173,29 +173,29 @@ class AdapterStore(Store):
 
         out, into = origin.shape(name) or (0, 0)
         told = UpdateInfo((rows or out, into), None, 1.0, info.dtype, "full")
-        self._put(name.removesuffix(WEIGHT), told, read, lambda _: origin.matrix(name)[:rows])
+        self._put(name.removesuffix(WEIGHT_SUFFIX), told, read, lambda _: origin.matrix(name)[:rows])
         return None
 
-    def _add_tokens(self, key: str, origin: Origin, indices: object) -> str | None:
+    def _add_tokens(self, key: str, origin: BaseCheckpoint, indices: object) -> str | None:
         """The changed rows of an embedding, as a product with their places, or the reason why there is none."""
         module, info = _token_module(key), self._file.infos[key]
-        shape, places = origin.shape(module + WEIGHT), _indices(indices, module)
+        shape, places = origin.shape(module + WEIGHT_SUFFIX), _indices(indices, module)
         if shape is None or len(info.shape) != 2 or info.shape[1] != shape[1]:
-            return f"{TOKENS}; the base has no embedding that they fit"
+            return f"{TOKEN_ROWS_REASON}; the base has no embedding that they fit"
         if len(places) != info.shape[0] or not places or len({*places}) < len(places):
-            return f"{TOKENS}; {CONFIG_NAME} does not tell which rows they are"
+            return f"{TOKEN_ROWS_REASON}; {CONFIG_NAME} does not tell which rows they are"
         if not all(0 <= place < shape[0] for place in places):
-            return f"{TOKENS}; the base has {shape[0]} rows, none for {max(places)}"
+            return f"{TOKEN_ROWS_REASON}; the base has {shape[0]} rows, none for {max(places)}"
 
         def read(store: AdapterStore) -> LowRank:
-            rows = floats(store._file.read(key)).float() - origin.matrix(module + WEIGHT)[places].float()
+            rows = upcast_float8(store._file.read(key)).float() - origin.matrix(module + WEIGHT_SUFFIX)[places].float()
             where = torch.zeros(shape[0], len(places))
             where[places, torch.arange(len(places))] = 1.0
             return LowRank(where, rows)
 
         name = module if module not in self._infos else f"{module}:tokens"
         told = UpdateInfo(shape, len(places), 1.0, info.dtype, "tokens")
-        self._put(name, told, read, lambda _: origin.matrix(module + WEIGHT))
+        self._put(name, told, read, lambda _: origin.matrix(module + WEIGHT_SUFFIX))
         return None
 
 
@@ -212,16 +212,16 @@ def weights_file(folder: Path) -> Path:
 
 
 def _reason(key: str) -> str:
-    return next((reason for pattern, reason in OTHER_KEYS if pattern.search(key)), "unknown key")
+    return next((reason for pattern, reason in SKIP_REASONS if pattern.search(key)), "unknown key")
 
 
-def whole_name(key: str) -> str:
+def base_tensor_name(key: str) -> str:
     """The name in the base of a tensor that was saved whole, under whatever live adapter name."""
-    return _SAVED.sub("", bare_module(key))
+    return _SAVED.sub("", strip_peft_prefix(key))
 
 
 def _token_module(key: str) -> str:
-    return bare_module(_TOKENS.sub("", key))
+    return strip_peft_prefix(_TOKENS.sub("", key))
 
 
 def _indices(indices: object, module: str) -> list[int]:

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 OLD_WEIGHTS_NAME = "adapter_model.bin"
 
-Kind = Literal["linear", "embedding", "conv"]
+LayerType = Literal["linear", "embedding", "conv"]
 
 
 class FactorKeys(NamedTuple):
@@ -21,25 +21,25 @@ class FactorKeys(NamedTuple):
     B: str
 
 
-def factor_keys(module: str, kind: Kind = "linear") -> FactorKeys:
+def factor_keys(module: str, kind: LayerType = "linear") -> FactorKeys:
     """Keys that PEFT stores the factors of ``module`` under (full dotted path within the model).
 
     "linear" (also GPT-2's Conv1D): A (r, in), B (out, r). "embedding": A (r, vocabulary), B (dim, r), keys
     without ``.weight``. "conv": A (r, in, kh, kw), B (out, r/groups, 1, 1), keys as for "linear".
     """
     if kind == "embedding":
-        return FactorKeys(f"{PREFIX}{module}.lora_embedding_A", f"{PREFIX}{module}.lora_embedding_B")
-    return FactorKeys(f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight")
+        return FactorKeys(f"{PEFT_PREFIX}{module}.lora_embedding_A", f"{PEFT_PREFIX}{module}.lora_embedding_B")
+    return FactorKeys(f"{PEFT_PREFIX}{module}.lora_A.weight", f"{PEFT_PREFIX}{module}.lora_B.weight")
 
 
 def magnitude_key(module: str) -> str:
     """Key of DoRA's magnitude vector."""
-    return f"{PREFIX}{module}.lora_magnitude_vector"
+    return f"{PEFT_PREFIX}{module}.lora_magnitude_vector"
 
 
 def factor_bias_key(module: str) -> str:
     """Key of the bias that ``lora_bias`` gives B."""
-    return f"{PREFIX}{module}.lora_B.bias"
+    return f"{PEFT_PREFIX}{module}.lora_B.bias"
 
 
 class ParsedKey(NamedTuple):
@@ -68,9 +68,9 @@ def parse_key(key: str, pattern: re.Pattern[str] = _LORA_KEY) -> ParsedKey | Non
     adapter, _, leaf = ("." + (match["tail"] or "")).rpartition(".")
     if leaf not in ("weight", "bias"):
         adapter, leaf = f"{adapter}.{leaf}", ""
-    return ParsedKey(bare_module(match["module"]), match["part"], adapter.strip("."), leaf)
+    return ParsedKey(strip_peft_prefix(match["module"]), match["part"], adapter.strip("."), leaf)
 
 
-def bare_module(name: str) -> str:
+def strip_peft_prefix(name: str) -> str:
     """The path within the model: without the wrapper that PEFT puts in front."""
-    return name.removeprefix(PREFIX)
+    return name.removeprefix(PEFT_PREFIX)

@@ -10,109 +10,113 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rankscope.errors import FormatError, located
+from rankscope.errors import FormatError, prefix_errors
 from rankscope.formats import peft_additive as additive
-from rankscope.formats import peft_multiplied as multiplied
-from rankscope.formats import peft_shared as shared
+from rankscope.formats import peft_multiplicative as multiplied
+from rankscope.formats import peft_shared_tensors as shared
 from rankscope.formats.checkpoint import BaseWeights
 from rankscope.formats.lycoris import LOHA, LOKR
-from rankscope.formats.names import WEIGHT
+from rankscope.formats.names import WEIGHT_SUFFIX
 from rankscope.formats.peft_config import read_method_config
-from rankscope.formats.peft_folder import AdapterStore, Origin
-from rankscope.formats.peft_keys import CONFIG_NAME, PREFIX, ParsedKey, key_pattern, parse_key
-from rankscope.formats.recipes import BASE, ListedError, Module, Recipe
+from rankscope.formats.peft_folder import AdapterStore, BaseCheckpoint
+from rankscope.formats.peft_keys import CONFIG_NAME, PEFT_PREFIX, ParsedKey, key_pattern, parse_key
+from rankscope.formats.recipes import BASE_WEIGHT, AdaptedModule, Recipe, SkippedPartError
 from rankscope.updates import Update
 
 
-class Method(NamedTuple):
+class PeftMethod(NamedTuple):
     """``recipe`` makes the update of one module from its ``parts`` and from those ``shared`` by all modules.
 
     ``note``: what a reader of its numbers must know.
     """
 
-    recipe: Callable[[Module], Recipe]
+    recipe: Callable[[AdaptedModule], Recipe]
     parts: tuple[str, ...]
     shared: tuple[str, ...] = ()
     note: str = ""
 
 
-def _no_factors(module: Module) -> Recipe:
-    raise ListedError("not a factor")
+def _no_factors(module: AdaptedModule) -> Recipe:
+    raise SkippedPartError("not a factor")
 
 
 VERA_NOTE = (
     "{}: A and B are random, and shared by all layers and all adapters of one seed; only scalings are trained, so "
     "an overlap of 1 in the input space is so by construction"
 )
-FORMED = "{}: the update has no thin factors, so its matrix is formed"
-METHODS: Mapping[str, Method] = {
-    "ADALORA": Method(additive.adalora, ("lora_A", "lora_B", "lora_E")),
-    "LOHA": Method(
+FULL_MATRIX_NOTE = "{}: the update has no thin factors, so its matrix is formed"
+METHODS: Mapping[str, PeftMethod] = {
+    "ADALORA": PeftMethod(additive.adalora, ("lora_A", "lora_B", "lora_E")),
+    "LOHA": PeftMethod(
         additive.loha,
         tuple(name for leaves in LOHA for name in leaves[:4] if name),
         note="LoHa: the nominal rank is r², which the product entry by entry of two matrices of rank r can have",
     ),
-    "LOKR": Method(
+    "LOKR": PeftMethod(
         additive.lokr,
         tuple(name for leaves in LOKR for name in leaves[:4] if name),
         note="LoKr: the nominal rank is the product of those that the two factors can have",
     ),
-    "VERA": Method(shared.vera, ("vera_lambda_b", "vera_lambda_d"), ("vera_A", "vera_B"), VERA_NOTE.format("VeRA")),
-    "PVERA": Method(
+    "VERA": PeftMethod(shared.vera, ("vera_lambda_b", "vera_lambda_d"), ("vera_A", "vera_B"), VERA_NOTE.format("VeRA")),
+    "PVERA": PeftMethod(
         shared.pvera,
         ("pvera_lambda_b", "pvera_lambda_d"),
         ("pvera_A", "pvera_B"),
         VERA_NOTE.format("PVeRA, at its mean"),
     ),
-    "DELORA": Method(additive.delora, ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")),
-    "GRALORA": Method(
+    "DELORA": PeftMethod(additive.delora, ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")),
+    "GRALORA": PeftMethod(
         additive.gralora,
         ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"),
         note="GraLoRA: the nominal rank is k·r, that of k × k blocks of rank r/k",
     ),
-    "RANDLORA": Method(
+    "RANDLORA": PeftMethod(
         shared.randlora,
         ("randlora_lambda", "randlora_gamma"),
         ("randlora_A", "randlora_B"),
         VERA_NOTE.format("RandLoRA"),
     ),
-    "VBLORA": Method(
+    "VBLORA": PeftMethod(
         shared.vblora,
         tuple(f"vblora_logits_{side}{end}" for side in "AB" for end in ("", "_topk_indices", "_topk_weights")),
         ("vblora_vector_bank",),
     ),
-    "MISS": Method(additive.miss, ("miss_block",)),
-    "C3A": Method(additive.c3a, ("c3a_kernel",), note=FORMED.format("C3A")),
-    "FOURIERFT": Method(additive.fourierft, ("fourierft_spectrum",), note=FORMED.format("FourierFT")),
-    "SHIRA": Method(additive.shira, ("shira_weight", "shira_indices"), note=FORMED.format("SHiRA")),
-    "HIRA": Method(
-        multiplied.hira, ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"), note=FORMED.format("HiRA")
+    "MISS": PeftMethod(additive.miss, ("miss_block",)),
+    "C3A": PeftMethod(additive.c3a, ("c3a_kernel",), note=FULL_MATRIX_NOTE.format("C3A")),
+    "FOURIERFT": PeftMethod(additive.fourierft, ("fourierft_spectrum",), note=FULL_MATRIX_NOTE.format("FourierFT")),
+    "SHIRA": PeftMethod(additive.shira, ("shira_weight", "shira_indices"), note=FULL_MATRIX_NOTE.format("SHiRA")),
+    "HIRA": PeftMethod(
+        multiplied.hira,
+        ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
+        note=FULL_MATRIX_NOTE.format("HiRA"),
     ),
-    "IA3": Method(multiplied.ia3, ("ia3_l",), note=FORMED.format("(IA)³")),
-    "HRA": Method(multiplied.hra, ("hra_u",)),
-    "DEFT": Method(multiplied.deft, ("deft_P", "deft_R")),
-    "GLORA": Method(
+    "IA3": PeftMethod(multiplied.ia3, ("ia3_l",), note=FULL_MATRIX_NOTE.format("(IA)³")),
+    "HRA": PeftMethod(multiplied.hra, ("hra_u",)),
+    "DEFT": PeftMethod(multiplied.deft, ("deft_P", "deft_R")),
+    "GLORA": PeftMethod(
         multiplied.glora,
         tuple(f"glora_{name}.{part}" for name in "ABCDE" for part in ("Xd", "Xu", "X", "zeros")),
-        note=FORMED.format("GLoRA"),
+        note=FULL_MATRIX_NOTE.format("GLoRA"),
     ),
-    "OFT": Method(multiplied.oft, ("oft_R",), note=FORMED.format("OFT")),
-    "TRAINABLE_TOKENS": Method(_no_factors, ()),  # whole rows alone, which every adapter can have
+    "OFT": PeftMethod(multiplied.oft, ("oft_R",), note=FULL_MATRIX_NOTE.format("OFT")),
+    "TRAINABLE_TOKENS": PeftMethod(_no_factors, ()),  # whole rows alone, which every adapter can have
 }
-PROMPTS = "it trains inputs or prefixes, and changes no weight"
-ROUTED = "what it adds depends on the input, so there is no change of a weight"
-BASE_PARTS = "it stores parts of a decomposition of the base weight, which would have to be decomposed again alike"
-NOT_READ: Mapping[str, str] = {
+PROMPT_REASON = "it trains inputs or prefixes, and changes no weight"
+ROUTING_REASON = "what it adds depends on the input, so there is no change of a weight"
+BASE_PARTS_REASON = (
+    "it stores parts of a decomposition of the base weight, which would have to be decomposed again alike"
+)
+UNSUPPORTED_METHODS: Mapping[str, str] = {
     **dict.fromkeys(
-        ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"), PROMPTS
+        ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"), PROMPT_REASON
     ),
-    "ADAPTION_PROMPT": PROMPTS,
-    **dict.fromkeys(("XLORA", "POLY", "LILY"), ROUTED),
+    "ADAPTION_PROMPT": PROMPT_REASON,
+    **dict.fromkeys(("XLORA", "POLY", "LILY"), ROUTING_REASON),
     "PEANUT": "it adds a network with nonlinearities, which is no change of a weight",
     "SHADOW": "it trains a network beside the model, which is no change of a weight",
     "BEFT": "it trains biases only, which have no spectrum",
     "LN_TUNING": "it trains norms only, which have no spectrum",
-    **dict.fromkeys(("OSF", "PSOFT", "FROD", "ADAMSS", "TINYLORA"), BASE_PARTS),
+    **dict.fromkeys(("OSF", "PSOFT", "FROD", "ADAMSS", "TINYLORA"), BASE_PARTS_REASON),
     "BOFT": "butterfly products of rotations of the base weight; merge it with PEFT and compare checkpoints",
     "ROAD": "rotations of the base weight's rows; merge it with PEFT and compare checkpoints",
     "WAVEFT": "a wavelet transform at drawn places; merge it with PEFT and compare checkpoints",
@@ -122,7 +126,7 @@ NOT_READ: Mapping[str, str] = {
 }
 
 
-class MethodStore(AdapterStore):
+class PeftMethodStore(AdapterStore):
     """The updates of one adapter of another method than LoRA.
 
     Raises:
@@ -134,7 +138,7 @@ class MethodStore(AdapterStore):
         self.config = read_method_config(path / CONFIG_NAME)
         kind = self.config.peft_type
         if kind not in METHODS:
-            why = NOT_READ.get(kind, "no method of that name is known")
+            why = UNSUPPORTED_METHODS.get(kind, "no method of that name is known")
             raise FormatError(f"{path / CONFIG_NAME}: peft_type {kind} is not read: {why}")
         super().__init__(path, device)
         self.method = METHODS[kind]
@@ -143,7 +147,11 @@ class MethodStore(AdapterStore):
         layers = self._gather(self._parse)
         self._take_shared()
         fan = bool(self.config.fan_in_fan_out)
-        origin = Origin(base, self._other_names() | {name + WEIGHT for name in layers}) if base is not None else None
+        origin = (
+            BaseCheckpoint(base, self._other_names() | {name + WEIGHT_SUFFIX for name in layers})
+            if base is not None
+            else None
+        )
         recipes = self._recipes(layers, origin, fan)
         self._weights: BaseWeights | None = None
         if base is not None and recipes:
@@ -167,30 +175,34 @@ class MethodStore(AdapterStore):
         for part in self.method.shared:
             pattern = key_pattern((part,))
             found = [key for key in self._others if pattern.fullmatch(key)]
-            own = [key for key in found if not key.startswith(PREFIX)]
+            own = [key for key in found if not key.startswith(PEFT_PREFIX)]
             if found:
                 self._shared[part] = (own or found)[0]
             self._others = [key for key in self._others if key not in found]
 
-    def _recipes(self, layers: Mapping[str, Mapping[str, str]], origin: Origin | None, fan: bool) -> dict[str, Recipe]:
+    def _recipes(
+        self, layers: Mapping[str, Mapping[str, str]], origin: BaseCheckpoint | None, fan: bool
+    ) -> dict[str, Recipe]:
         """What can be read, by module; the rest is listed."""
         recipes = {}
         for name, keys in layers.items():
             headers = {part: self._file.infos[key] for part, key in {**self._shared, **keys}.items()}
-            shape = origin.shape(name + WEIGHT, fan) if origin is not None else None
+            shape = origin.shape(name + WEIGHT_SUFFIX, fan) if origin is not None else None
             try:
-                with located(f"{self._file.path}: layer {name}"):
-                    recipes[name] = self.method.recipe(Module(name, headers, self.config, shape))
-            except ListedError as error:
+                with prefix_errors(f"{self._file.path}: layer {name}"):
+                    recipes[name] = self.method.recipe(AdaptedModule(name, headers, self.config, shape))
+            except SkippedPartError as error:
                 self._skip(name, str(error.__cause__))
         return recipes
 
     def _build(self, name: str, keys: Mapping[str, str], recipe: Recipe) -> Update:
         known = {**self._shared, **keys}
-        tensors: dict[str, Tensor] = {part: self._file.read(known[part]) for part in recipe.reads if part != BASE}
-        weight = self._weight(name) if BASE in recipe.reads else None
+        tensors: dict[str, Tensor] = {
+            part: self._file.read(known[part]) for part in recipe.reads if part != BASE_WEIGHT
+        }
+        weight = self._weight(name) if BASE_WEIGHT in recipe.reads else None
         if weight is not None:
-            tensors[BASE] = weight
+            tensors[BASE_WEIGHT] = weight
         return recipe.build(tensors)
 
     def _weight(self, name: str) -> Tensor | None:

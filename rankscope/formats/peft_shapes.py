@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from rankscope.errors import FormatError
-from rankscope.formats.files import TensorInfo
-from rankscope.formats.peft_keys import Kind
+from rankscope.formats.file_io import TensorInfo
+from rankscope.formats.peft_keys import LayerType
 
 
-def geometry(A: TensorInfo, B: TensorInfo, embedding: bool) -> tuple[Kind, tuple[int, int]]:
+def layer_geometry(A: TensorInfo, B: TensorInfo, embedding: bool) -> tuple[LayerType, tuple[int, int]]:
     """Kind of layer and (out, in) of its update, from the shapes of its factors.
 
     Raises:
@@ -45,7 +45,7 @@ def block_diagonal(B: Tensor, groups: int) -> Tensor:
     return spread.reshape(B.shape[0], -1)
 
 
-def check_magnitude(info: TensorInfo, shape: tuple[int, int], kind: Kind) -> None:
+def check_magnitude(info: TensorInfo, shape: tuple[int, int], kind: LayerType) -> None:
     """Raise FormatError where DoRA's magnitude has not one number an output (a dimension of an embedding)."""
     expected = shape[1] if kind == "embedding" else shape[0]
     if torch.Size(info.shape).numel() != expected or not info.dtype.is_floating_point:

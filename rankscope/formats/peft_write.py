@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from rankscope.errors import ShapeError
-from rankscope.formats.files import write_json
-from rankscope.formats.names import is_named
-from rankscope.formats.peft_keys import CONFIG_NAME, WEIGHTS_NAME, Kind, factor_keys
-from rankscope.formats.streaming import Pending, write_streamed
+from rankscope.formats.file_io import write_json
+from rankscope.formats.names import matches_path_end
+from rankscope.formats.peft_keys import CONFIG_NAME, WEIGHTS_NAME, LayerType, factor_keys
+from rankscope.formats.streaming import LazyTensor, write_streamed
 from rankscope.updates import LowRank
 
 
-class Place(NamedTuple):
+class FactorLayout(NamedTuple):
     """How PEFT stores the factors of one layer: its kind and, of a convolution, kernel (kh, kw) and groups."""
 
-    kind: Kind = "linear"
+    kind: LayerType = "linear"
     kernel: tuple[int, ...] = ()
     groups: int = 1
 
@@ -31,7 +31,7 @@ class Place(NamedTuple):
         return rank * (shape[0] // self.groups + shape[1])
 
 
-def stored_factors(module: str, update: LowRank, place: Place = Place()) -> dict[str, Tensor]:  # noqa: B008 (frozen)
+def factor_tensors(module: str, update: LowRank, place: FactorLayout = FactorLayout()) -> dict[str, Tensor]:  # noqa: B008 (frozen)
     """A and B under PEFT's keys, in the dtype of the update's factors; its scale must be 1 (α = r).
 
     Raises:
@@ -82,12 +82,15 @@ def rank_settings(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 def exact_targets(targets: Sequence[str], paths: Iterable[str]) -> str | list[str]:
     """The paths; or a regular expression of them where PEFT, which compares ends, would find more in the model."""
-    more = any(is_named(target, path) for path in {*paths}.difference(targets) for target in targets)
+    more = any(matches_path_end(target, path) for path in {*paths}.difference(targets) for target in targets)
     return "|".join(re.escape(target) for target in targets) if more else list(targets)
 
 
-def write_folder(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Pending], metadata: Mapping[str, str] | None = None
+def write_peft_folder(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the folder that ``PeftModel.from_pretrained`` reads; ``tensors`` have PEFT's keys.
 

@@ -9,25 +9,25 @@ import torch
 from torch import Tensor
 
 from rankscope.errors import FormatError
-from rankscope.formats.files import TensorInfo
-from rankscope.formats.interface import UpdateInfo
+from rankscope.formats.abstract_store import UpdateInfo
+from rankscope.formats.file_io import TensorInfo
 from rankscope.formats.peft_config import MethodConfig
 from rankscope.updates import Update
 
 Headers = Mapping[str, TensorInfo]
 Tensors = Mapping[str, Tensor]
-BASE = "the base weight"
+BASE_WEIGHT = "the base weight"
 """The name that a recipe reads the module's weight (out, in) in the base by."""
 
-NOT_TOLD = "its file does not tell the shape of the weight"
-WRONG_BASE = "is this the base that was tuned?"
+UNKNOWN_SHAPE_REASON = "its file does not tell the shape of the weight"
+WRONG_BASE_HINT = "is this the base that was tuned?"
 
 
-class ListedError(FormatError):
+class SkippedPartError(FormatError):
     """A part of an adapter that is listed instead of read; the message is the reason."""
 
 
-class Module(NamedTuple):
+class AdaptedModule(NamedTuple):
     """One adapted module: its path, the headers of its tensors (and of those that all modules share) by part, the
     adapter's configuration, and the shape (out, in) of its weight in the base, None without one."""
 
@@ -43,10 +43,10 @@ class Module(NamedTuple):
             ListedError: it is not known, and ``why`` it is needed.
         """
         if self.shape is None:
-            raise ListedError(f"{why}; give its base model (--base), which must hold this weight")
+            raise SkippedPartError(f"{why}; give its base model (--base), which must hold this weight")
         return self.shape
 
-    def stored(self, part: str) -> torch.dtype:
+    def stored_dtype(self, part: str) -> torch.dtype:
         """The stored dtype of a part."""
         return self.headers[part].dtype
 
@@ -59,7 +59,7 @@ class Recipe(NamedTuple):
     build: Callable[[Tensors], Update]
 
 
-def header(tensor: Tensor) -> TensorInfo:
+def tensor_info(tensor: Tensor) -> TensorInfo:
     """What a file's header would tell of a tensor."""
     return TensorInfo(tuple(tensor.shape), tensor.dtype)
 
@@ -69,7 +69,7 @@ def float_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize == 1 else dtype
 
 
-def floats(tensor: Tensor) -> Tensor:
+def upcast_float8(tensor: Tensor) -> Tensor:
     """Eight-bit floats, which torch can hardly compute with, to float32; all else as stored."""
     return tensor.float() if tensor.dtype.itemsize == 1 else tensor
 
@@ -84,7 +84,7 @@ def check_floating(headers: Headers) -> None:
             raise FormatError(f"{name} {info.shape} has an empty side")
 
 
-def check_places(headers: Headers, *names: str) -> None:
+def check_indices(headers: Headers, *names: str) -> None:
     """Raise FormatError where what must be indices holds no whole numbers."""
     for name in names:
         dtype = headers[name].dtype
@@ -111,18 +111,18 @@ def check_shapes(headers: Headers, **expected: tuple[int | None, ...]) -> None:
             raise FormatError(f"{name} is {found}, which does not fit its neighbours; expected {wanted}")
 
 
-def check_base(module: Module, shape: tuple[int, int]) -> None:
+def check_base_shape(module: AdaptedModule, shape: tuple[int, int]) -> None:
     """Raise FormatError where the base's weight has another shape than the adapter's tensors make."""
     if module.shape is not None and module.shape != shape:
-        raise FormatError(f"the adapter is of a weight {shape}, the base has {module.shape}; {WRONG_BASE}")
+        raise FormatError(f"the adapter is of a weight {shape}, the base has {module.shape}; {WRONG_BASE_HINT}")
 
 
-def exact(tensor: Tensor) -> Tensor:
+def to_float64(tensor: Tensor) -> Tensor:
     """float64, which small factors are multiplied in."""
     return tensor.double()
 
 
-def matrix_sides(module: Module, part: str) -> tuple[int, int]:
+def matrix_sides(module: AdaptedModule, part: str) -> tuple[int, int]:
     """Both sides of a part that must be a matrix."""
     shape = module.headers[part].shape
     if len(shape) != 2:
@@ -130,6 +130,6 @@ def matrix_sides(module: Module, part: str) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def size(shape: Iterable[int]) -> int:
+def element_count(shape: Iterable[int]) -> int:
     """The product of the sides."""
     return torch.Size(tuple(shape)).numel()

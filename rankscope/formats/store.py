@@ -12,25 +12,25 @@ from typing import Any
 import torch
 
 from rankscope.errors import ConfigError, FormatError, RankscopeError
+from rankscope.formats.abstract_store import SkippedItem, Store, UnknownLayerError, UpdateInfo
 from rankscope.formats.adapter_file import FileStore
 from rankscope.formats.checkpoint import INDEX_SUFFIX, UPDATES_NAME, checkpoint_file, has_checkpoint
+from rankscope.formats.checkpoint_store import CheckpointStore, UpdateStore, is_updates, write_updates
 from rankscope.formats.diffusers import DiffusersStore, is_diffusers
-from rankscope.formats.files import TensorFile, read_json
+from rankscope.formats.file_io import TensorFile, read_json
 from rankscope.formats.hub import local_path
-from rankscope.formats.interface import Skipped, Store, UnknownLayerError, UpdateInfo
 from rankscope.formats.kohya import KohyaStore, is_kohya
 from rankscope.formats.loralib import LoralibStore, is_loralib
-from rankscope.formats.peft import PeftStore
 from rankscope.formats.peft_config import peft_type
-from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, PREFIX, WEIGHTS_NAME, parse_key
-from rankscope.formats.peft_methods import MethodStore
-from rankscope.formats.pickled import SUFFIXES, PickledFile, open_tensors
-from rankscope.formats.tuned import CheckpointStore, UpdateStore, is_updates, write_updates
+from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, PEFT_PREFIX, WEIGHTS_NAME, parse_key
+from rankscope.formats.peft_lora import PeftStore
+from rankscope.formats.peft_methods import PeftMethodStore
+from rankscope.formats.pickle_file import PICKLE_SUFFIXES, PickledFile, open_tensors
 
 __all__ = [
     "CheckpointStore",
     "PeftStore",
-    "Skipped",
+    "SkippedItem",
     "Store",
     "UnknownLayerError",
     "UpdateInfo",
@@ -51,7 +51,7 @@ class NoBaseError(FormatError):
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _OpenOptions:
     """What ``open`` was asked for beside the path."""
 
     base: Path | None
@@ -90,7 +90,7 @@ def open(
     start = Path(initial).expanduser() if initial is not None else None
     if alpha is not None and not math.isfinite(alpha):
         raise ConfigError(f"alpha = {alpha}: α is a finite number")
-    asked = _Asked(local_path(base) if base is not None else None, device, start, alpha)
+    asked = _OpenOptions(local_path(base) if base is not None else None, device, start, alpha)
     try:
         found = _open_folder(place, asked) if place.is_dir() else _open_file(place, asked)
     except OSError as error:  # no permission to look; a name too long
@@ -102,14 +102,14 @@ def open(
     return found
 
 
-def _open_folder(folder: Path, asked: _Asked) -> Store:
+def _open_folder(folder: Path, asked: _OpenOptions) -> Store:
     for adapter in (folder, folder / ADAPTER_FOLDER):
         if (adapter / CONFIG_NAME).exists():
             return _open_adapter(adapter, asked)
     if (folder / UPDATES_NAME).exists():
         return UpdateStore(folder / UPDATES_NAME, asked.base, asked.device)
     for weights in (folder / WEIGHTS_NAME, folder / OLD_WEIGHTS_NAME):
-        if weights.exists() and adapter_kind(open_tensors(weights)) is None:
+        if weights.exists() and adapter_store_class(open_tensors(weights)) is None:
             raise FormatError(f"{folder}: has an adapter's weights but no {CONFIG_NAME}, which holds its scale; add it")
         if weights.exists():
             return _open_file(weights, asked)
@@ -122,28 +122,28 @@ def _open_folder(folder: Path, asked: _Asked) -> Store:
     raise FormatError(f"{folder}: holds nothing that is known; {LOOKED_FOR}")
 
 
-def _open_file(file: Path, asked: _Asked) -> Store:
+def _open_file(file: Path, asked: _OpenOptions) -> Store:
     if not file.exists():
         raise FormatError(f"{file}: no such file or folder")
     names = (WEIGHTS_NAME, OLD_WEIGHTS_NAME, CONFIG_NAME)
     if file.name in names and (file.parent / CONFIG_NAME).exists():
         return _open_adapter(file.parent, asked)
-    if file.suffix in (".safetensors", *SUFFIXES) or file.name.endswith(INDEX_SUFFIX):
+    if file.suffix in (".safetensors", *PICKLE_SUFFIXES) or file.name.endswith(INDEX_SUFFIX):
         return _open_weights(file, file, asked)
     raise FormatError(f"{file}: not a kind of file that is read; give an adapter's folder or .safetensors weights")
 
 
-def _open_weights(path: Path, file: Path, asked: _Asked) -> Store:
+def _open_weights(path: Path, file: Path, asked: _OpenOptions) -> Store:
     """A file of tensors by what they are called."""
     if file.name.endswith(INDEX_SUFFIX):
         return _minus_base(path, asked)
     header = open_tensors(file)
     if isinstance(header, TensorFile) and is_updates(header):
         return UpdateStore(file, asked.base, asked.device)
-    kind = adapter_kind(header)
+    kind = adapter_store_class(header)
     if kind is not None:
         return kind(path, header, asked.base, asked.device, asked.alpha)
-    if any(key.startswith(PREFIX) or parse_key(key) for key in header.infos):
+    if any(key.startswith(PEFT_PREFIX) or parse_key(key) for key in header.infos):
         raise FormatError(
             f"{file}: holds the factors of an adapter, but not its scale; name it {WEIGHTS_NAME} and put its "
             f"{CONFIG_NAME} beside it"
@@ -151,7 +151,7 @@ def _open_weights(path: Path, file: Path, asked: _Asked) -> Store:
     return _minus_base(path, asked)
 
 
-def adapter_kind(header: TensorFile | PickledFile) -> type[FileStore] | None:
+def adapter_store_class(header: TensorFile | PickledFile) -> type[FileStore] | None:
     """How an adapter that is one file is read; None for what is no such adapter."""
     if is_kohya(header.infos):
         return KohyaStore
@@ -160,7 +160,7 @@ def adapter_kind(header: TensorFile | PickledFile) -> type[FileStore] | None:
     return LoralibStore if is_loralib(header.infos) else None
 
 
-def _open_adapter(folder: Path, asked: _Asked) -> Store:
+def _open_adapter(folder: Path, asked: _OpenOptions) -> Store:
     """A PEFT adapter, with the base that its configuration names where none was given and it lies on disk."""
     config = read_json(folder / CONFIG_NAME)
     named = config.get("base_model_name_or_path")
@@ -177,10 +177,10 @@ def _open_adapter(folder: Path, asked: _Asked) -> Store:
     return found
 
 
-def _peft_store(folder: Path, config: Mapping[str, Any], asked: _Asked) -> Store:
+def _peft_store(folder: Path, config: Mapping[str, Any], asked: _OpenOptions) -> Store:
     if peft_type(folder / CONFIG_NAME, config) == "LORA":
         return PeftStore(folder, asked.base, asked.device, asked.initial)
-    return MethodStore(folder, asked.base, asked.device)
+    return PeftMethodStore(folder, asked.base, asked.device)
 
 
 def _is_folder(path: Path) -> bool:
@@ -190,7 +190,7 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def _minus_base(path: Path, asked: _Asked) -> Store:
+def _minus_base(path: Path, asked: _OpenOptions) -> Store:
     if asked.base is None:
         raise NoBaseError(f"{path}: holds full weights; say with --base which model they were tuned from")
     return CheckpointStore(path, asked.base, asked.device)

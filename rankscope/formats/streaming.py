@@ -12,22 +12,22 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from rankscope.errors import FormatError, located
-from rankscope.formats.files import DTYPES, TensorInfo, write_atomic
+from rankscope.errors import FormatError, prefix_errors
+from rankscope.formats.file_io import DTYPES, TensorInfo, write_atomic
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 8  # bytes; readers map the tensors in place
 
 
 @dataclass(frozen=True)
-class Pending:
+class LazyTensor:
     """A tensor that is still to be made: its shape and dtype now, its numbers when its turn comes."""
 
     info: TensorInfo
     read: Callable[[], Tensor]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Pending:
+    def of(cls, tensor: Tensor) -> LazyTensor:
         """A tensor that is there already."""
         return cls(TensorInfo(tuple(tensor.shape), tensor.dtype), lambda: tensor)
 
@@ -37,7 +37,7 @@ class Pending:
         return torch.Size(self.info.shape).numel() * self.info.dtype.itemsize
 
 
-def write_streamed(path: Path, tensors: Mapping[str, Pending], metadata: Mapping[str, str] | None = None) -> None:
+def write_streamed(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically, holding one tensor at a time.
 
     The order is that of the safetensors library, wider dtypes first, so that every tensor is aligned.
@@ -52,9 +52,9 @@ def write_streamed(path: Path, tensors: Mapping[str, Pending], metadata: Mapping
     for name in ordered:
         start, end = end, end + tensors[name].size
         info = tensors[name].info
-        if info.dtype not in NAMES:
+        if info.dtype not in DTYPE_NAMES:
             raise FormatError(f"{path.name}: {name} is {info.dtype}, which safetensors cannot hold; convert it")
-        header[name] = {"dtype": NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
     try:
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:  # half a surrogate pair, which a pickle can hold
@@ -65,13 +65,13 @@ def write_streamed(path: Path, tensors: Mapping[str, Pending], metadata: Mapping
         with target.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for name in ordered:
-                with located(f"{path.name}: {name}"):
+                with prefix_errors(f"{path.name}: {name}"):
                     _write_one(file, tensors[name])
 
     write_atomic(path, write)
 
 
-def _write_one(file: BinaryIO, pending: Pending) -> None:
+def _write_one(file: BinaryIO, pending: LazyTensor) -> None:
     try:
         tensor = pending.read().detach().to("cpu").contiguous()
     except (OSError, RuntimeError, ValueError, MemoryError) as error:  # not the fault of the place it is written to

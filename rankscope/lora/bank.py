@@ -9,18 +9,18 @@ from typing import Any, cast
 import torch
 from torch import Generator, Tensor, nn
 
-from rankscope.errors import ConfigError, located
+from rankscope.errors import ConfigError, prefix_errors
 from rankscope.formats.peft_write import exact_targets
-from rankscope.lora.kinds import Conv1DLayer
-from rankscope.lora.layer import AdapterLayer, Half, Pair
-from rankscope.lora.leaves import Leaves
-from rankscope.lora.merging import put, restore
-from rankscope.lora.routing import BASE, Route, Rows
+from rankscope.lora.adapter_views import AdapterViews
+from rankscope.lora.heads import HeadCopies, make_biases_trainable
+from rankscope.lora.layer import AdapterLayer, FactorName, FactorPair
+from rankscope.lora.layer_types import Conv1DLayer
+from rankscope.lora.merging import merge_adapter, restore_base_weights
+from rankscope.lora.routing import NO_ADAPTER, BatchRows, Route
 from rankscope.lora.saving import peft_tensors, write_adapter
 from rankscope.lora.spec import AdapterSpec, Slot
 from rankscope.lora.swap import Swap
-from rankscope.lora.targets import check_bank, find_saved, find_targets, layer_class
-from rankscope.lora.whole import HeadCopies, free_biases
+from rankscope.lora.targets import check_bank, find_modules_to_save, find_targets, layer_class
 from rankscope.updates import LowRank
 
 
@@ -57,14 +57,14 @@ class Bank:
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._swaps: list[Swap] = []
         model.requires_grad_(False)
-        self.heads = {name: self._copy_head(name) for name in find_saved(model, specs[0].modules_to_save)}
+        self.heads = {name: self._copy_head(name) for name in find_modules_to_save(model, specs[0].modules_to_save)}
         self.layers: dict[str, AdapterLayer] = {}
         for name, module in list(model.named_modules()):
             if any(name in plan for plan in plans):
                 slots = [plan.get(name, Slot()) for plan in plans]
                 self.layers[name] = self._wrap(name, module, slots, dtype)
-        self.biases = free_biases(specs[0].bias, model, self.layers, self.heads, self._swap)
-        self._leaves = Leaves(self.layers)
+        self.biases = make_biases_trainable(specs[0].bias, model, self.layers, self.heads, self._swap)
+        self._leaves = AdapterViews(self.layers)
 
     @classmethod
     def attach(
@@ -142,7 +142,7 @@ class Bank:
         Adapters can still be read and saved afterwards. Detaching twice does nothing more.
         """
         if self.attached:
-            restore(self.route, self.layers)
+            restore_base_weights(self.route, self.layers)
             for swap in reversed(self._swaps):
                 swap.undo()
             for parameter, flag in self._flags:
@@ -153,10 +153,10 @@ class Bank:
     # Which adapter rows go through
 
     @property
-    def selected(self) -> int | tuple[int, ...] | None:
+    def selection(self) -> int | tuple[int, ...] | None:
         """What ``select`` was told last."""
-        where = self.route.selected
-        return where.rows if isinstance(where, Rows) else where
+        where = self.route.selection
+        return where.rows if isinstance(where, BatchRows) else where
 
     def select(self, which: int | Sequence[int] | None) -> None:
         """Send every row through one adapter, or each row of a batch through its own.
@@ -174,14 +174,14 @@ class Bank:
         self._require(self.route.merged is None, "an adapter is merged; use switch, or unmerge first")
         if which is None or isinstance(which, int):
             self._check_index(which or 0)
-            self.route.selected = which
+            self.route.selection = which
             return
         self._require(len(which) > 0, "the rows of a batch were selected, but there are none")
-        rows = Rows([int(i) for i in which])
+        rows = BatchRows([int(i) for i in which])
         for i in rows.adapters:
-            self._check_index(0 if i == BASE else i)
-        rows.place(next(iter(self.layers.values())).A.device)
-        self.route.selected = rows
+            self._check_index(0 if i == NO_ADAPTER else i)
+        rows.row_order(next(iter(self.layers.values())).A.device)
+        self.route.selection = rows
 
     def merge(self, i: int = 0) -> None:
         """Put W + update of adapter i in the place of W: the forward pass is that of the base alone, and its heads.
@@ -192,19 +192,19 @@ class Bank:
         """
         self._check(i)
         self._require(self.route.merged is None, f"adapter {self.route.merged} is merged already; use switch")
-        put(self.route, self.layers, i)
+        merge_adapter(self.route, self.layers, i)
 
     def switch(self, i: int) -> None:
         """Replace the merged adapter by adapter i: W − BA + B'A', computed from the kept W, so that nothing drifts."""
         self._check(i)
         self._require(self.route.merged is not None, "no adapter is merged; use merge, or select")
-        put(self.route, self.layers, i)
+        merge_adapter(self.route, self.layers, i)
 
     def unmerge(self) -> None:
         """Put the base weights back, bit for bit."""
         self._check(0)
         self._require(self.route.merged is not None, "no adapter is merged")
-        restore(self.route, self.layers)
+        restore_base_weights(self.route, self.layers)
 
     def _check(self, i: int) -> None:
         self._require(self.attached, "the adapters have been detached")
@@ -223,7 +223,7 @@ class Bank:
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What one optimizer for all adapters trains: A and B of each layer, first axis the adapter; biases; heads."""
         factors = [factor for layer in self.layers.values() for factor in (layer.A, layer.B)]
-        whole = [weight for i in range(len(self)) for weight in self._whole(i).values()]
+        whole = [weight for i in range(len(self)) for weight in self._heads_and_biases(i).values()]
         return factors + list(dict.fromkeys(cast(list[nn.Parameter], whole)))
 
     def parameters(self, i: int) -> dict[str, Tensor]:
@@ -236,7 +236,7 @@ class Bank:
             biases, f"{path}.bias". Tied ones stand there once. Call ``share_gradients`` after the backward pass.
         """
         self._check_index(i)
-        return {**self._leaves.of(i), **self._whole(i)}
+        return {**self._leaves.views(i), **self._heads_and_biases(i)}
 
     def share_gradients(self) -> None:
         """After a backward pass, give what ``parameters`` returned its slices of the gradients, without copying.
@@ -261,7 +261,7 @@ class Bank:
         Raises:
             ShapeError: a factor that does not have the padded shape.
         """
-        return self._reshaped(i, tensors, AdapterLayer.trim)
+        return self._reshape_factors(i, tensors, AdapterLayer.trim)
 
     def pad(self, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The way back from ``trim``: factors padded with zeros to the shapes of ``parameters(i)``.
@@ -269,15 +269,15 @@ class Bank:
         Raises:
             ShapeError: a factor that does not have adapter i's own shape.
         """
-        return self._reshaped(i, tensors, AdapterLayer.pad)
+        return self._reshape_factors(i, tensors, AdapterLayer.pad)
 
-    def _reshaped(self, i: int, tensors: Mapping[str, Tensor], change: Any) -> dict[str, Tensor]:
+    def _reshape_factors(self, i: int, tensors: Mapping[str, Tensor], change: Any) -> dict[str, Tensor]:
         changed = dict(tensors)
         for name, layer in self._layers_of(i):
-            halves: tuple[Half, Half] = ("A", "B")
+            halves: tuple[FactorName, FactorName] = ("A", "B")
             for half in halves:
                 if (key := f"{name}.{half}") in tensors:
-                    with located(name):
+                    with prefix_errors(name):
                         changed[key] = change(layer, i, half, tensors[key])
         return changed
 
@@ -293,7 +293,7 @@ class Bank:
         self._check_index(i)
         return [(name, layer) for name, layer in self.layers.items() if layer.slots[i].rank]
 
-    def _whole(self, i: int) -> dict[str, Tensor]:
+    def _heads_and_biases(self, i: int) -> dict[str, Tensor]:
         """What of adapter i is trained whole, each parameter once."""
         named = {
             f"{path}.{key}": weight for path in self.heads for key, weight in self.head(i, path).named_parameters()
@@ -304,9 +304,9 @@ class Bank:
     def parameter_count(self, i: int = 0) -> int:
         """Trainable numbers of adapter i, padding not counted."""
         factors = sum(A.numel() + B.numel() for A, B in self.factors(i).values())
-        return factors + sum(weight.numel() for weight in self._whole(i).values())
+        return factors + sum(weight.numel() for weight in self._heads_and_biases(i).values())
 
-    def factors(self, i: int = 0) -> dict[str, Pair]:
+    def factors(self, i: int = 0) -> dict[str, FactorPair]:
         """Copies of (A, B) of adapter i by module path, of its own rank, in the shapes that PEFT stores."""
         return {name: layer.factors(i) for name, layer in self._layers_of(i)}
 
@@ -321,7 +321,7 @@ class Bank:
         """
         updates = {}
         for name, layer in self._layers_of(i):
-            with located(name):
+            with prefix_errors(name):
                 updates[name] = layer.update(i)
         return updates
 
@@ -341,7 +341,7 @@ class Bank:
         Raises:
             FormatError: the folder cannot be written to.
         """
-        factors = {name: layer.plain(i) for name, layer in self._layers_of(i)}
+        factors = {name: layer.update_factors(i) for name, layer in self._layers_of(i)}
         self._write(i, folder, self.specs[i].as_plain(), factors, base_name, task_type)
 
     def save_initial(
@@ -359,7 +359,7 @@ class Bank:
         i: int,
         folder: Path | str,
         spec: AdapterSpec,
-        factors: Mapping[str, Pair],
+        factors: Mapping[str, FactorPair],
         base_name: str | None,
         task_type: str | None,
     ) -> None:

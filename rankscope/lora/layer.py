@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.errors import ConfigError, ShapeError
-from rankscope.formats.peft_keys import Kind
-from rankscope.linalg import may_copy_ahead
-from rankscope.lora.pissa import difference, directions, first_factors
-from rankscope.lora.routing import BASE, Route, Rows, check_even
+from rankscope.formats.peft_keys import LayerType
+from rankscope.linalg import supports_non_blocking
+from rankscope.lora.pissa import difference_factors, pissa_factors, sign_fixed_svd
+from rankscope.lora.routing import NO_ADAPTER, BatchRows, Route, check_equal_chunks
 from rankscope.lora.spec import Init, Slot
 from rankscope.lora.swap import Swap, device_of
 from rankscope.updates import LowRank
 
-Shapes = tuple[tuple[int, ...], tuple[int, ...]]
-Half = Literal["A", "B"]
-Pair = tuple[Tensor, Tensor]
+FactorShapes = tuple[tuple[int, ...], tuple[int, ...]]
+FactorName = Literal["A", "B"]
+FactorPair = tuple[Tensor, Tensor]
 
 
 class AdapterLayer(nn.Module, ABC):
@@ -42,7 +42,7 @@ class AdapterLayer(nn.Module, ABC):
         slots: rank, scale and dropout of each adapter here.
     """
 
-    kind: ClassVar[Kind] = "linear"
+    kind: ClassVar[LayerType] = "linear"
 
     def __init__(
         self, base_layer: nn.Module, slots: Sequence[Slot], route: Route, dtype: torch.dtype, path: str = ""
@@ -86,7 +86,7 @@ class AdapterLayer(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def shapes(base: Any, rank: int) -> Shapes:
+    def shapes(base: Any, rank: int) -> FactorShapes:
         """Shapes of A and B of this rank on the module ``base``, as PEFT stores them."""
 
     @abstractmethod
@@ -124,56 +124,56 @@ class AdapterLayer(nn.Module, ABC):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.route.merged is not None:
             return result
-        where = self.route.selected
+        where = self.route.selection
         if where is None:
-            check_even(x.shape[0], len(self.slots))
-            return self.through_all(x, result)
-        if isinstance(where, Rows):
-            return self.through_rows(x, result, where)
-        return self.through_one(x, result, where) if self.slots[where].rank else result
+            check_equal_chunks(x.shape[0], len(self.slots))
+            return self.forward_all(x, result)
+        if isinstance(where, BatchRows):
+            return self.forward_rows(x, result, where)
+        return self.forward_one(x, result, where) if self.slots[where].rank else result
 
-    def through_one(self, x: Tensor, result: Tensor, i: int) -> Tensor:
+    def forward_one(self, x: Tensor, result: Tensor, i: int) -> Tensor:
         """All rows through adapter i."""
-        delta = self.delta(self.prepared(x, i), *self.pair(i))
+        delta = self.delta(self.prepare_input(x, i), *self.forward_factors(i))
         return (result + delta * self.slots[i].scale).to(result.dtype)
 
-    def through_all(self, x: Tensor, result: Tensor) -> Tensor:
+    def forward_all(self, x: Tensor, result: Tensor) -> Tensor:
         """The i-th of N chunks of the rows through adapter i."""
-        A, B = self.pairs()
+        A, B = self.stacked_forward_factors()
         parts = zip(x.tensor_split(len(self.slots)), A.unbind(), B.unbind(), self.slots, strict=True)
-        deltas = [self.delta(self.prepared(x, i), A, B) * slot.scale for i, (x, A, B, slot) in enumerate(parts)]
+        deltas = [self.delta(self.prepare_input(x, i), A, B) * slot.scale for i, (x, A, B, slot) in enumerate(parts)]
         return (result + torch.cat(deltas)).to(result.dtype)
 
-    def through_rows(self, x: Tensor, result: Tensor, rows: Rows) -> Tensor:
+    def forward_rows(self, x: Tensor, result: Tensor, rows: BatchRows) -> Tensor:
         """Each group of rows through its adapter, or through none."""
         rows.check(x.shape[0])
-        here = [i != BASE and self.slots[i].rank > 0 for i in rows.adapters]
+        here = [i != NO_ADAPTER and self.slots[i].rank > 0 for i in rows.adapters]
         if not any(here):
             return result
         groups = zip(rows.adapters, here, rows.split(x), rows.split(result), strict=True)
-        return rows.join([self.through_one(x, out, i) if there else out for i, there, x, out in groups])
+        return rows.join([self.forward_one(x, out, i) if there else out for i, there, x, out in groups])
 
-    def pair(self, i: int) -> Pair:
+    def forward_factors(self, i: int) -> FactorPair:
         """The factors that adapter i's rows pass, A (R, ·) and B (·, R / groups); twice as many with PiSSA."""
-        A, B = pick(self.A, i), pick(self.B, i)
+        A, B = select_factor(self.A, i), select_factor(self.B, i)
         if self.A0 is None or self.B0 is None or not self.subtracts[i]:
             return A, B
-        return difference(A, B, pick(self.A0, i), pick(self.B0, i))
+        return difference_factors(A, B, select_factor(self.A0, i), select_factor(self.B0, i))
 
-    def pairs(self) -> Pair:
+    def stacked_forward_factors(self) -> FactorPair:
         """The factors of all adapters, stacked."""
         if self.A0 is None or self.B0 is None:
             return self.A, self.B
-        return difference(self.A, self.B, self.A0, self.B0)
+        return difference_factors(self.A, self.B, self.A0, self.B0)
 
-    def prepared(self, x: Tensor, i: int) -> Tensor:
+    def prepare_input(self, x: Tensor, i: int) -> Tensor:
         """Rows of adapter i in the dtype of the factors, with dropout from adapter i's own stream."""
         x = self.cast(x)
-        if not self.drops(i):
+        if not self.applies_dropout(i):
             return x
-        kept, source = 1 - self.slots[i].dropout, self.route.source(i, self.path)
+        kept, source = 1 - self.slots[i].dropout, self.route.dropout_generator(i, self.path)
         mask = torch.empty(x.shape, device=source.device).bernoulli_(kept, generator=source)
-        return x * mask.div_(kept).to(x.device, x.dtype, non_blocking=may_copy_ahead(x.device))
+        return x * mask.div_(kept).to(x.device, x.dtype, non_blocking=supports_non_blocking(x.device))
 
     def cast(self, x: Tensor) -> Tensor:
         """x in the dtype of the factors; under autocast, which casts for itself, as it is."""
@@ -181,12 +181,12 @@ class AdapterLayer(nn.Module, ABC):
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         return x if autocast else x.to(self.A.dtype)
 
-    def drops(self, i: int) -> bool:
+    def applies_dropout(self, i: int) -> bool:
         return self.training and self.slots[i].dropout > 0
 
     # Factors of one adapter
 
-    def trim(self, i: int, half: Half, stacked: Tensor) -> Tensor:
+    def trim(self, i: int, half: FactorName, stacked: Tensor) -> Tensor:
         """What adapter i uses of one slice of a stack, copied: of its own rank, in the shape that PEFT stores.
 
         Raises:
@@ -202,7 +202,7 @@ class AdapterLayer(nn.Module, ABC):
         used = stacked.reshape(self.groups, -1, stacked.shape[1])[:, :columns] if half == "A" else stacked[:, :columns]
         return used.reshape(shape).clone()
 
-    def pad(self, i: int, half: Half, own: Tensor) -> Tensor:
+    def pad(self, i: int, half: FactorName, own: Tensor) -> Tensor:
         """The way back from ``trim``: zero where adapter i uses nothing.
 
         Raises:
@@ -218,7 +218,7 @@ class AdapterLayer(nn.Module, ABC):
             padded[:, :columns] = own.reshape(-1, columns)
         return padded
 
-    def factors(self, i: int) -> Pair:
+    def factors(self, i: int) -> FactorPair:
         """Copies of A and B of adapter i, of its own rank, in the shapes that PEFT stores."""
         return self.trim(i, "A", self.A[i]), self.trim(i, "B", self.B[i])
 
@@ -233,28 +233,28 @@ class AdapterLayer(nn.Module, ABC):
     @torch.no_grad()
     def start_from_weight(self, members: Sequence[int]) -> None:
         """Give adapters the PiSSA start; one decomposition serves all of them."""
-        svd = directions(self.from_weight(self.weight.detach()))
+        svd = sign_fixed_svd(self.from_weight(self.weight.detach()))
         self.A0, self.B0 = torch.zeros_like(self.A.detach()), torch.zeros_like(self.B.detach())
         for i in members:
-            factors = first_factors(svd, self.slots[i].rank, self.slots[i].scale)
+            factors = pissa_factors(svd, self.slots[i].rank, self.slots[i].scale)
             shapes = self.shapes(self.base_layer, self.slots[i].rank)
             self.set_factors(i, *(factor.reshape(shape) for factor, shape in zip(factors, shapes, strict=True)))
             self.A0[i].copy_(self.A[i])
             self.B0[i].copy_(self.B[i])
             self.subtracts[i] = True
 
-    def started(self, i: int) -> Pair | None:
+    def initial_factors(self, i: int) -> FactorPair | None:
         """Copies of the (A0, B0) that adapter i takes off, shaped as in ``factors``; None where there are none."""
         if self.A0 is None or self.B0 is None or not self.subtracts[i]:
             return None
         return self.trim(i, "A", self.A0[i]), self.trim(i, "B", self.B0[i])
 
-    def plain(self, i: int) -> Pair:
+    def update_factors(self, i: int) -> FactorPair:
         """Copies of factors whose product is the whole update of adapter i, as PEFT stores them."""
-        own, start = self.factors(i), self.started(i)
+        own, start = self.factors(i), self.initial_factors(i)
         if start is None:
             return own
-        A, B = difference(*(factor.flatten(1) for factor in (*own, *start)))
+        A, B = difference_factors(*(factor.flatten(1) for factor in (*own, *start)))
         a_shape, b_shape = self.shapes(self.base_layer, 2 * self.slots[i].rank)
         return A.reshape(a_shape), B.reshape(b_shape)
 
@@ -264,7 +264,7 @@ class AdapterLayer(nn.Module, ABC):
         Raises:
             NonFiniteError: a factor holds NaN or infinity.
         """
-        A, B = self.plain(i)
+        A, B = self.update_factors(i)
         return self.to_matrix(A, B, self.slots[i].scale)
 
     def merged_weight(self, i: int) -> nn.Parameter:
@@ -285,13 +285,13 @@ class AdapterLayer(nn.Module, ABC):
         return f"adapters={len(self.slots)}, ranks={[slot.rank for slot in self.slots]}"
 
 
-def pick(stacked: Tensor, i: int) -> Tensor:
+def select_factor(stacked: Tensor, i: int) -> Tensor:
     """Factor i of a stack."""
     # Indexing would allocate and fill the whole stack again in the backward pass; a view does not.
     return stacked.squeeze(0) if stacked.shape[0] == 1 else stacked[i]
 
 
-def check_shape(tensor: Tensor, wanted: Sequence[int], half: Half) -> None:
+def check_shape(tensor: Tensor, wanted: Sequence[int], half: FactorName) -> None:
     if tuple(tensor.shape) != tuple(wanted):
         raise ShapeError(
             f"{half} is {tuple(tensor.shape)}, expected {tuple(wanted)}; is it of another adapter or rank?"

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor, nn
 
-from rankscope.errors import FormatError, RankscopeError, ShapeError, located
-from rankscope.formats.names import is_named
+from rankscope.errors import FormatError, RankscopeError, ShapeError, prefix_errors
+from rankscope.formats.names import matches_path_end
 from rankscope.lora.bank import Bank
-from rankscope.lora.files import StoredAdapter, read_adapter
 from rankscope.lora.spec import Slot
+from rankscope.lora.stored_adapter import StoredAdapter, read_adapter
 from rankscope.lora.targets import check_bank, check_target, layer_class
 
 
@@ -38,7 +38,7 @@ def load(
         ConfigError: as for ``Bank.attach``.
     """
     places = [Path(folders)] if isinstance(folders, Path | str) else [Path(folder) for folder in folders]
-    stored = [_fitting(model, folder) for folder in places]
+    stored = [_read_fitting_adapter(model, folder) for folder in places]
     if generators is None:
         generators = [Generator().manual_seed(i) for i in range(len(stored))]
     sources = [generators] if isinstance(generators, Generator) else list(generators)
@@ -48,7 +48,7 @@ def load(
     bank = Bank(model, specs, plans, sources, dtype)
     try:
         for i, (folder, adapter) in enumerate(zip(places, stored, strict=True)):
-            with located(folder):
+            with prefix_errors(folder):
                 _fill(bank, i, adapter)
     except RankscopeError:
         bank.detach()
@@ -56,17 +56,17 @@ def load(
     return bank
 
 
-def _fitting(model: nn.Module, folder: Path) -> StoredAdapter:
+def _read_fitting_adapter(model: nn.Module, folder: Path) -> StoredAdapter:
     """The adapter of a folder, after a check that each pair of factors fits its module."""
     stored = read_adapter(folder)
     modules = dict(model.named_modules())
-    with located(folder):
+    with prefix_errors(folder):
         for name, (A, B) in stored.factors.items():
             if name not in modules:
                 raise FormatError(f"the adapter has factors for {name!r}, a module that the model does not have")
             _check_fit(model, name, stored.spec.slot(name), A, B)
     # PEFT lists usual names of heads whether the model has them or not.
-    kept = tuple(name for name in stored.spec.modules_to_save if any(is_named(name, path) for path in modules))
+    kept = tuple(name for name in stored.spec.modules_to_save if any(matches_path_end(name, path) for path in modules))
     return stored._replace(spec=replace(stored.spec, modules_to_save=kept))
 
 

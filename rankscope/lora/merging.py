@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rankscope.errors import located
+from rankscope.errors import prefix_errors
 from rankscope.lora.layer import AdapterLayer
 from rankscope.lora.routing import Route
 from rankscope.lora.swap import Swap
 
 
-def put(route: Route, layers: Mapping[str, AdapterLayer], i: int) -> None:
+def merge_adapter(route: Route, layers: Mapping[str, AdapterLayer], i: int) -> None:
     """Merge adapter i, in place of whichever is merged; on an error nothing is merged."""
-    restore(route, layers)
+    restore_base_weights(route, layers)
     try:
         for name, layer in layers.items():
             if layer.slots[i].rank:
-                with located(name):
+                with prefix_errors(name):
                     layer.merge_swap = Swap(layer.base_layer, "weight", layer.merged_weight(i))
     except BaseException:
-        restore(route, layers)
+        restore_base_weights(route, layers)
         raise
     route.merged = i
 
 
-def restore(route: Route, layers: Mapping[str, AdapterLayer]) -> None:
+def restore_base_weights(route: Route, layers: Mapping[str, AdapterLayer]) -> None:
     """Put the base weights back, if an adapter is merged."""
     for layer in layers.values():
         if layer.merge_swap is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from rankscope.linalg import SVD, dense_svd
 
 
-def directions(matrix: Tensor) -> SVD:
+def sign_fixed_svd(matrix: Tensor) -> SVD:
     """Thin SVD of a weight (out, in), at least in float32, with the largest entry of each column of U positive.
 
     The choice of signs makes the same start of the same weight wherever it is computed.
@@ -22,13 +22,13 @@ def directions(matrix: Tensor) -> SVD:
     return SVD(U * signs, s, Vt * signs.T)
 
 
-def first_factors(svd: SVD, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def pissa_factors(svd: SVD, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A0 = √(S / scale) Vᵀ (r, in) and B0 = U √(S / scale) (out, r) of the largest r directions, as in PEFT."""
     root = (svd.s[:rank] / scale).sqrt()
     return root[:, None] * svd.Vt[:rank], svd.U[:, :rank] * root
 
 
-def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
+def difference_factors(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
     """Factors, twice as many, of B A − B0 A0; A (…, r, in), B (…, out, r).
 
     As (B − B0) A + B0 (A − A0), which is exactly zero at the start. In [B, −B0] [A; A0], which PEFT writes to files,

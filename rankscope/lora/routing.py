@@ -11,17 +11,17 @@ import torch
 from torch import Generator, Tensor
 
 from rankscope.errors import ShapeError
-from rankscope.linalg import may_copy_ahead
+from rankscope.linalg import supports_non_blocking
 
-BASE = -1
+NO_ADAPTER = -1
 """In a list of rows: no adapter, the base alone."""
 
 
-class Rows:
+class BatchRows:
     """The adapter of each row of a batch, as groups of rows that pass one adapter together.
 
     Attributes:
-        rows: the adapter of each row, ``BASE`` for none.
+        rows: the adapter of each row, ``NO_ADAPTER`` for none.
         adapters: the adapters that occur, ascending: one group each.
         sizes: rows of each group.
     """
@@ -36,16 +36,16 @@ class Rows:
         self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @classmethod
-    def even(cls, length: int, count: int) -> Rows:
+    def equal_chunks(cls, length: int, count: int) -> BatchRows:
         """``length`` rows in equal chunks, one for each of ``count`` adapters."""
-        check_even(length, count)
+        check_equal_chunks(length, count)
         return cls([i for i in range(count) for _ in range(length // count)])
 
-    def place(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def row_order(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The order that sorts rows into groups, and its inverse; copied to each device once."""
         if device not in self._placed:
             order = torch.tensor(self._order if self._order is not None else range(len(self.rows)))
-            ahead = may_copy_ahead(device)
+            ahead = supports_non_blocking(device)
             self._placed[device] = (
                 order.to(device, non_blocking=ahead),
                 order.argsort().to(device, non_blocking=ahead),
@@ -64,13 +64,13 @@ class Rows:
         """The rows of each group; ShapeError as for ``check``."""
         self.check(x.shape[0])
         if self._order is not None:
-            x = x.index_select(0, self.place(x.device)[0])
+            x = x.index_select(0, self.row_order(x.device)[0])
         return torch.split(x, self.sizes)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The groups put together again, each row in its place."""
         joined = torch.cat(list(parts))
-        return joined if self._order is None else joined.index_select(0, self.place(joined.device)[1])
+        return joined if self._order is None else joined.index_select(0, self.row_order(joined.device)[1])
 
 
 @dataclass
@@ -89,24 +89,24 @@ class Route:
     """
 
     generators: Sequence[Generator]
-    selected: int | Rows | None = 0
+    selection: int | BatchRows | None = 0
     merged: int | None = None
     seeds: Sequence[int] | None = None
 
-    def source(self, i: int, path: str) -> Generator:
+    def dropout_generator(self, i: int, path: str) -> Generator:
         """The stream that adapter i draws its mask on the layer of this path from."""
         source = self.generators[i]
         if self.seeds is not None:
-            source.manual_seed(mixed(self.seeds[i], path))
+            source.manual_seed(dropout_seed(self.seeds[i], path))
         return source
 
 
-def mixed(seed: int, path: str) -> int:
+def dropout_seed(seed: int, path: str) -> int:
     """A seed in [0, 2⁶³) from a seed and a path: the same in every process, on every machine."""
     return int.from_bytes(sha256(f"{seed} {path}".encode()).digest()[:8], "big") >> 1
 
 
-def check_even(length: int, count: int) -> None:
+def check_equal_chunks(length: int, count: int) -> None:
     """Raise ShapeError where rows cannot be shared out in equal chunks."""
     if length % count:
         raise ShapeError(

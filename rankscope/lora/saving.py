@@ -7,15 +7,15 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from rankscope.formats.peft_keys import PREFIX, factor_keys
-from rankscope.formats.peft_write import whole_number, write_folder
-from rankscope.formats.streaming import Pending
-from rankscope.lora.layer import AdapterLayer, Pair
+from rankscope.formats.peft_keys import PEFT_PREFIX, factor_keys
+from rankscope.formats.peft_write import whole_number, write_peft_folder
+from rankscope.formats.streaming import LazyTensor
+from rankscope.lora.layer import AdapterLayer, FactorPair
 from rankscope.lora.spec import AdapterSpec
 
 
 def peft_tensors(
-    factors: Mapping[str, Pair],
+    factors: Mapping[str, FactorPair],
     layers: Mapping[str, AdapterLayer],
     biases: Mapping[str, Tensor],
     heads: Mapping[str, nn.Module],
@@ -26,9 +26,9 @@ def peft_tensors(
         keys = factor_keys(name, layers[name].kind)
         tensors |= {keys.A: A, keys.B: B}
     for name, bias in biases.items():
-        tensors[f"{PREFIX}{name}{'.base_layer' if name in layers else ''}.bias"] = bias
+        tensors[f"{PEFT_PREFIX}{name}{'.base_layer' if name in layers else ''}.bias"] = bias
     for name, head in heads.items():
-        tensors |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in head.state_dict().items()}
+        tensors |= {f"{PEFT_PREFIX}{name}.{key}": tensor for key, tensor in head.state_dict().items()}
     return tensors
 
 
@@ -60,4 +60,4 @@ def write_adapter(
         "init_lora_weights": "gaussian" if spec.init == "gaussian" else True,
         "modules_to_save": list(spec.modules_to_save) or None,
     }
-    write_folder(folder, config, {key: Pending.of(tensor) for key, tensor in tensors.items()})
+    write_peft_folder(folder, config, {key: LazyTensor.of(tensor) for key, tensor in tensors.items()})

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeVar, get_args
 
 from rankscope.errors import ConfigError
-from rankscope.formats.names import is_named
+from rankscope.formats.names import matches_path_end
 
 Init = Literal["kaiming", "gaussian", "pissa"]
 Bias = Literal["none", "lora_only", "all"]
@@ -142,8 +142,8 @@ def select_names(names: str | Sequence[str], paths: Sequence[str], what: str, sh
         found = [path for path in paths if re.fullmatch(names, path)]
         idle = [] if found else [names]
     else:
-        found = [path for path in paths if any(is_named(name, path) for name in names)]
-        idle = [name for name in names if not any(is_named(name, path) for path in paths)]
+        found = [path for path in paths if any(matches_path_end(name, path) for name in names)]
+        idle = [name for name in names if not any(matches_path_end(name, path) for path in paths)]
     if idle:
         known = list(dict.fromkeys(path.rpartition(".")[2] for path in shown))
         some = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")

@@ -11,8 +11,8 @@ from torch import Generator, nn
 from torch.nn.parameter import UninitializedParameter
 
 from rankscope.errors import ConfigError
-from rankscope.lora.kinds import Conv1DLayer, Conv2dLayer, EmbeddingLayer, LinearLayer
 from rankscope.lora.layer import AdapterLayer
+from rankscope.lora.layer_types import Conv1DLayer, Conv2dLayer, EmbeddingLayer, LinearLayer
 from rankscope.lora.spec import ALL_LINEAR, AdapterSpec, Slot, select_names
 from rankscope.updates import check_finite
 
@@ -40,7 +40,7 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> dict[str, Slot]:
     """
     modules = {name: module for name, module in model.named_modules() if name}
     adaptable = [name for name, module in modules.items() if layer_class(module)]
-    saved = find_saved(model, spec.modules_to_save)
+    saved = find_modules_to_save(model, spec.modules_to_save)
     free = [name for name in modules if not any(is_within(name, path) for path in saved)]
     if spec.targets == ALL_LINEAR:
         head = _output_layer(model)
@@ -53,11 +53,11 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> dict[str, Slot]:
     for name in names:
         check_target(model, name, spec.slot(name))
         if spec.init == "pissa":
-            check_directions(model, name, spec.slot(name))
+            check_pissa_target(model, name, spec.slot(name))
     return {name: spec.slot(name) for name in names}
 
 
-def find_saved(model: nn.Module, names: Sequence[str]) -> list[str]:
+def find_modules_to_save(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Paths of the modules that are trained whole; what lies within one of them goes along with it."""
     paths = [name for name, _ in model.named_modules() if name]
     found = select_names(names, paths, "modules_to_save entry", shown=paths) if names else []
@@ -97,7 +97,7 @@ def check_target(model: nn.Module, name: str, slot: Slot) -> None:
         raise ConfigError(f"target {name!r} {reason}")
 
 
-def check_directions(model: nn.Module, name: str, slot: Slot) -> None:
+def check_pissa_target(model: nn.Module, name: str, slot: Slot) -> None:
     """Raise where an adapter cannot start from the singular directions of this module's weight.
 
     Raises:

@@ -1,10 +1,10 @@
 """Results as matplotlib figures: object-oriented, no pyplot, no global state."""
 
 from rankscope.plots.figure import check_suffix, save
-from rankscope.plots.matrix import plot_matrix
-from rankscope.plots.overlap import plot_overlap
+from rankscope.plots.matrix_figure import plot_matrix
+from rankscope.plots.overlap_figure import plot_overlap
 from rankscope.plots.performance import PerformancePoint, plot_performance
-from rankscope.plots.spectra import plot_spectra
+from rankscope.plots.spectrum_figure import plot_spectra
 
 __all__ = [
     "PerformancePoint",

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from rankscope.errors import ConfigError, FormatError
-from rankscope.formats.files import write_atomic
+from rankscope.formats.file_io import write_atomic
 
 SUFFIXES = ("png", "svg", "pdf")
 DPI = 160
-SMALL = 8  # points; titles and labels are matplotlib's own 10 to 12
+FONT_SIZE = 8  # points; titles and labels are matplotlib's own 10 to 12
 
 # Okabe & Ito 2008, told apart with every common kind of colour blindness; without the yellow, too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -63,21 +63,21 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def literal(name: str) -> str:
+def escape_math(name: str) -> str:
     """A name from a file as text: between dollar signs matplotlib would read mathematics, and stop at what is none."""
     return name.replace("$", r"\$")
 
 
-def log2_axis(axes: Axes) -> None:
+def set_log2_axis(axes: Axes) -> None:
     """A logarithmic x axis with ticks at 1, 2, 4, …, written as numbers."""
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def plain_grid(axes: Axes) -> None:
+def style_grid(axes: Axes) -> None:
     """Light lines behind the data, no box around it."""
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=SMALL)
+    axes.tick_params(labelsize=FONT_SIZE)

@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rankscope.errors import ConfigError
-from rankscope.plots.figure import COLOURS, GREY, SMALL, log2_axis, new_figure, plain_grid
+from rankscope.plots.figure import COLOURS, FONT_SIZE, GREY, new_figure, set_log2_axis, style_grid
 
-FULL = COLOURS[1]
+FULL_COLOUR = COLOURS[1]
 FULL_NAME = "full fine-tuning"
-SERIES_COLOURS = tuple(colour for colour in COLOURS if colour != FULL)
+SERIES_COLOURS = tuple(colour for colour in COLOURS if colour != FULL_COLOUR)
 MARKER, SMALLER = 5, 3.5  # points; the latter where seeds would cover each other
 MARKERS = "os^vPX<>"  # without the D of full fine-tuning
 WIDE = 16
@@ -44,7 +44,7 @@ class PerformancePoint:
     edge: bool = False
 
 
-class Mean(NamedTuple):
+class RankMean(NamedTuple):
     """The runs of one rank: means over seeds; ``effective`` is None where a run has none."""
 
     rank: int
@@ -53,7 +53,7 @@ class Mean(NamedTuple):
     edge: bool
 
 
-class Line(NamedTuple):
+class PlotSeries(NamedTuple):
     """One series as it is drawn."""
 
     name: str
@@ -61,15 +61,15 @@ class Line(NamedTuple):
     marker: str
     runs: list[PerformancePoint]
 
-    def means(self) -> list[Mean]:
+    def means(self) -> list[RankMean]:
         """In order of rank."""
         return list(self._means())
 
-    def _means(self) -> Iterator[Mean]:
+    def _means(self) -> Iterator[RankMean]:
         for rank in sorted({run.nominal_rank for run in self.runs if run.nominal_rank is not None}):
             same = [run for run in self.runs if run.nominal_rank == rank]
             effective = [run.effective_rank for run in same if run.effective_rank is not None]
-            yield Mean(
+            yield RankMean(
                 rank,
                 statistics.fmean(effective) if len(effective) == len(same) else None,
                 statistics.fmean(run.score for run in same),
@@ -109,7 +109,7 @@ def plot_performance(
     left, right = figure.subplots(1, 2, sharey=True)
     lines, full = _lines(points), [point for point in points if point.method == "full"]
     for axes in (left, right):
-        plain_grid(axes)
+        style_grid(axes)
         _full_band(axes, full)
         if baseline is not None:
             axes.axhline(baseline, color="#222222", linestyle=":", linewidth=1.1, label="untouched base")
@@ -126,14 +126,14 @@ def plot_performance(
     return figure
 
 
-def _lines(points: Iterable[PerformancePoint]) -> list[Line]:
+def _lines(points: Iterable[PerformancePoint]) -> list[PlotSeries]:
     """The series in the order in which they come, each with its colour and marker."""
     series: dict[str, list[PerformancePoint]] = {}
     for point in points:
         if point.nominal_rank is not None:
             series.setdefault(point.series, []).append(point)
     return [
-        Line(name, SERIES_COLOURS[i % len(SERIES_COLOURS)], MARKERS[i % len(MARKERS)], runs)
+        PlotSeries(name, SERIES_COLOURS[i % len(SERIES_COLOURS)], MARKERS[i % len(MARKERS)], runs)
         for i, (name, runs) in enumerate(series.items())
     ]
 
@@ -144,7 +144,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
         return
     fitting = [n for n in range(1, len(labels) + 1) if _legend_width(labels, n) <= LEGEND_WIDTH]
     columns = max(fitting, default=1)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=FONT_SIZE, frameon=False)
 
 
 def _legend_width(labels: Sequence[str], columns: int) -> int:
@@ -160,11 +160,13 @@ def _legend_width(labels: Sequence[str], columns: int) -> int:
 def _full_band(axes: Axes, full: Sequence[PerformancePoint]) -> None:
     scores = [point.score for point in full]
     if scores:
-        axes.axhspan(min(scores), max(scores), color=FULL, alpha=0.18, linewidth=0)
-        axes.axhline(statistics.fmean(scores), color=FULL, linewidth=1, linestyle="--", label=f"{FULL_NAME}, mean")
+        axes.axhspan(min(scores), max(scores), color=FULL_COLOUR, alpha=0.18, linewidth=0)
+        axes.axhline(
+            statistics.fmean(scores), color=FULL_COLOUR, linewidth=1, linestyle="--", label=f"{FULL_NAME}, mean"
+        )
 
 
-def _runs(axes: Axes, line: Line, places: Sequence[tuple[float, PerformancePoint]]) -> None:
+def _runs(axes: Axes, line: PlotSeries, places: Sequence[tuple[float, PerformancePoint]]) -> None:
     """A marker for each run at its place on the x axis, hollow where its rate lies at an end."""
     size = SMALLER if len({run.seed for run in line.runs}) > 1 else MARKER
     for edge in (False, True):
@@ -175,10 +177,10 @@ def _runs(axes: Axes, line: Line, places: Sequence[tuple[float, PerformancePoint
             axes.plot(x, y, line.marker, color=line.colour, markerfacecolor=fill, markersize=size)
 
 
-def _against_nominal(axes: Axes, lines: Sequence[Line]) -> None:
+def _against_nominal(axes: Axes, lines: Sequence[PlotSeries]) -> None:
     axes.set_xlabel("nominal rank r")
-    axes.set_title("rank given", fontsize=SMALL + 2)
-    log2_axis(axes)
+    axes.set_title("rank given", fontsize=FONT_SIZE + 2)
+    set_log2_axis(axes)
     if not lines:
         axes.text(0.5, 0.5, "no LoRA run", transform=axes.transAxes, ha="center")
         axes.set_xticks([])
@@ -201,38 +203,40 @@ def _without_rank(axes: Axes, points: Iterable[PerformancePoint]) -> None:
         axes.axhline(score, color=GREY, linewidth=1, linestyle="-.")
         mark = " !" if any(run.edge for run in runs) else ""
         place = axes.get_yaxis_transform()
-        axes.text(0.99, score, name + mark, transform=place, ha="right", va="bottom", fontsize=SMALL, color="#555555")
+        axes.text(
+            0.99, score, name + mark, transform=place, ha="right", va="bottom", fontsize=FONT_SIZE, color="#555555"
+        )
 
 
-def _against_effective(axes: Axes, lines: Sequence[Line], full: Sequence[PerformancePoint], measure: str) -> None:
+def _against_effective(axes: Axes, lines: Sequence[PlotSeries], full: Sequence[PerformancePoint], measure: str) -> None:
     axes.set_xlabel(f"effective rank of the update: {measure.replace('_', ' ')}")
-    axes.set_title("rank used", fontsize=SMALL + 2)
-    everything = [*lines, Line(FULL_NAME, FULL, "D", list(full))]
-    ranks = [rank for line in everything for rank, _ in _measured(line) if rank > 0]
+    axes.set_title("rank used", fontsize=FONT_SIZE + 2)
+    everything = [*lines, PlotSeries(FULL_NAME, FULL_COLOUR, "D", list(full))]
+    ranks = [rank for line in everything for rank, _ in _runs_with_effective_rank(line) if rank > 0]
     if ranks and max(ranks) / min(ranks) > WIDE:
-        log2_axis(axes)
+        set_log2_axis(axes)
     for line in everything:
-        _runs(axes, line, _measured(line))
+        _runs(axes, line, _runs_with_effective_rank(line))
         if line.runs:
             joined = len(lines) > 1 and line in lines
             name, form = (line.name, f"-{line.marker}") if joined else (f"{line.name}, a run", line.marker)
             axes.plot([], [], form, color=line.colour, linewidth=1.2, markersize=MARKER, label=name)
     for line in lines:
-        (_ringed_means if len(lines) == 1 else _plain_means)(axes, line)
+        (_draw_ringed_means if len(lines) == 1 else _draw_plain_means)(axes, line)
 
 
-def _measured(line: Line) -> list[tuple[float, PerformancePoint]]:
+def _runs_with_effective_rank(line: PlotSeries) -> list[tuple[float, PerformancePoint]]:
     """The runs that have an effective rank, each with it."""
     return [(run.effective_rank, run) for run in line.runs if run.effective_rank is not None]
 
 
-def _ranks_used(line: Line) -> list[tuple[str, float, float]]:
+def _ranks_used(line: PlotSeries) -> list[tuple[str, float, float]]:
     """The rank as it is written, the mean effective rank and the mean score; "!" marks a rate at an end."""
     measured = [(mean, mean.effective) for mean in line.means()]
     return [(f"{m.rank}{'!' if m.edge else ''}", x, m.score) for m, x in measured if x is not None]
 
 
-def _ringed_means(axes: Axes, line: Line) -> None:
+def _draw_ringed_means(axes: Axes, line: PlotSeries) -> None:
     """A line through the means, each a ring with the rank inside."""
     means = _ranks_used(line)
     x, y = [effective for _, effective, _ in means], [score for _, _, score in means]
@@ -241,10 +245,10 @@ def _ringed_means(axes: Axes, line: Line) -> None:
     ring = f"{line.name}, mean of the rank inside"
     axes.plot([], [], line.marker, color=line.colour, markerfacecolor="white", markersize=9, label=ring)
     for rank, effective, score in means:
-        axes.annotate(rank, (effective, score), ha="center", va="center", fontsize=SMALL - 1, zorder=4)
+        axes.annotate(rank, (effective, score), ha="center", va="center", fontsize=FONT_SIZE - 1, zorder=4)
 
 
-def _plain_means(axes: Axes, line: Line) -> None:
+def _draw_plain_means(axes: Axes, line: PlotSeries) -> None:
     """A line through the means, with the rank at its ends: several series leave no room for more."""
     means = _ranks_used(line)
     axes.plot([x for _, x, _ in means], [y for _, _, y in means], color=line.colour, linewidth=1.2)
@@ -257,5 +261,5 @@ def _plain_means(axes: Axes, line: Line) -> None:
             ha="left" if side > 0 else "right",
             va="center",
             color=line.colour,
-            fontsize=SMALL - 1,
+            fontsize=FONT_SIZE - 1,
         )

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from rankscope.errors import ConfigError
 from rankscope.report.document import Cell, Table
-from rankscope.report.files import plain
+from rankscope.report.figure_files import to_python_number
 
 LONG = 16
 """Rows from which a table scrolls in a box of its own on the screen and can be filtered."""
@@ -24,7 +24,7 @@ SHORT_TITLE = 8
 SMALLEST_P = 1e-12
 
 
-class ShownCell(NamedTuple):
+class RenderedCell(NamedTuple):
     """``value`` is what numbers are sorted by; None for what is no number."""
 
     text: str
@@ -32,7 +32,7 @@ class ShownCell(NamedTuple):
     empty: bool = False
 
 
-class ShownTable(NamedTuple):
+class RenderedTable(NamedTuple):
     """``kinds`` are the columns': "n" holds no texts, "s" short ones. Of ``total`` rows some may not be shown."""
 
     id: str
@@ -41,11 +41,11 @@ class ShownTable(NamedTuple):
     caption: str
     header: list[tuple[str, str]]
     kinds: list[str]
-    rows: list[list[ShownCell]]
+    rows: list[list[RenderedCell]]
     total: int
 
     @property
-    def long(self) -> bool:
+    def is_long(self) -> bool:
         return len(self.rows) >= LONG
 
     @property
@@ -54,13 +54,13 @@ class ShownTable(NamedTuple):
         return max((len(row[0].text) for row in self.rows), default=0)
 
 
-def shown_table(table: Table, key: str, number: int | None, most: int | None = None) -> ShownTable:
+def render_table(table: Table, key: str, number: int | None, most: int | None = None) -> RenderedTable:
     """A table as it is shown, its first ``most`` rows; ``key`` is its anchor, ``number`` its own in the page.
 
     Raises:
         ConfigError: a row has more or fewer cells than the header.
     """
-    rows = [[plain(cell) for cell in row] for row in table.rows]
+    rows = [[to_python_number(cell) for cell in row] for row in table.rows]
     if any(len(row) != len(table.header) for row in rows):
         raise ConfigError(f"table {table.name!r}: a row has more or fewer cells than the header")
     columns = [_column(title, [row[i] for row in rows], table.digits) for i, title in enumerate(table.header)]
@@ -70,14 +70,14 @@ def shown_table(table: Table, key: str, number: int | None, most: int | None = N
         (title, f"{kind} {'k' if len(title) <= SHORT_TITLE else ''}".strip())
         for title, kind in zip(table.header, kinds, strict=True)
     ]
-    return ShownTable(key, number, table.name, table.caption, header, kinds, shown, len(rows))
+    return RenderedTable(key, number, table.name, table.caption, header, kinds, shown, len(rows))
 
 
-def _column(title: str, values: Sequence[Cell], digits: int) -> tuple[str, list[ShownCell]]:
+def _column(title: str, values: Sequence[Cell], digits: int) -> tuple[str, list[RenderedCell]]:
     """The kind of a column, and its cells."""
     numbers = [value for value in values if _is_number(value)]
     likely = is_probability(title) and all(0 <= value <= 1 for value in numbers)
-    padded = _padded((value for value in numbers if isinstance(value, float)), digits)
+    padded = _keeps_zeros((value for value in numbers if isinstance(value, float)), digits)
     cells = [_cell(value, digits, likely, padded) for value in values]
     if all(value is None or _is_number(value) for value in values):
         return "n", cells
@@ -93,27 +93,27 @@ def is_probability(title: str) -> bool:
     return re.search(r"(?<![^\s(])p(?![^\s),=])", title) is not None
 
 
-def _padded(values: Iterable[float], digits: int) -> bool:
+def _keeps_zeros(values: Iterable[float], digits: int) -> bool:
     """Whether numbers keep their trailing zeros: measured ones do, a column of 0.01 and 0.003 does not."""
     mantissas = (f"{abs(value):.{digits - 1}e}".split("e")[0] for value in values)
     return any(len(mantissa.rstrip("0")) > digits for mantissa in mantissas)
 
 
-def _cell(value: Cell, digits: int, likely: bool, padded: bool) -> ShownCell:
+def _cell(value: Cell, digits: int, likely: bool, padded: bool) -> RenderedCell:
     if value is None:
-        return ShownCell("–", None, True)
+        return RenderedCell("–", None, True)
     if isinstance(value, bool):
-        return ShownCell("yes" if value else "no", None)
+        return RenderedCell("yes" if value else "no", None)
     if isinstance(value, str):
-        return ShownCell(value, None)
+        return RenderedCell(value, None)
     if not math.isfinite(value):
-        return ShownCell(str(value), None)
+        return RenderedCell(str(value), None)
     if likely and isinstance(value, float):
-        return ShownCell(probability(value), value)
-    return ShownCell(significant(value, digits, padded), value)
+        return RenderedCell(format_probability(value), value)
+    return RenderedCell(format_significant(value, digits, padded), value)
 
 
-def significant(value: int | float, digits: int, padded: bool = True) -> str:
+def format_significant(value: int | float, digits: int, padded: bool = True) -> str:
     """A number to so many significant digits, ``padded`` with zeros or not; integers and whole parts as they are."""
     if isinstance(value, int):
         return str(value).replace("-", "−")
@@ -124,31 +124,31 @@ def significant(value: int | float, digits: int, padded: bool = True) -> str:
     text = mantissa if small else f"{value:.{max(0, digits - 1 - power)}f}"
     if "." in text and not padded:
         text = text.rstrip("0").rstrip(".")
-    return (text + (f"×10{exponent_of(power)}" if small else "")).replace("-", "−")
+    return (text + (f"×10{superscript(power)}" if small else "")).replace("-", "−")
 
 
-def exponent_of(power: int) -> str:
+def superscript(power: int) -> str:
     """An exponent as raised digits."""
     return str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def probability(p: float) -> str:
+def format_probability(p: float) -> str:
     """A p-value to two digits, as far as it means anything."""
-    return "<1e-12" if p < SMALLEST_P else significant(p, 2, padded=False)
+    return "<1e-12" if p < SMALLEST_P else format_significant(p, 2, padded=False)
 
 
-def clean(value: Any) -> Any:
+def strip_control_characters(value: Any) -> Any:
     """Text without control characters, halves of surrogate pairs, and marks that turn the direction of writing."""
     if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
         return value
     return "".join("\ufffd" if unicodedata.category(c)[0] == "C" and c not in "\n\t" else c for c in value)
 
 
-def soft(text: str) -> Markup:
+def allow_breaks(text: str) -> Markup:
     """Text whose long words may be broken: after dots, slashes and underscores, or anywhere where there are none."""
-    pieces = re.split(rf"(\S{{{LONG_WORD + 1},}})", clean(text))
-    return Markup("").join(_softened(piece) if i % 2 else piece for i, piece in enumerate(pieces))
+    pieces = re.split(rf"(\S{{{LONG_WORD + 1},}})", strip_control_characters(text))
+    return Markup("").join(_allow_breaks_in_word(piece) if i % 2 else piece for i, piece in enumerate(pieces))
 
 
-def _softened(word: str) -> Markup:
+def _allow_breaks_in_word(word: str) -> Markup:
     return Markup("<wbr>").join(re.findall(rf"[^._/]{{0,{LONG_PART}}}[._/]+|[^._/]{{1,{LONG_PART}}}", word))

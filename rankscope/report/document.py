@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from rankscope.evidence.verdict import Verdict
+from rankscope.verdict import Verdict
 
 Cell = str | float | int | None
 

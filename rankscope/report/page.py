@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 
 import rankscope
 from rankscope.errors import ConfigError, FormatError
-from rankscope.formats.files import write_atomic
+from rankscope.formats.file_io import write_atomic
 from rankscope.plots import save
-from rankscope.report.cells import ShownTable, clean, shown_table, soft
+from rankscope.report.cells import RenderedTable, allow_breaks, render_table, strip_control_characters
 from rankscope.report.document import Document, Picture, Section
 
 MOST_ROWS = 500
@@ -37,7 +37,7 @@ PAIRS = 12  # a longer mapping is shown as JSON
 RESERVED = ("page-top", "page-main", "page-summary", "page-provenance")
 
 
-class _Picture(NamedTuple):
+class _RenderedPicture(NamedTuple):
     id: str
     number: int
     caption: str
@@ -45,13 +45,13 @@ class _Picture(NamedTuple):
     source: str
     width: int
     height: int
-    data: ShownTable
+    data: RenderedTable
 
 
-class _Section(NamedTuple):
+class _RenderedSection(NamedTuple):
     section: Section
-    pictures: list[_Picture]
-    tables: list[ShownTable]
+    pictures: list[_RenderedPicture]
+    tables: list[RenderedTable]
 
 
 def write_page(document: Document, path: str | os.PathLike[str]) -> Path:
@@ -64,7 +64,7 @@ def write_page(document: Document, path: str | os.PathLike[str]) -> Path:
     target = Path(path).expanduser()
     if target.is_dir():
         raise FormatError(f"{target}: is a folder; give the page a name of its own")
-    encoded = page(document).encode("utf-8")
+    encoded = render_page(document).encode("utf-8")
 
     def write(file: Path) -> None:
         file.write_bytes(encoded)
@@ -73,7 +73,7 @@ def write_page(document: Document, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def page(document: Document) -> str:
+def render_page(document: Document) -> str:
     """The page as text. The same document gives the same text.
 
     Raises:
@@ -82,17 +82,17 @@ def page(document: Document) -> str:
     keys = Counter([*RESERVED, *(section.key for section in document.sections)])
     if doubled := [key for key, count in keys.items() if count > 1]:
         raise ConfigError(f"two parts of a page have the key {doubled[0]!r}")
-    script = _packaged("page.js")
+    script = _read_package_file("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
         _environment()
-        .from_string(_packaged("template.html"))
+        .from_string(_read_package_file("template.html"))
         .render(
             document=document,
             sections=_sections(document),
             summary=_summary(document),
-            provenance=[(key, *_described(key, value)) for key, value in document.provenance.items()],
-            style=Markup(_packaged("page.css")),
+            provenance=[(key, *_format_fact(key, value)) for key, value in document.provenance.items()],
+            style=Markup(_read_package_file("page.css")),
             script=Markup(script),
             # The page's own script and no other: text that slipped through the escaping could not run either.
             policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
@@ -102,25 +102,29 @@ def page(document: Document) -> str:
     )
 
 
-def _packaged(name: str) -> str:
+def _read_package_file(name: str) -> str:
     return files("rankscope.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _environment() -> Environment:
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=clean, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=strip_control_characters,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters["soft"] = soft
+    environment.filters["soft"] = allow_breaks
     return environment
 
 
-def _sections(document: Document) -> list[_Section]:
+def _sections(document: Document) -> list[_RenderedSection]:
     figures, tables = itertools.count(1), itertools.count(1)
     return [
-        _Section(
+        _RenderedSection(
             section,
             [_picture(picture, next(figures)) for picture in section.pictures],
-            [shown_table(table, f"table-{n}", n) for table, n in zip(section.tables, tables, strict=False)],
+            [render_table(table, f"table-{n}", n) for table, n in zip(section.tables, tables, strict=False)],
         )
         for section in document.sections
     ]
@@ -138,11 +142,13 @@ def _summary(document: Document) -> str | None:
     return f"{total} {'claim' if total == 1 else 'claims'} tested: {said}{lacking}."
 
 
-def _picture(picture: Picture, number: int) -> _Picture:
+def _picture(picture: Picture, number: int) -> _RenderedPicture:
     figure = picture.draw()
     width, height = (round(inches * PIXELS) for inches in figure.get_size_inches())
-    data = shown_table(picture.data, f"figure-{number}-data", None, MOST_ROWS)
-    return _Picture(f"figure-{number}", number, picture.caption, picture.alt, _data_uri(figure), width, height, data)
+    data = render_table(picture.data, f"figure-{number}-data", None, MOST_ROWS)
+    return _RenderedPicture(
+        f"figure-{number}", number, picture.caption, picture.alt, _data_uri(figure), width, height, data
+    )
 
 
 def _data_uri(figure: Figure) -> str:
@@ -151,16 +157,16 @@ def _data_uri(figure: Figure) -> str:
         has_images = any(axes.get_images() for axes in figure.axes)
         svg = None if has_images else save(figure, Path(folder) / "figure.svg").read_bytes()
         if svg is not None and len(svg) <= FEW_SVG_BYTES:
-            return _encoded("svg+xml", svg)
+            return _encode_data_uri("svg+xml", svg)
         png = save(figure, Path(folder) / "figure.png").read_bytes()
-        return _encoded("png", png) if svg is None or len(png) < len(svg) else _encoded("svg+xml", svg)
+        return _encode_data_uri("png", png) if svg is None or len(png) < len(svg) else _encode_data_uri("svg+xml", svg)
 
 
-def _encoded(kind: str, content: bytes) -> str:
+def _encode_data_uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _described(key: str, value: Any) -> tuple[str, Any]:
+def _format_fact(key: str, value: Any) -> tuple[str, Any]:
     """How a fact of the provenance is shown: as text, as pairs of short texts, or as JSON."""
     value = msgspec.to_builtins(value)
     if key == "command" and isinstance(value, list):

@@ -10,28 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankscope.errors import FormatError, located
+from rankscope.errors import FormatError, prefix_errors
+from rankscope.formats.abstract_store import Store, UpdateInfo
 from rankscope.formats.adapter_file import FileStore
-from rankscope.formats.files import TensorFile, TensorInfo, read_json
-from rankscope.formats.interface import Store, UpdateInfo
+from rankscope.formats.file_io import TensorFile, TensorInfo, read_json
 from rankscope.formats.loralib import NoAlphaError
-from rankscope.formats.peft import factor_of
-from rankscope.formats.peft_config import MOVES_BASE
-from rankscope.formats.peft_folder import weights_file, whole_name
-from rankscope.formats.peft_keys import CONFIG_NAME, PREFIX, factor_bias_key, magnitude_key, parse_key
-from rankscope.formats.peft_write import Place, rank_settings
-from rankscope.formats.pickled import PickledFile, open_tensors
-from rankscope.formats.recipes import float_dtype, floats
+from rankscope.formats.peft_config import BASE_MODIFYING_INITS
+from rankscope.formats.peft_folder import base_tensor_name, weights_file
+from rankscope.formats.peft_keys import CONFIG_NAME, PEFT_PREFIX, factor_bias_key, magnitude_key, parse_key
+from rankscope.formats.peft_lora import parse_factor_key
+from rankscope.formats.peft_write import FactorLayout, rank_settings
+from rankscope.formats.pickle_file import PickledFile, open_tensors
+from rankscope.formats.recipes import float_dtype, upcast_float8
 from rankscope.formats.store import open as open_store
-from rankscope.formats.streaming import Pending
+from rankscope.formats.streaming import LazyTensor
 from rankscope.updates import LowRank, check_finite
 
-Readable = str | os.PathLike[str] | Store
+AdapterSource = str | os.PathLike[str] | Store
 
-TO_PEFT = "convert it first: rankscope convert {} --to peft -o NEW"
-BIASES = ("none", "lora_only", "all")  # each trains what the one before does, and more
+CONVERT_HINT = "convert it first: rankscope convert {} --to peft -o NEW"
+BIAS_SETTINGS = ("none", "lora_only", "all")  # each trains what the one before does, and more
 # Settings of ways to start, which mean nothing beside finished factors (PEFT warns of some).
-STARTS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
+INIT_CONFIG_KEYS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Adapter:
     store: Store
     file: TensorFile | PickledFile
     config: dict[str, Any]
-    places: dict[str, Place] = field(default_factory=dict)
+    places: dict[str, FactorLayout] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     magnitudes: dict[str, str] = field(default_factory=dict)
     factor_biases: dict[str, str] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Adapter:
     @classmethod
     def open(
         cls,
-        source: Readable,
+        source: AdapterSource,
         base: str | os.PathLike[str] | None = None,
         device: torch.device | str = "cpu",
         initial: str | os.PathLike[str] | None = None,
@@ -70,17 +70,17 @@ class Adapter:
         try:
             store = source if isinstance(source, Store) else open_store(source, base, device, initial)
         except NoAlphaError as error:
-            raise FormatError(f"{source}: is a loralib file; {TO_PEFT.format(source)} --alpha α") from error
+            raise FormatError(f"{source}: is a loralib file; {CONVERT_HINT.format(source)} --alpha α") from error
         if isinstance(store, FileStore):
-            raise FormatError(f"{store.path}: is a {store.kind} file; {TO_PEFT.format(store.path)}")
+            raise FormatError(f"{store.path}: is a {store.kind} file; {CONVERT_HINT.format(store.path)}")
         if store.kind != "peft":
             raise FormatError(f"{source}: is no adapter in PEFT's layout; convert it, or extract one from full weights")
         folder = store.path
         config = read_json(folder / CONFIG_NAME)
-        with located(folder / CONFIG_NAME):
+        with prefix_errors(folder / CONFIG_NAME):
             _check_config(config)
         opened = cls(str(folder), store, open_tensors(weights_file(folder)), config)
-        with located(opened.file.path):
+        with prefix_errors(opened.file.path):
             opened._sort()
         return opened
 
@@ -89,9 +89,9 @@ class Adapter:
         for key, info in self.file.infos.items():
             if ".original_module." in key:
                 continue  # the untrained copy of a module that was trained whole
-            parsed, factor = parse_key(key), factor_of(key)
+            parsed, factor = parse_key(key), parse_factor_key(key)
             if parsed is None and ".lora_" not in key:
-                _take(self.whole, PREFIX + whole_name(key), key)
+                _take(self.whole, PEFT_PREFIX + base_tensor_name(key), key)
             elif parsed is None or (factor is None and (parsed.part, parsed.leaf) != ("lora_B", "bias")):
                 raise FormatError(f"holds {key}, which is not known; nothing is changed that is not understood")
             elif parsed.module not in self.store:
@@ -142,24 +142,24 @@ class Adapter:
         Raises:
             NonFiniteError: it holds NaN or infinity, or the scale makes it too large for its dtype.
         """
-        bias = floats(self.file.read(self.factor_biases[name]))
+        bias = upcast_float8(self.file.read(self.factor_biases[name]))
         scaled = (bias.double() * self.info(name).scale).to(torch.promote_types(bias.dtype, self.dtype(name)))
-        with located(f"{self.label}: layer {name}"):
+        with prefix_errors(f"{self.label}: layer {name}"):
             check_finite(scaled, "scale · lora_B.bias")
         return scaled
 
-    def pending(self, key: str) -> Pending:
+    def lazy_tensor(self, key: str) -> LazyTensor:
         """A tensor of the file, to be copied."""
-        return Pending(self.file.infos[key], lambda: self.file.read(key))
+        return LazyTensor(self.file.infos[key], lambda: self.file.read(key))
 
-    def carried(self) -> dict[str, Pending]:
+    def unchanged_tensors(self) -> dict[str, LazyTensor]:
         """What goes along unchanged when every layer stays: magnitudes, and what was trained whole."""
-        found = {magnitude_key(name): self.pending(key) for name, key in self.magnitudes.items()}
-        return found | {key: self.pending(stored) for key, stored in self.whole.items()}
+        found = {magnitude_key(name): self.lazy_tensor(key) for name, key in self.magnitudes.items()}
+        return found | {key: self.lazy_tensor(stored) for key, stored in self.whole.items()}
 
-    def biases(self) -> dict[str, Pending]:
+    def biases(self) -> dict[str, LazyTensor]:
         """``lora_B.bias`` of each layer, with the scale in it."""
-        return {factor_bias_key(name): Pending.of(self.factor_bias(name)) for name in self.factor_biases}
+        return {factor_bias_key(name): LazyTensor.of(self.factor_bias(name)) for name in self.factor_biases}
 
 
 def _take(slots: dict[str, str], name: str, key: str) -> None:
@@ -184,17 +184,17 @@ def _halves(shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], tup
     return shapes[stem + "A"], shapes[stem + "B"]
 
 
-def _place(shapes: Mapping[str, tuple[int, ...]]) -> Place:
+def _place(shapes: Mapping[str, tuple[int, ...]]) -> FactorLayout:
     """How a layer's factors are stored, from their shapes by part."""
     A, B = _halves(shapes)
     if "lora_embedding_A" in shapes:
-        return Place("embedding")
-    return Place("conv", A[2:], A[0] // B[1]) if len(A) > 2 else Place()
+        return FactorLayout("embedding")
+    return FactorLayout("conv", A[2:], A[0] // B[1]) if len(A) > 2 else FactorLayout()
 
 
-def renewed(config: Mapping[str, Any], ranks: Mapping[str, int], **settings: Any) -> dict[str, Any]:
+def config_with_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], **settings: Any) -> dict[str, Any]:
     """A configuration with other ranks: α = r everywhere; keys that are not known here go along."""
-    kept = {key: value for key, value in config.items() if key not in STARTS}
+    kept = {key: value for key, value in config.items() if key not in INIT_CONFIG_KEYS}
     return {**kept, "init_lora_weights": True, "inference_mode": True, **rank_settings(ranks), **settings}
 
 
@@ -204,8 +204,10 @@ def _check_config(config: Mapping[str, Any]) -> None:
             f"peft_type is {config.get('peft_type')!r}; only LORA is changed here; merge the adapter with PEFT and "
             "extract one from the result"
         )
-    if config.get("bias") not in (None, *BIASES):
-        raise FormatError(f"bias is {config['bias']!r}, not one of {', '.join(BIASES)}; correct the configuration")
+    if config.get("bias") not in (None, *BIAS_SETTINGS):
+        raise FormatError(
+            f"bias is {config['bias']!r}, not one of {', '.join(BIAS_SETTINGS)}; correct the configuration"
+        )
     saved = config.get("modules_to_save")
     if not (saved is None or (isinstance(saved, list) and all(isinstance(name, str) for name in saved))):
         raise FormatError("modules_to_save is no list of names; correct the configuration")
@@ -216,7 +218,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
 def _check_start(config: Mapping[str, Any], learned: bool) -> None:
     """Refuse factors that contain their start, unless the store took it off again."""
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(MOVES_BASE) and not learned:
+    if isinstance(init, str) and init.lower().startswith(BASE_MODIFYING_INITS) and not learned:
         raise FormatError(
             f"{init} took a start of the adapter's rank off the base weights, so no other adapter fits them; put the "
             "initial adapter beside it (in a subfolder called initial), name it with --initial (resize), or convert it "

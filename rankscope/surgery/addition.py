@@ -16,14 +16,14 @@ from rankscope.updates import Dense, Update, check_finite
 
 
 class Rounding(NamedTuple):
-    """``norm``: ‖Σ updates‖_F. ``error``: ‖rounded sum − exact sum‖_F. ``left``: see ``left_by_rounding``."""
+    """``norm``: ‖Σ updates‖_F. ``error``: ‖rounded sum − exact sum‖_F. ``left``: see ``expected_squared_error``."""
 
     norm: float
     error: float
     left: float
 
 
-def add(stored: Tensor, updates: Sequence[Update], dtype: torch.dtype) -> tuple[Tensor, Rounding]:
+def add_and_round(stored: Tensor, updates: Sequence[Update], dtype: torch.dtype) -> tuple[Tensor, Rounding]:
     """stored (rows, columns) + Σ updates, in ``dtype``; one block of rows at a time is held in float64.
 
     Raises:
@@ -48,7 +48,7 @@ def add(stored: Tensor, updates: Sequence[Update], dtype: torch.dtype) -> tuple[
         result[rows] = part
         error = part.to(working) - start - change
         squares.append(
-            (float(change.square().sum()), float(error.square().sum()), left_by_rounding(stored[rows], part))
+            (float(change.square().sum()), float(error.square().sum()), expected_squared_error(stored[rows], part))
         )
     return result, Rounding(*(math.sqrt(math.fsum(parts)) for parts in zip(*squares, strict=True)))
 
@@ -73,7 +73,7 @@ def in_float64(tensor: Tensor) -> Tensor:
     return tensor.double()
 
 
-def left_by_rounding(merged: Tensor, back: Tensor) -> float:
+def expected_squared_error(merged: Tensor, back: Tensor) -> float:
     """Expected ‖back − original‖²_F where ``merged`` was rounded once and the original was a number of that dtype.
 
     An entry comes back exactly unless the merged number is coarser spaced (ulp m) than the original (ulp w < m). Then

@@ -12,34 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankscope.errors import ConfigError, FormatError, ShapeError, located
-from rankscope.formats.files import TensorInfo
-from rankscope.formats.interface import Skipped, examples
-from rankscope.formats.names import natural_key, pair
-from rankscope.formats.peft_keys import bare_module, factor_bias_key
-from rankscope.formats.peft_write import exact_targets, stored_factors, write_folder
+from rankscope.errors import ConfigError, FormatError, ShapeError, prefix_errors
+from rankscope.formats.abstract_store import SkippedItem, examples
+from rankscope.formats.file_io import TensorInfo
+from rankscope.formats.names import natural_key, pair_names
+from rankscope.formats.peft_keys import factor_bias_key, strip_peft_prefix
+from rankscope.formats.peft_write import exact_targets, factor_tensors, write_peft_folder
 from rankscope.formats.recipes import float_dtype
-from rankscope.formats.streaming import Pending
-from rankscope.surgery.adapter import BIASES, Adapter, Readable, renewed
+from rankscope.formats.streaming import LazyTensor
+from rankscope.surgery.adapter import BIAS_SETTINGS, Adapter, AdapterSource, config_with_ranks
 from rankscope.surgery.addition import in_float64
-from rankscope.surgery.result import Surgery, counted, zero_note
-from rankscope.surgery.shrink import Layer, Track, shrink
-from rankscope.surgery.truncate import Choice
-from rankscope.surgery.writing import copy_tokenizer, new_folder, record, tags
+from rankscope.surgery.output_folder import copy_tokenizer, create_output_folder, file_metadata, write_record
+from rankscope.surgery.surgery_result import SurgeryResult, format_count, zero_layer_notes
+from rankscope.surgery.truncate import RankChoice
+from rankscope.surgery.truncate_layers import LayerUpdate, Track, truncate_layers
 from rankscope.updates import LowRank, check_finite
 
-SAME = 1e-12  # sums of weights closer than this are equal
+RELATIVE_TOLERANCE = 1e-12  # sums of weights closer than this are equal
 # What a sum of updates means depends on these, so they must agree.
 MUST_AGREE = ("layer_replication", "alora_invocation_tokens", "trainable_token_indices")
 
 
 def merge_adapters(
-    adapters: Sequence[Readable],
+    adapters: Sequence[AdapterSource],
     out: str | os.PathLike[str],
     weights: Sequence[float] | None = None,
-    choice: Choice | None = None,
+    choice: RankChoice | None = None,
     **options: Any,
-) -> Surgery:
+) -> SurgeryResult:
     """Write one adapter whose update is Σ wᵢ·sᵢ·BᵢAᵢ, by default with every weight 1.
 
     Args:
@@ -52,24 +52,24 @@ def merge_adapters(
     Raises:
         RankscopeError: an adapter that cannot be read or added, shapes that differ, or ``out`` is taken.
     """
-    factors = _checked(weights if weights is not None else [1.0] * len(adapters), len(adapters))
+    factors = _check_mean_weights(weights if weights is not None else [1.0] * len(adapters), len(adapters))
     return _combine("merge", adapters, factors, out, choice, **options)
 
 
 def subtract(
-    a: Readable, b: Readable, out: str | os.PathLike[str], choice: Choice | None = None, **options: Any
-) -> Surgery:
+    a: AdapterSource, b: AdapterSource, out: str | os.PathLike[str], choice: RankChoice | None = None, **options: Any
+) -> SurgeryResult:
     """Write the adapter whose update is that of ``a`` minus that of ``b``; see ``merge_adapters``."""
     return _combine("subtract", [a, b], [1.0, -1.0], out, choice, **options)
 
 
 def average(
-    adapters: Sequence[Readable],
+    adapters: Sequence[AdapterSource],
     out: str | os.PathLike[str],
     weights: Sequence[float] | None = None,
-    choice: Choice | None = None,
+    choice: RankChoice | None = None,
     **options: Any,
-) -> Surgery:
+) -> SurgeryResult:
     """Write the adapter whose update is the (weighted) mean of updates: weights are divided by their sum.
 
     The mean of products sBA, not of the factors, whose mean depends on how each product was factored.
@@ -78,14 +78,14 @@ def average(
     Raises:
         ConfigError: weights that add up to zero.
     """
-    given = _checked(weights if weights is not None else [1.0] * len(adapters), len(adapters))
+    given = _check_mean_weights(weights if weights is not None else [1.0] * len(adapters), len(adapters))
     total = math.fsum(given)
-    if abs(total) < SAME * max(abs(weight) for weight in given):
+    if abs(total) < RELATIVE_TOLERANCE * max(abs(weight) for weight in given):
         raise ConfigError(f"the weights {list(given)} add up to zero, so there is no average; use merge")
     return _combine("average", adapters, [weight / total for weight in given], out, choice, **options)
 
 
-def _checked(weights: Sequence[float], count: int) -> list[float]:
+def _check_mean_weights(weights: Sequence[float], count: int) -> list[float]:
     if count < 2:
         raise ConfigError(f"at least two adapters are combined, not {count}")
     return check_weights(weights, count)
@@ -98,7 +98,9 @@ def check_weights(weights: Sequence[float], count: int) -> list[float]:
         ConfigError: too few, too many, or one that is NaN or infinite.
     """
     if len(weights) != count:
-        raise ConfigError(f"{counted(len(weights), 'weight')} for {counted(count, 'adapter')}; give one for each")
+        raise ConfigError(
+            f"{format_count(len(weights), 'weight')} for {format_count(count, 'adapter')}; give one for each"
+        )
     if not all(math.isfinite(weight) for weight in weights):
         raise ConfigError(f"the weights {list(weights)} are not all finite")
     return [float(weight) for weight in weights]
@@ -106,32 +108,34 @@ def check_weights(weights: Sequence[float], count: int) -> list[float]:
 
 def _combine(
     operation: str,
-    sources: Sequence[Readable],
+    sources: Sequence[AdapterSource],
     weights: Sequence[float],
     out: str | os.PathLike[str],
-    choice: Choice | None,
+    choice: RankChoice | None,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     track: Track = iter,
     command: str | None = None,
-) -> Surgery:
-    with new_folder(out) as folder:
+) -> SurgeryResult:
+    with create_output_folder(out) as folder:
         adapters = [Adapter.open(source, device=device) for source in sources]
         notes = _check_alike(adapters)
         names = sorted({name for adapter in adapters for name in adapter.places}, key=natural_key)
         layers = [_layer(name, adapters, weights, dtype) for name in names]
-        with located(", ".join(adapter.label for adapter in adapters)):
-            found = shrink(layers, choice, track)
+        with prefix_errors(", ".join(adapter.label for adapter in adapters)):
+            found = truncate_layers(layers, choice, track)
         whole, dropped = _whole(adapters, weights)
         tensors = whole | _factor_biases(names, adapters, weights)
         for layer in layers:
-            factors = stored_factors(layer.name, found.factors[layer.name], layer.place)
-            tensors |= {key: Pending.of(factor) for key, factor in factors.items()}
+            factors = factor_tensors(layer.name, found.factors[layer.name], layer.place)
+            tensors |= {key: LazyTensor.of(factor) for key, factor in factors.items()}
         ranks = {change.name: change.rank_after or 1 for change in found.changes}
-        write_folder(folder, _config(adapters, ranks, tensors, dropped), tensors, tags(operation, command))
+        write_peft_folder(
+            folder, _config(adapters, ranks, tensors, dropped), tensors, file_metadata(operation, command)
+        )
         copy_tokenizer(adapters[0].store.path, folder)
-        return record(
+        return write_record(
             folder,
             operation,
             out,
@@ -141,8 +145,8 @@ def _combine(
             command=command,
             choice="exact" if choice is None else str(choice),
             carried=tuple(whole),
-            skipped=tuple(Skipped(key, "the same in all: the base's own comes back") for key in dropped),
-            notes=(*notes, *found.notes, *zero_note(found.changes)),
+            skipped=tuple(SkippedItem(key, "the same in all: the base's own comes back") for key in dropped),
+            notes=(*notes, *found.notes, *zero_layer_notes(found.changes)),
         )
 
 
@@ -159,7 +163,7 @@ def _check_alike(adapters: Sequence[Adapter]) -> list[str]:
         for key in MUST_AGREE:
             if (adapter.config.get(key) or None) != (first.config.get(key) or None):
                 raise FormatError(f"{adapter.label}: has another {key} than {first.label}; they cannot be added")
-        shared = pair(first.places, adapter.places).pairs
+        shared = pair_names(first.places, adapter.places).pairs
         if shared and not first.places.keys() & adapter.places.keys():
             ours, theirs = shared[0]
             raise FormatError(
@@ -171,13 +175,13 @@ def _check_alike(adapters: Sequence[Adapter]) -> list[str]:
         lone = [name for name in adapter.places if any(name not in other.places for other in adapters)]
         if lone:
             notes.append(
-                f"{adapter.label}: {counted(len(lone), 'layer')} that another adapter leaves alone: {examples(lone)}"
+                f"{adapter.label}: {format_count(len(lone), 'layer')} that another adapter leaves alone: {examples(lone)}"
             )
         notes += [f"{adapter.label}: {note}" for note in adapter.store.notes]
     return notes
 
 
-def _layer(name: str, adapters: Sequence[Adapter], weights: Sequence[float], dtype: torch.dtype | None) -> Layer:
+def _layer(name: str, adapters: Sequence[Adapter], weights: Sequence[float], dtype: torch.dtype | None) -> LayerUpdate:
     """The weighted sum of one layer over the adapters that have it."""
     holders = [(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True) if name in adapter.places]
     first = holders[0][0]
@@ -194,7 +198,7 @@ def _layer(name: str, adapters: Sequence[Adapter], weights: Sequence[float], dty
         total = reduce(lambda a, b: a + b, (adapter.update(name) * weight for adapter, weight in holders))
         return _by_group(total, ranks, place.groups) if place.groups > 1 else total
 
-    return Layer(
+    return LayerUpdate(
         name=name,
         shape=shape,
         place=place,
@@ -213,7 +217,7 @@ def _by_group(update: LowRank, ranks: Sequence[int], groups: int) -> LowRank:
     return LowRank(update.B[:, order], update.A[order], update.scale)
 
 
-def _whole(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[dict[str, Pending], list[str]]:
+def _whole(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[dict[str, LazyTensor], list[str]]:
     """Sums of what was trained whole, where they do not need the base; and what falls out of the sum.
 
     base + Σ wᵢ(pᵢ − base) is Σ wᵢpᵢ where the weights add up to 1, and the base where they add up to 0 and all pᵢ
@@ -222,21 +226,21 @@ def _whole(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[dict[
     Raises:
         FormatError: a sum that the base would be needed for.
     """
-    found: dict[str, Pending] = {}
+    found: dict[str, LazyTensor] = {}
     dropped = []
     total = math.fsum(weights)
     for key in sorted({key for adapter in adapters for key in adapter.whole}, key=natural_key):
         holders = [adapter for adapter in adapters if key in adapter.whole]
         everywhere = len(holders) == len(adapters)
         if key.endswith(".base_layer.weight") and _equal(key, holders):
-            found[key] = holders[0].pending(holders[0].whole[key])
-        elif everywhere and abs(total - 1) < SAME:
+            found[key] = holders[0].lazy_tensor(holders[0].whole[key])
+        elif everywhere and abs(total - 1) < RELATIVE_TOLERANCE:
             found[key] = _mean(key, adapters, weights)
-        elif everywhere and abs(total) < SAME and _equal(key, holders):
+        elif everywhere and abs(total) < RELATIVE_TOLERANCE and _equal(key, holders):
             dropped.append(key)
         else:
             raise FormatError(
-                f"{holders[0].label}: {bare_module(key)} was trained whole, so its sum needs the base; "
+                f"{holders[0].label}: {strip_peft_prefix(key)} was trained whole, so its sum needs the base; "
                 "merge the adapters into their base instead"
             )
     return found, dropped
@@ -248,11 +252,11 @@ def _equal(key: str, holders: Sequence[Adapter]) -> bool:
     return alike and all(torch.equal(first, other.to(first.dtype)) for other in others)
 
 
-def _mean(key: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> Pending:
+def _mean(key: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> LazyTensor:
     infos = [adapter.file.infos[adapter.whole[key]] for adapter in adapters]
     if len({info.shape for info in infos}) > 1:
         shapes = ", ".join(str(info.shape) for info in infos)
-        raise ShapeError(f"{bare_module(key)} has the shapes {shapes}; are the adapters of the same model?")
+        raise ShapeError(f"{strip_peft_prefix(key)} has the shapes {shapes}; are the adapters of the same model?")
     dtype = reduce(torch.promote_types, (float_dtype(info.dtype) for info in infos))
 
     def read() -> Tensor:
@@ -261,10 +265,12 @@ def _mean(key: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> Pe
         check_finite(mean, f"the sum in {str(dtype).removeprefix('torch.')}")
         return mean
 
-    return Pending(TensorInfo(infos[0].shape, dtype), read)
+    return LazyTensor(TensorInfo(infos[0].shape, dtype), read)
 
 
-def _factor_biases(names: Sequence[str], adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Pending]:
+def _factor_biases(
+    names: Sequence[str], adapters: Sequence[Adapter], weights: Sequence[float]
+) -> dict[str, LazyTensor]:
     """Sums of ``lora_B.bias``; zeros where no adapter has one, since PEFT gives all layers one or none."""
     if not any(adapter.factor_biases for adapter in adapters):
         return {}
@@ -276,19 +282,19 @@ def _factor_biases(names: Sequence[str], adapters: Sequence[Adapter], weights: S
         size = first.info(name).shape[0]
         total = reduce(torch.add, parts) if parts else torch.zeros(size, dtype=first.dtype(name))
         check_finite(total, f"{name}: the sum of lora_B.bias")
-        found[factor_bias_key(name)] = Pending.of(total)
+        found[factor_bias_key(name)] = LazyTensor.of(total)
     return found
 
 
 def _config(
-    adapters: Sequence[Adapter], ranks: dict[str, int], tensors: dict[str, Pending], dropped: Sequence[str]
+    adapters: Sequence[Adapter], ranks: dict[str, int], tensors: dict[str, LazyTensor], dropped: Sequence[str]
 ) -> dict[str, Any]:
     configs = [adapter.config for adapter in adapters]
-    gone = {bare_module(key).rpartition(".")[0] for key in dropped}
+    gone = {strip_peft_prefix(key).rpartition(".")[0] for key in dropped}
     saved = dict.fromkeys(name for config in configs for name in config.get("modules_to_save") or ())
     kept = [name for name in saved if not any(path == name or path.endswith(f".{name}") for path in gone)]
-    paths = {*ranks, *(bare_module(key).rpartition(".")[0] for key in tensors if ".lora_" not in key)}
-    return renewed(
+    paths = {*ranks, *(strip_peft_prefix(key).rpartition(".")[0] for key in tensors if ".lora_" not in key)}
+    return config_with_ranks(
         configs[0],
         ranks,
         target_modules=exact_targets(list(ranks), paths),
@@ -296,7 +302,7 @@ def _config(
         layers_to_transform=None,
         layers_pattern=None,
         fan_in_fan_out=any(config.get("fan_in_fan_out") for config in configs),
-        bias=max((config.get("bias") or "none" for config in configs), key=BIASES.index),
+        bias=max((config.get("bias") or "none" for config in configs), key=BIAS_SETTINGS.index),
         lora_bias=any(config.get("lora_bias") for config in configs),
         modules_to_save=kept or None,
     )

@@ -17,14 +17,14 @@ MOST_STATES = 1 << 21
 Counts = NDArray[np.int64]
 
 
-class Allotment(NamedTuple):
+class RankAllocation(NamedTuple):
     """A rank for each layer. ``above``: by how much Σσ² left out can exceed the least possible; 0 where proven."""
 
     ranks: list[int]
     above: float
 
 
-class _Class(NamedTuple):
+class _CostClass(NamedTuple):
     """All further ranks of one price. ``gains[n]``: the energy of the n largest; ``owners``: whose they are."""
 
     cost: int
@@ -37,7 +37,7 @@ class _Class(NamedTuple):
         return np.diff(self.gains)
 
 
-def allot(energies: Sequence[Array], costs: Sequence[int], budget: int) -> Allotment:
+def allocate_ranks(energies: Sequence[Array], costs: Sequence[int], budget: int) -> RankAllocation:
     """Ranks, at least 1 each, with Σ rank · cost ≤ budget and the least Σσ² left out.
 
     Where every rank costs the same, the largest σ² of all layers together are best (Eckart & Young 1936, layer by
@@ -64,10 +64,10 @@ def allot(energies: Sequence[Array], costs: Sequence[int], budget: int) -> Allot
     ranks = np.ones(len(costs), dtype=np.int64)
     for kind, count in zip(classes, counts, strict=True):
         ranks += np.bincount(kind.owners[:count], minlength=len(costs))
-    return Allotment([int(rank) for rank in ranks], above)
+    return RankAllocation([int(rank) for rank in ranks], above)
 
 
-def _classes(energies: Sequence[Array], costs: Sequence[int]) -> list[_Class]:
+def _classes(energies: Sequence[Array], costs: Sequence[int]) -> list[_CostClass]:
     found = []
     for cost in sorted(set(costs)):
         members = [i for i, price in enumerate(costs) if price == cost and len(energies[i]) > 1]
@@ -77,11 +77,11 @@ def _classes(energies: Sequence[Array], costs: Sequence[int]) -> list[_Class]:
         owners = np.concatenate([np.full(len(energies[i]) - 1, i, dtype=np.int64) for i in members])
         order = np.argsort(-values, kind="stable")
         gains = np.concatenate([[0.0], np.cumsum(values[order])])
-        found.append(_Class(cost, gains, owners[order]))
+        found.append(_CostClass(cost, gains, owners[order]))
     return found
 
 
-def _best(classes: Sequence[_Class], spare: int) -> tuple[Counts, float]:
+def _best(classes: Sequence[_CostClass], spare: int) -> tuple[Counts, float]:
     """How many of each class, and the gap to the relaxation that the search left open (0: none)."""
     greedy, relaxed, price, start = _greedy(classes, spare)
     worth = _worth(classes, greedy)
@@ -93,17 +93,17 @@ def _best(classes: Sequence[_Class], spare: int) -> tuple[Counts, float]:
     windows = [np.flatnonzero(loss <= slack) for loss in losses]
     order = sorted(range(len(classes)), key=lambda c: len(windows[c]))
     states, proven = _combinations(classes, losses, windows, order[:-1], spare, slack)
-    found = _completed(classes, states, windows[order[-1]], order[-1], spare)
+    found = _complete_states(classes, states, windows[order[-1]], order[-1], spare)
     best = max(found, key=lambda counts: _worth(classes, counts), default=greedy)
     best = best if _worth(classes, best) > worth else greedy
     return best, 0.0 if proven else max(0.0, relaxed - _worth(classes, best))
 
 
-def _worth(classes: Sequence[_Class], counts: Counts) -> float:
+def _worth(classes: Sequence[_CostClass], counts: Counts) -> float:
     return float(sum(kind.gains[n] for kind, n in zip(classes, counts, strict=True)))
 
 
-def _greedy(classes: Sequence[_Class], spare: int) -> tuple[Counts, float, float, Counts]:
+def _greedy(classes: Sequence[_CostClass], spare: int) -> tuple[Counts, float, float, Counts]:
     """Counts by σ² per parameter, the relaxation's value, its price of a parameter, and its whole counts."""
     density = np.concatenate([kind.values / kind.cost for kind in classes])
     of = np.repeat(np.arange(len(classes)), [len(kind.owners) for kind in classes])
@@ -125,7 +125,7 @@ def _greedy(classes: Sequence[_Class], spare: int) -> tuple[Counts, float, float
     return counts, relaxed, price, start
 
 
-def _loss(kind: _Class, start: int, price: float) -> Array:
+def _loss(kind: _CostClass, start: int, price: float) -> Array:
     """What taking n of a class, n = 0, 1, …, loses against the relaxation when a parameter is worth ``price``."""
     profit = kind.gains - price * kind.cost * np.arange(len(kind.gains))
     loss: Array = profit[start] - profit
@@ -141,7 +141,7 @@ class _States(NamedTuple):
 
 
 def _combinations(
-    classes: Sequence[_Class],
+    classes: Sequence[_CostClass],
     losses: Sequence[Array],
     windows: Sequence[Counts],
     order: Sequence[int],
@@ -167,7 +167,9 @@ def _combinations(
     return states, proven
 
 
-def _completed(classes: Sequence[_Class], states: _States, window: Counts, last: int, spare: int) -> list[Counts]:
+def _complete_states(
+    classes: Sequence[_CostClass], states: _States, window: Counts, last: int, spare: int
+) -> list[Counts]:
     """The best whole answers: of the last class, as many as what is left pays for."""
     if not len(states.spent) or not len(window):
         return []

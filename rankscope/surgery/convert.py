@@ -9,26 +9,33 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from rankscope.errors import ConfigError, FormatError, located
-from rankscope.formats.diffusers import WEIGHTS_NAME
-from rankscope.formats.interface import Skipped
-from rankscope.formats.peft_write import write_folder
-from rankscope.formats.pieces import Piece, Written, component, to_diffusers, to_kohya, to_peft
-from rankscope.formats.streaming import Pending, write_streamed
-from rankscope.surgery.adapter import Readable
-from rankscope.surgery.pieces import base_names, gather, listed_names
-from rankscope.surgery.result import LayerChange, Surgery, relative
-from rankscope.surgery.shrink import Track
-from rankscope.surgery.writing import copy_tokenizer, free_place, new_folder, record, tags, told
+from rankscope.errors import ConfigError, FormatError, prefix_errors
+from rankscope.formats.abstract_store import SkippedItem
+from rankscope.formats.diffusers import DIFFUSERS_WEIGHTS_NAME
+from rankscope.formats.layouts import AdapterContents, LayerFactors, pipeline_component, to_diffusers, to_kohya, to_peft
+from rankscope.formats.peft_write import write_peft_folder
+from rankscope.formats.streaming import LazyTensor, write_streamed
+from rankscope.surgery.adapter import AdapterSource
+from rankscope.surgery.gather import gather_layers, read_base_names, read_names
+from rankscope.surgery.output_folder import (
+    build_result,
+    copy_tokenizer,
+    create_output_folder,
+    file_metadata,
+    free_output_path,
+    write_record,
+)
+from rankscope.surgery.surgery_result import LayerChange, SurgeryResult, error_over_norm
+from rankscope.surgery.truncate_layers import Track
 from rankscope.updates import LowRank
 
-Target = Literal["peft", "kohya", "diffusers"]
+TargetFormat = Literal["peft", "kohya", "diffusers"]
 SUFFIX = ".safetensors"
 
 
 def convert(
-    adapter: Readable,
-    to: Target,
+    adapter: AdapterSource,
+    to: TargetFormat,
     out: str | os.PathLike[str],
     *,
     alpha: float | None = None,
@@ -38,7 +45,7 @@ def convert(
     device: torch.device | str = "cpu",
     track: Track = iter,
     command: str | None = None,
-) -> Surgery:
+) -> SurgeryResult:
     """Write the layers of an adapter in another format. Factors are neither multiplied out nor decomposed.
 
     To PEFT and kohya the factors go as they are, with the α that gives their scale; to diffusers the scale goes into B,
@@ -61,19 +68,19 @@ def convert(
         RankscopeError: an adapter that cannot be read, is in that format already or holds nothing that it can hold,
             names that are not known, or ``out`` is taken.
     """
-    if to not in get_args(Target):
-        raise ConfigError(f"to = {to!r}: convert to one of {', '.join(get_args(Target))}")
-    place = free_place(out)
+    if to not in get_args(TargetFormat):
+        raise ConfigError(f"to = {to!r}: convert to one of {', '.join(get_args(TargetFormat))}")
+    place = free_output_path(out)
     if to == "peft" and place.suffix == SUFFIX:
         raise ConfigError(f"{out}: PEFT's format is a folder; give a name without {SUFFIX}")
-    known = [*(base_names(base) if base is not None else ()), *(listed_names(names) if names is not None else ())]
-    source = gather(adapter, alpha=alpha, device=device, names=known)
+    known = [*(read_base_names(base) if base is not None else ()), *(read_names(names) if names is not None else ())]
+    source = gather_layers(adapter, alpha=alpha, device=device, names=known)
     if source.kind == to:
         raise ConfigError(f"{source.label}: is in the format {to} already")
     source.choose(component, to == "peft")
     pieces, left = _placeable(source.read(track), to)
-    with located(source.label):
-        written = _written(pieces, to, base, [module for _, module in known])
+    with prefix_errors(source.label):
+        written = _to_format(pieces, to, base, [module for _, module in known])
     fields = {
         "inputs": (source.label,),
         "command": command,
@@ -88,32 +95,34 @@ def convert(
 
 
 def _put(
-    written: Written,
-    to: Target,
+    written: AdapterContents,
+    to: TargetFormat,
     out: str | os.PathLike[str],
     place: Path,
     changes: tuple[LayerChange, ...],
     fields: dict[str, Any],
     tokenizer: Path | None,
-) -> Surgery:
+) -> SurgeryResult:
     """Write the folder, or the one file."""
-    tensors = {key: Pending.of(tensor.contiguous()) for key, tensor in written.tensors.items()}
-    metadata = {**tags("convert", fields["command"]), **written.metadata}
+    tensors = {key: LazyTensor.of(tensor.contiguous()) for key, tensor in written.tensors.items()}
+    metadata = {**file_metadata("convert", fields["command"]), **written.metadata}
     if place.suffix == SUFFIX:
         write_streamed(place, tensors, metadata)
-        return told("convert", out, changes, **fields)
-    with new_folder(out) as folder:
+        return build_result("convert", out, changes, **fields)
+    with create_output_folder(out) as folder:
         if written.config is not None:
-            write_folder(folder, written.config, tensors, metadata)
+            write_peft_folder(folder, written.config, tensors, metadata)
         else:
-            name = WEIGHTS_NAME if to == "diffusers" else f"{place.name}{SUFFIX}"
+            name = DIFFUSERS_WEIGHTS_NAME if to == "diffusers" else f"{place.name}{SUFFIX}"
             write_streamed(folder / name, tensors, metadata)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, folder)
-        return record(folder, "convert", out, changes, **fields)
+        return write_record(folder, "convert", out, changes, **fields)
 
 
-def _written(pieces: Sequence[Piece], to: Target, base: str | os.PathLike[str] | None, paths: Sequence[str]) -> Written:
+def _to_format(
+    pieces: Sequence[LayerFactors], to: TargetFormat, base: str | os.PathLike[str] | None, paths: Sequence[str]
+) -> AdapterContents:
     if to == "peft":
         part = None if base is None else os.path.join(base, pieces[0].component)  # a pipeline's folder has its parts
         named = part if part is not None and os.path.isdir(part) else base
@@ -121,7 +130,7 @@ def _written(pieces: Sequence[Piece], to: Target, base: str | os.PathLike[str] |
     return to_kohya(pieces) if to == "kohya" else to_diffusers(pieces)
 
 
-def _placeable(pieces: Sequence[Piece], to: Target) -> tuple[list[Piece], list[Skipped]]:
+def _placeable(pieces: Sequence[LayerFactors], to: TargetFormat) -> tuple[list[LayerFactors], list[SkippedItem]]:
     """What the format has a place for, and the rest with the reason.
 
     Raises:
@@ -131,9 +140,11 @@ def _placeable(pieces: Sequence[Piece], to: Target) -> tuple[list[Piece], list[S
     if to != "peft":
         for piece in pieces:
             if piece.place.kind == "embedding":
-                left.append(Skipped(piece.name, f"factors of an embedding, for which {to} has no layout"))
+                left.append(SkippedItem(piece.name, f"factors of an embedding, for which {to} has no layout"))
             elif piece.place.groups > 1:
-                left.append(Skipped(piece.name, "a convolution with groups, whose factors only PEFT stores like this"))
+                left.append(
+                    SkippedItem(piece.name, "a convolution with groups, whose factors only PEFT stores like this")
+                )
     out = {one.name for one in left}
     kept = [piece for piece in pieces if piece.name not in out]
     if not kept:
@@ -141,11 +152,11 @@ def _placeable(pieces: Sequence[Piece], to: Target) -> tuple[list[Piece], list[S
     return kept, left
 
 
-def _notes(pieces: Sequence[Piece], to: Target) -> list[str]:
+def _notes(pieces: Sequence[LayerFactors], to: TargetFormat) -> list[str]:
     notes = []
     if to != "peft" and any(not piece.component for piece in pieces):
         notes.append(
-            f"the adapter does not say which part of a pipeline it is of; written as {component(pieces[0], pieces)} "
+            f"the adapter does not say which part of a pipeline it is of; written as {pipeline_component(pieces[0], pieces)} "
             "(--component says otherwise)"
         )
     dora = sum(piece.magnitude is not None for piece in pieces)
@@ -154,7 +165,7 @@ def _notes(pieces: Sequence[Piece], to: Target) -> list[str]:
     return notes
 
 
-def _change(piece: Piece, after: LowRank) -> LayerChange:
+def _change(piece: LayerFactors, after: LowRank) -> LayerChange:
     """The record of one layer; the error is that of rounding, zero where factors and scale are the same."""
     before = piece.update
     same = after.B.dtype == before.B.dtype and after.scale == before.scale and torch.equal(after.B, before.B)
@@ -171,5 +182,5 @@ def _change(piece: Piece, after: LowRank) -> LayerChange:
         norm=before.norm,
         retained=1.0,
         error=error,
-        relative_error=relative(error, before.norm),
+        relative_error=error_over_norm(error, before.norm),
     )

@@ -6,19 +6,19 @@ import os
 
 import torch
 
-from rankscope.errors import located
-from rankscope.formats.peft_write import stored_factors, write_folder
-from rankscope.formats.streaming import Pending
-from rankscope.surgery.adapter import Adapter, Readable, renewed
-from rankscope.surgery.result import Surgery, counted, zero_note
-from rankscope.surgery.shrink import Layer, Shrunk, Track, shrink
-from rankscope.surgery.truncate import Choice
-from rankscope.surgery.writing import copy_tokenizer, new_folder, record, tags
+from rankscope.errors import prefix_errors
+from rankscope.formats.peft_write import factor_tensors, write_peft_folder
+from rankscope.formats.streaming import LazyTensor
+from rankscope.surgery.adapter import Adapter, AdapterSource, config_with_ranks
+from rankscope.surgery.output_folder import copy_tokenizer, create_output_folder, file_metadata, write_record
+from rankscope.surgery.surgery_result import SurgeryResult, format_count, zero_layer_notes
+from rankscope.surgery.truncate import RankChoice
+from rankscope.surgery.truncate_layers import LayerUpdate, Track, TruncatedLayers, truncate_layers
 
 
 def resize(
-    adapter: Readable,
-    choice: Choice,
+    adapter: AdapterSource,
+    choice: RankChoice,
     out: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
@@ -26,7 +26,7 @@ def resize(
     track: Track = iter,
     command: str | None = None,
     initial: str | os.PathLike[str] | None = None,
-) -> Surgery:
+) -> SurgeryResult:
     """Write an adapter whose every layer is the best approximation of its rank (Eckart & Young 1936).
 
     Nothing is multiplied out. Factors are balanced (√σ on each side) with α = r, so the scale is 1 for every reader.
@@ -46,16 +46,16 @@ def resize(
     Raises:
         RankscopeError: an adapter that cannot be read or changed, a choice it does not allow, or ``out`` is taken.
     """
-    with new_folder(out) as folder:
+    with create_output_folder(out) as folder:
         source = Adapter.open(adapter, device=device, initial=initial)
         layers = [_layer(source, name, dtype) for name in source.names()]
-        with located(source.label):
-            found = shrink(layers, choice, track)
+        with prefix_errors(source.label):
+            found = truncate_layers(layers, choice, track)
         ranks = {change.name: change.rank_after or 1 for change in found.changes}
-        config = renewed(source.config, ranks)
-        write_folder(folder, config, _tensors(source, found), tags("resize", command))
+        config = config_with_ranks(source.config, ranks)
+        write_peft_folder(folder, config, _tensors(source, found), file_metadata("resize", command))
         copy_tokenizer(source.store.path, folder)
-        return record(
+        return write_record(
             folder,
             "resize",
             out,
@@ -64,12 +64,12 @@ def resize(
             command=command,
             choice=str(choice),
             carried=tuple(source.whole),
-            notes=(*source.store.notes, *_dora_note(source), *found.notes, *zero_note(found.changes)),
+            notes=(*source.store.notes, *_dora_note(source), *found.notes, *zero_layer_notes(found.changes)),
         )
 
 
-def _layer(source: Adapter, name: str, dtype: torch.dtype | None) -> Layer:
-    return Layer(
+def _layer(source: Adapter, name: str, dtype: torch.dtype | None) -> LayerUpdate:
+    return LayerUpdate(
         name=name,
         shape=source.info(name).shape,
         place=source.places[name],
@@ -80,16 +80,16 @@ def _layer(source: Adapter, name: str, dtype: torch.dtype | None) -> Layer:
     )
 
 
-def _tensors(source: Adapter, found: Shrunk) -> dict[str, Pending]:
-    tensors = source.carried() | source.biases()
+def _tensors(source: Adapter, found: TruncatedLayers) -> dict[str, LazyTensor]:
+    tensors = source.unchanged_tensors() | source.biases()
     for name, update in found.factors.items():
-        factors = stored_factors(name, update, source.places[name])
-        tensors |= {key: Pending.of(factor) for key, factor in factors.items()}
+        factors = factor_tensors(name, update, source.places[name])
+        tensors |= {key: LazyTensor.of(factor) for key, factor in factors.items()}
     return tensors
 
 
 def _dora_note(source: Adapter) -> list[str]:
     if not source.magnitudes:
         return []
-    layers = counted(len(source.magnitudes), "layer")
+    layers = format_count(len(source.magnitudes), "layer")
     return [f"DoRA in {layers}: the product scale·B·A was resized, the magnitude is as it was"]

@@ -8,9 +8,9 @@ from typing import Any
 
 from rankscope.errors import FormatError
 from rankscope.formats.checkpoint import INDEX_SUFFIX, checkpoint_file
-from rankscope.formats.files import TensorFile, read_json, write_json
-from rankscope.formats.pickled import PickledFile, open_tensors
-from rankscope.formats.streaming import Pending, write_streamed
+from rankscope.formats.file_io import TensorFile, read_json, write_json
+from rankscope.formats.pickle_file import PickledFile, open_tensors
+from rankscope.formats.streaming import LazyTensor, write_streamed
 
 
 class Shards:
@@ -38,7 +38,7 @@ class Shards:
             self.files = {self.name: open_tensors(source)}
 
     def write(
-        self, folder: Path, changed: Mapping[str, Pending], added: Mapping[str, Pending], tags: Mapping[str, str]
+        self, folder: Path, changed: Mapping[str, LazyTensor], added: Mapping[str, LazyTensor], tags: Mapping[str, str]
     ) -> None:
         """Write every file, one tensor in memory at a time.
 
@@ -54,7 +54,7 @@ class Shards:
         where: dict[str, str] = {}
         total = 0
         for number, (name, file) in enumerate(self.files.items(), 1):
-            tensors = {key: changed.get(key) or _stored(file, key) for key in file.infos}
+            tensors = {key: changed.get(key) or _lazy_tensor(file, key) for key in file.infos}
             if number == len(self.files):
                 tensors |= added
             write_streamed(folder / name, tensors, {**file.metadata, **tags})
@@ -67,8 +67,8 @@ class Shards:
             write_json(folder / (self.name + INDEX_SUFFIX), index)
 
 
-def _stored(file: TensorFile | PickledFile, key: str) -> Pending:
-    return Pending(file.infos[key], lambda: file.read(key))
+def _lazy_tensor(file: TensorFile | PickledFile, key: str) -> LazyTensor:
+    return LazyTensor(file.infos[key], lambda: file.read(key))
 
 
 def _safe(name: str) -> str:

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from rankscope.errors import ConfigError
-from rankscope.linalg import SVD, Leading, leading, ulp, working_dtype, worth_a_sketch
+from rankscope.linalg import SVD, LeadingTriplets, leading_triplets, sketch_is_cheaper, ulp, working_dtype
 from rankscope.noise import Array, noise_edge
 from rankscope.spectra import Spectrum, mp_edge
 from rankscope.updates import Dense, LowRank, Update
 
 CHUNK = 1 << 22  # entries of a full matrix that are held in float64 at a time
 
-SLACK = 1e-3
+MAX_EXCESS_ERROR = 1e-3
 """How much more than the least error a cut may leave, relative to that, where the largest σ are found alone."""
-CANCELLED = 8  # multiples of max(out, in)·eps that rounding leaves at most where factors cancel
+CANCELLATION_FACTOR = 8  # multiples of max(out, in)·eps that rounding leaves at most where factors cancel
 
 
-class Choice(ABC):
+class RankChoice(ABC):
     """Which singular values are kept. At least one is, and none that is zero to rounding beside others."""
 
     @abstractmethod
@@ -31,7 +31,7 @@ class Choice(ABC):
         """As reports name it."""
 
 
-class LayerChoice(Choice):
+class LayerChoice(RankChoice):
     """A choice that looks at one layer at a time."""
 
     @abstractmethod
@@ -112,7 +112,7 @@ class AboveNoise(LayerChoice):
 
 
 @dataclass(frozen=True)
-class Budget(Choice):
+class Budget(RankChoice):
     """This many parameters in all layers together, shared out so that the total error is least (``budget.allot``)."""
 
     parameters: int
@@ -163,20 +163,20 @@ def _rounding(factor: Tensor) -> float:
     return noise_edge(math.sqrt(float(spacing.square().mean()) / 12), (factor.shape[0], factor.shape[1]))
 
 
-def decomposed(update: Update, k: int | None) -> SVD:
+def decompose(update: Update, k: int | None) -> SVD:
     """The SVD, or of a full matrix of which k singular values are kept those alone, where they are found sooner.
 
-    These leave out at most ``SLACK`` more than the least error, in relative terms, by the bound of ``above_best``; a
+    These leave out at most ``MAX_EXCESS_ERROR`` more than the least error, in relative terms, by the bound of ``excess_error_bound``; a
     matrix whose singular values lie too close for that bound is decomposed as a whole.
     """
-    if k is not None and isinstance(update, Dense) and worth_a_sketch(update.shape, k) and update.energy:
-        found = leading(update.matrix, k)
-        if above_best(found, update.energy) <= SLACK:
+    if k is not None and isinstance(update, Dense) and sketch_is_cheaper(update.shape, k) and update.energy:
+        found = leading_triplets(update.matrix, k)
+        if excess_error_bound(found, update.energy) <= MAX_EXCESS_ERROR:
             return found.svd
     return update.svd()
 
 
-def above_best(found: Leading, energy: float) -> float:
+def excess_error_bound(found: LeadingTriplets, energy: float) -> float:
     """A bound on how much larger the error of the cut is than the least, relative to that (0.001: one per mille).
 
     The squares s² are Ritz values of MᵀM with residuals ρ = s·‖Mᵀu − s·v‖. Each is below its σ² by at most ρ, and by
@@ -192,13 +192,13 @@ def above_best(found: Leading, energy: float) -> float:
     return lost / max(left, rounding) / 2
 
 
-def truncated(svd: SVD, k: int, dtype: torch.dtype) -> LowRank:
+def truncate_svd(svd: SVD, k: int, dtype: torch.dtype) -> LowRank:
     """The best approximation of rank k (Eckart & Young 1936), √σ on each side, rounded to ``dtype``; scale 1."""
     root = svd.s[:k].sqrt()
     return LowRank((svd.U[:, :k] * root).to(dtype), (root[:, None] * svd.Vt[:k]).to(dtype))
 
 
-def carried(update: LowRank, dtype: torch.dtype) -> LowRank:
+def fold_scale_and_round(update: LowRank, dtype: torch.dtype) -> LowRank:
     """The same factors with the scale in B, rounded to ``dtype``."""
     return LowRank(update.left.to(dtype), update.A.to(dtype))
 
@@ -220,11 +220,11 @@ def is_zero(update: Update, spectrum: Spectrum) -> bool:
 
     A product of r terms is computed to a small multiple of max(out, in)·eps·max_l ‖b_l‖‖a_l‖.
     """
-    cancelled = update.product is not None and CANCELLED * max(spectrum.shape) * spectrum.eps >= 1
+    cancelled = update.product is not None and CANCELLATION_FACTOR * max(spectrum.shape) * spectrum.eps >= 1
     return cancelled or not spectrum.values[0]
 
 
-def kept_share(spectrum: Spectrum, k: int) -> float:
+def retained_energy(spectrum: Spectrum, k: int) -> float:
     """Share of the energy in the k largest σ."""
     if not spectrum.complete:
         return min(1.0, float((spectrum.values[:k] ** 2).sum()) / spectrum.energy)
@@ -233,6 +233,6 @@ def kept_share(spectrum: Spectrum, k: int) -> float:
     return float((spectrum.ratios[:k] ** 2).sum() / (spectrum.ratios**2).sum())
 
 
-def gains(update: Update, spectrum: Spectrum) -> Array:
+def signal_energies(update: Update, spectrum: Spectrum) -> Array:
     """σ² without those that are rounding: what a budget is spent on."""
     return spectrum.values[: 0 if is_zero(update, spectrum) else spectrum.nonzero] ** 2

@@ -7,40 +7,40 @@ from collections.abc import Mapping
 from typing import Any
 
 from rankscope.errors import FormatError
-from rankscope.formats.files import TensorInfo
+from rankscope.formats.file_io import TensorInfo
 
-HEAD = "lm_head.weight"
+HEAD_WEIGHT = "lm_head.weight"
 # Names of weights that output layers are tied to; of positions and token types none is.
-EMBEDDING = re.compile(
+TIED_EMBEDDING = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|word_embeddings?|embed_in|shared|tok_embeddings|embeddings?)\.weight$"
 )
-HEADED = re.compile(r"(?:CausalLM|LMHeadModel|ConditionalGeneration)$")  # classes whose output layer is lm_head
-TIE = "tie_word_embeddings"
+HEAD_CLASSES = re.compile(r"(?:CausalLM|LMHeadModel|ConditionalGeneration)$")  # classes whose output layer is lm_head
+TIE_KEY = "tie_word_embeddings"
 
 
 def is_tied(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> bool:
     """Whether the model's output layer is its embedding: as the configuration says, or as its class does by default."""
     for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping) and isinstance(part.get(TIE), bool):
-            return bool(part[TIE])
-    return has_head(config) and HEAD not in infos
+        if isinstance(part, Mapping) and isinstance(part.get(TIE_KEY), bool):
+            return bool(part[TIE_KEY])
+    return has_head(config) and HEAD_WEIGHT not in infos
 
 
 def has_head(config: Mapping[str, Any]) -> bool:
     """Whether the model is of a class with an output layer over the vocabulary."""
     classes = config.get("architectures")
-    return isinstance(classes, list) and any(isinstance(name, str) and HEADED.search(name) for name in classes)
+    return isinstance(classes, list) and any(isinstance(name, str) and HEAD_CLASSES.search(name) for name in classes)
 
 
-def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+def untie_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of the same model with an output layer of its own."""
-    found = {**config, TIE: False}
-    if isinstance(text := config.get("text_config"), Mapping) and TIE in text:
-        found["text_config"] = {**text, TIE: False}
+    found = {**config, TIE_KEY: False}
+    if isinstance(text := config.get("text_config"), Mapping) and TIE_KEY in text:
+        found["text_config"] = {**text, TIE_KEY: False}
     return found
 
 
-def embedding_of(infos: Mapping[str, TensorInfo], shape: tuple[int, int] | None = None) -> str:
+def find_tied_embedding(infos: Mapping[str, TensorInfo], shape: tuple[int, int] | None = None) -> str:
     """The embedding that an output layer absent from the checkpoint is tied to.
 
     Raises:
@@ -49,13 +49,13 @@ def embedding_of(infos: Mapping[str, TensorInfo], shape: tuple[int, int] | None 
     found = [
         name
         for name, info in infos.items()
-        if EMBEDDING.search(name) and len(info.shape) == 2 and shape in (None, tuple(info.shape))
+        if TIED_EMBEDDING.search(name) and len(info.shape) == 2 and shape in (None, tuple(info.shape))
     ]
     if len(found) != 1:
         size = f" of its shape {shape[0]} × {shape[1]}" if shape else ""
         several = f" ({', '.join(found)})" if found else ""
         raise FormatError(
-            f"has no {HEAD}, and {len(found)} embeddings{size} that it could be tied to{several}; "
+            f"has no {HEAD_WEIGHT}, and {len(found)} embeddings{size} that it could be tied to{several}; "
             "is this the base that was tuned?"
         )
     return found[0]

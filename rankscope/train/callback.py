@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankscope.analysis.sources import fits, select
+from rankscope.analysis.sources import matches_pattern, select_layers
 from rankscope.errors import ConfigError, RankscopeError
-from rankscope.formats.files import read_tensors, write_tensors
-from rankscope.train.watched import Watched, Whole, find, measure
+from rankscope.formats.file_io import read_tensors, write_tensors
+from rankscope.train.tracked_weights import TrackedFullWeight, TrackedWeight, find_tracked_weights, measure_update
 
 INITIAL_NAME = "rank_initial.safetensors"
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class RankCallback:
             _check_count("every", every)
         self.every, self.k, self.layers, self.per_layer, self.clock = every, k, layers, per_layer, clock
         self.seconds = 0.0
-        self._watched: list[Watched] = []
+        self._watched: list[TrackedWeight] = []
         self._begun = 0.0
         self._said: set[str] = set()
 
@@ -89,7 +89,7 @@ class RankCallback:
         # Trainer calls every event of its version on every callback, and asks for no base class: not to have one
         # keeps transformers out of the import.
         if name.startswith("on_"):
-            return _nothing
+            return _ignore_event
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # Events
@@ -97,9 +97,9 @@ class RankCallback:
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Find what is trained, and where it started."""
         self._begun, self.seconds, self._said = self.clock(), 0.0, set()
-        found = find(model)  # by every process: an error must stop all of them
+        found = find_tracked_weights(model)  # by every process: an error must stop all of them
         names = [layer.name for layer in found.layers]
-        chosen = set(select(names, self.layers, "RankCallback")) if names else set()
+        chosen = set(select_layers(names, self.layers, "RankCallback")) if names else set()
         self._watched = []
         if not state.is_world_process_zero:
             return
@@ -124,7 +124,7 @@ class RankCallback:
         due = not self.every or state.global_step % self.every == 0
         if not self._watched or logs is None or "loss" not in logs or not due:
             return
-        added = self._measured()
+        added = self._measure_layers()
         logs.update(added)
         # The Trainer has put a copy of the line into its history before it calls the callbacks.
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -161,7 +161,7 @@ class RankCallback:
         kept = {}
         for layer in self._watched:
             tensors = layer.remember()
-            kept.update(tensors if saves or not isinstance(layer, Whole) else {})
+            kept.update(tensors if saves or not isinstance(layer, TrackedFullWeight) else {})
         try:
             write_tensors(path, kept, {"rankscope": "initial"})
         except RankscopeError as error:
@@ -177,7 +177,7 @@ class RankCallback:
         lost = [layer for layer in self._watched if not layer.recall(stored)]
         if not lost:
             return
-        whole = [layer for layer in lost if isinstance(layer, Whole)]  # whose update is None from here on
+        whole = [layer for layer in lost if isinstance(layer, TrackedFullWeight)]  # whose update is None from here on
         parts = []
         if len(whole) < len(lost):
             parts.append(
@@ -188,17 +188,17 @@ class RankCallback:
         self._say(f"{reason}, so where this resumed training started is not known: {'; '.join(parts)}")
 
     @torch.no_grad()
-    def _measured(self) -> dict[str, float]:
+    def _measure_layers(self) -> dict[str, float]:
         begun = self.clock()  # the Trainer has just read the loss: no kernels of the training are left to wait for
         readings = {}
         for layer in self._watched:
             try:
-                readings[layer.name] = measure(layer, self.k)
+                readings[layer.name] = measure_update(layer, self.k)
             except (RankscopeError, RuntimeError) as error:  # torch's: no convergence, or no memory for a large SVD
                 self._say(f"{layer.name} is left out: {error}", about=layer.name)
         now = self.clock()
         self.seconds += now - begun
-        added = summary(readings, self.per_layer)
+        added = log_entries(readings, self.per_layer)
         if added and now > self._begun:
             added["rank/share_of_time"] = self.seconds / (now - self._begun)
         return added
@@ -208,7 +208,7 @@ class RankCallback:
     def _say_left_out(self, left_out: Sequence[tuple[str, str]], of_all: bool) -> None:
         if self.layers is not None and not of_all:  # what the user did not ask for is not missed
             patterns = [self.layers] if isinstance(self.layers, str) else self.layers
-            left_out = [item for item in left_out if any(fits(item[0], pattern) for pattern in patterns)]
+            left_out = [item for item in left_out if any(matches_pattern(item[0], pattern) for pattern in patterns)]
         reasons = Counter(reason for _, reason in left_out)
         first = {reason: name for name, reason in reversed(left_out)}
         parts = [f"{count} ({reason}; first {first[reason]})" for reason, count in reasons.most_common()]
@@ -222,7 +222,7 @@ class RankCallback:
             logger.warning("RankCallback: %s", message)
 
 
-def summary(readings: dict[str, dict[str, float]], per_layer: bool) -> dict[str, float]:
+def log_entries(readings: dict[str, dict[str, float]], per_layer: bool) -> dict[str, float]:
     """``rank/<measure>/<layer>`` and ``rank/median/<measure>`` of measures by layer; empty where there are none."""
     added = {}
     for name, found in readings.items() if per_layer else ():
@@ -238,5 +238,5 @@ def _check_count(name: str, value: object) -> None:
         raise ConfigError(f"{name} is a whole number from 1, not {value!r}")
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
+def _ignore_event(*args: Any, **kwargs: Any) -> None:
     """An event that does not matter here."""

@@ -10,7 +10,7 @@ from typing import IO
 
 from rankscope.errors import FormatError
 
-LOCK = ".lock"
+LOCK_NAME = ".lock"
 
 
 class Claims:
@@ -25,20 +25,20 @@ class Claims:
         self._file = file
         self._held: set[str] = set()
 
-    def take(self, name: str) -> bool:
+    def try_claim(self, name: str) -> bool:
         """Claim a run; False where another process is at it."""
-        if name not in self._held and lock_byte(self._file, place(name)):
+        if name not in self._held and lock_byte(self._file, lock_offset(name)):
             self._held.add(name)
         return name in self._held
 
     def release(self, names: Iterable[str]) -> None:
         for name in names:
             if name in self._held:
-                unlock_byte(self._file, place(name))
+                unlock_byte(self._file, lock_offset(name))
                 self._held.discard(name)
 
 
-def place(name: str) -> int:
+def lock_offset(name: str) -> int:
     """The byte that stands for a name; 0 is kept for the study itself."""
     return 1 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
@@ -66,7 +66,7 @@ def unlock_byte(file: IO[str], at: int) -> None:
 
 
 @contextmanager
-def claiming(folder: Path) -> Iterator[Claims]:
+def open_claims(folder: Path) -> Iterator[Claims]:
     """Make the folder, and give this process its claims there; they are released at the end.
 
     Raises:
@@ -74,7 +74,7 @@ def claiming(folder: Path) -> Iterator[Claims]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a")
+        file = (folder / LOCK_NAME).open("a")
     except OSError as error:
         raise FormatError(f"{folder}: cannot be made ({error.strerror or error})") from error
     with file:
@@ -82,7 +82,7 @@ def claiming(folder: Path) -> Iterator[Claims]:
 
 
 @contextmanager
-def alone(claims: Claims) -> Iterator[None]:
+def lock_study(claims: Claims) -> Iterator[None]:
     """Within, no other process is in such a block of the same study."""
     lock_byte(claims._file, 0, wait=True)
     try:

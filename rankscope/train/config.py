@@ -15,10 +15,10 @@ import msgspec
 import torch
 
 from rankscope.errors import ConfigError
-from rankscope.formats.interface import usable_device
+from rankscope.formats.abstract_store import check_device
 
-Method = Literal["lora", "rslora", "lora+", "frozen-a", "pissa", "bias", "head", "subspace", "said", "full"]
-SUBSPACE: tuple[Method, ...] = ("subspace", "said")
+TrainingMethod = Literal["lora", "rslora", "lora+", "frozen-a", "pissa", "bias", "head", "subspace", "said", "full"]
+SUBSPACE_METHODS: tuple[TrainingMethod, ...] = ("subspace", "said")
 """The methods that train in a random subspace."""
 PlantedSpectrum = Literal["even", "flat", "decaying"]
 
@@ -46,7 +46,7 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     planted_noise: float = 0.5
     planted_spectrum: PlantedSpectrum = "even"
 
-    methods: tuple[Method, ...] = ("lora",)
+    methods: tuple[TrainingMethod, ...] = ("lora",)
     targets: tuple[str, ...] = ()
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 64)
     budget: int | None = None
@@ -85,21 +85,21 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     save_seconds: float = 20.0
 
     def __post_init__(self) -> None:
-        for key, problem in problems(self):
+        for key, problem in find_invalid_settings(self):
             raise ConfigError(f"{key} = {getattr(self, key)!r}: {problem}")
 
 
 # What may differ when a study is taken up again: the grid may grow, and the place may change.
-GRID = frozenset(
+GRID_KEYS = frozenset(
     {"methods", "targets", "ranks", "budget", "dims", "lrs", "full", "full_lrs", "seeds", "extend_lrs", "halving"}
 )
-PLACE = frozenset({"device", "tokens", "checkpointing", "data_parallel", "shard", "save_seconds"})
+RUNTIME_KEYS = frozenset({"device", "tokens", "checkpointing", "data_parallel", "shard", "save_seconds"})
 # Files may be named otherwise: the fingerprint has their hashes.
-RESUMABLE = GRID | PLACE | {"model", "data", "eval"}
-ALPHA = re.compile(r"(\d+(?:\.\d+)?)?\s*r")
+RESUMABLE_KEYS = GRID_KEYS | RUNTIME_KEYS | {"model", "data", "eval"}
+ALPHA_PATTERN = re.compile(r"(\d+(?:\.\d+)?)?\s*r")
 
 
-def problems(config: StudyConfig) -> list[tuple[str, str]]:
+def find_invalid_settings(config: StudyConfig) -> list[tuple[str, str]]:
     """Each setting whose value makes no sense, with what would."""
     found: list[tuple[str, str]] = []
 
@@ -115,7 +115,7 @@ def problems(config: StudyConfig) -> list[tuple[str, str]]:
     for key in ("lrs", "full_lrs"):
         require(key, all(0 < lr < math.inf for lr in getattr(config, key)), "rates above 0")
     require("seeds", len(config.seeds) > 0, "at least one seed")
-    subspaces = any(method in SUBSPACE for method in config.methods)
+    subspaces = any(method in SUBSPACE_METHODS for method in config.methods)
     require("dims", bool(config.dims) or not subspaces, "at least one dimension of the random subspaces")
     some = bool(config.methods) and bool(config.ranks or config.budget or subspaces)
     require("ranks", some or config.full, "at least one rank, or full fine-tuning")
@@ -123,7 +123,7 @@ def problems(config: StudyConfig) -> list[tuple[str, str]]:
     for key in ("batch", "accumulate", "budget", "tokens", "steps"):
         value = getattr(config, key)
         require(key, value is None or value > 0, "at least 1")
-    require("alpha", alpha_factor(config.alpha) is not None, "a number above 0, or a multiple of the rank such as 2r")
+    require("alpha", parse_alpha(config.alpha) is not None, "a number above 0, or a multiple of the rank such as 2r")
     require("planted_rank", 1 <= config.planted_rank <= 64, "1 to 64: the planted maps are 64 × 96")
     require("planted_noise", config.planted_noise <= 1e6, "at most a million")
     require("max_length", config.max_length is None or config.max_length > 1, "at least 2")
@@ -142,11 +142,11 @@ def problems(config: StudyConfig) -> list[tuple[str, str]]:
     return found
 
 
-def alpha_factor(alpha: float | str | None) -> tuple[float, bool] | None:
+def parse_alpha(alpha: float | str | None) -> tuple[float, bool] | None:
     """(number, whether the rank multiplies it) of an alpha setting; None where it makes no sense."""
     if alpha is None:
         return 2.0, True
-    found = ALPHA.fullmatch(alpha) if isinstance(alpha, str) else None
+    found = ALPHA_PATTERN.fullmatch(alpha) if isinstance(alpha, str) else None
     try:
         value = float(found[1] or 1.0) if found else float(alpha)
     except ValueError:
@@ -154,7 +154,7 @@ def alpha_factor(alpha: float | str | None) -> tuple[float, bool] | None:
     return (value, found is not None) if 0 < value < math.inf else None
 
 
-def read_config(path: Path, overrides: Mapping[str, Any]) -> StudyConfig:
+def read_study_config(path: Path, overrides: Mapping[str, Any]) -> StudyConfig:
     """A study's settings from a TOML file, with ``overrides`` in place of what it says.
 
     Raises:
@@ -166,10 +166,10 @@ def read_config(path: Path, overrides: Mapping[str, Any]) -> StudyConfig:
         raise ConfigError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML ({error})") from error
-    return make_config({**values, **overrides}, str(path))
+    return make_study_config({**values, **overrides}, str(path))
 
 
-def make_config(values: Mapping[str, Any], where: str) -> StudyConfig:
+def make_study_config(values: Mapping[str, Any], where: str) -> StudyConfig:
     """Check and convert plain values; ``where`` is named in the error."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected settings by name, found {type(values).__name__}")
@@ -192,13 +192,13 @@ def stream_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def generator(*parts: object) -> torch.Generator:
+def make_generator(*parts: object) -> torch.Generator:
     """A CPU generator seeded by what it is for, e.g. ``generator(seed, "init", rank)``."""
     return torch.Generator().manual_seed(stream_seed(*parts))
 
 
 @contextmanager
-def seeded(device: torch.device, *parts: object) -> Iterator[None]:
+def use_global_seed(device: torch.device, *parts: object) -> Iterator[None]:
     """Within, torch's global stream is the one named by ``parts``; afterwards it is what it was.
 
     Models of others, such as BERT with its dropout, draw from the global stream and take no other.
@@ -206,7 +206,7 @@ def seeded(device: torch.device, *parts: object) -> Iterator[None]:
     seed = stream_seed(*parts)
     kept = torch.mps.get_rng_state() if device.type == "mps" else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for stream in streams(device):
+        for stream in global_generators(device):
             stream.manual_seed(seed)
         try:
             yield
@@ -215,7 +215,7 @@ def seeded(device: torch.device, *parts: object) -> Iterator[None]:
                 torch.mps.set_rng_state(kept)
 
 
-def streams(device: torch.device) -> list[torch.Generator]:
+def global_generators(device: torch.device) -> list[torch.Generator]:
     """torch's global generators that code running on this device draws from."""
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -233,4 +233,4 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return usable_device(name)
+    return check_device(name)

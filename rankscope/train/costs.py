@@ -42,10 +42,10 @@ def peak_memory(device: torch.device) -> int | None:
     return int(found[0]) * 1024 if found else None
 
 
-SPARE = 0.8  # of the free memory: allocators lose some of it to fragments
+USABLE_SHARE = 0.8  # of the free memory: allocators lose some of it to fragments
 
 
-def memory_room(device: torch.device, probe: Callable[[], None]) -> int:
+def memory_capacity(device: torch.device, probe: Callable[[], None]) -> int:
     """How many times what ``probe`` takes fits into the GPU's free memory."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
@@ -54,4 +54,4 @@ def memory_room(device: torch.device, probe: Callable[[], None]) -> int:
     taken = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    return int(SPARE * free) // max(1, taken)
+    return int(USABLE_SHARE * free) // max(1, taken)

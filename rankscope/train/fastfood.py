@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 
-def hadamard(x: Tensor) -> Tensor:
+def hadamard_transform(x: Tensor) -> Tensor:
     """H·x for the Walsh–Hadamard matrix H of entries ±1 in Sylvester's order: H = Hᵀ, H·H = size·I.
 
     log2(size) passes over the numbers of x, each of sums and differences. No gradient is kept of them: Fastfood, which
@@ -76,17 +76,17 @@ class Fastfood(nn.Module):
         """P·z (D,) of z (d,)."""
         padded = z.new_zeros(self.size)
         padded[: self.columns] = z
-        mixed = hadamard(self.signs * padded[:, None])
+        mixed = hadamard_transform(self.signs * padded[:, None])
         shuffled = mixed.flatten().index_select(0, self.order).view_as(mixed)
-        return hadamard(self.gains * shuffled).T.flatten()[: self.rows]
+        return hadamard_transform(self.gains * shuffled).T.flatten()[: self.rows]
 
-    def transposed(self, y: Tensor) -> Tensor:
+    def transposed_product(self, y: Tensor) -> Tensor:
         """Pᵀ·y (d,) of y (D,)."""
         padded = y.new_zeros(self.size * self.blocks)
         padded[: self.rows] = y
-        mixed = self.gains * hadamard(padded.view(self.blocks, self.size).T.contiguous())
+        mixed = self.gains * hadamard_transform(padded.view(self.blocks, self.size).T.contiguous())
         unshuffled = torch.empty_like(mixed).flatten().scatter_(0, self.order, mixed.flatten())
-        return (self.signs * hadamard(unshuffled.view_as(mixed))).sum(dim=1)[: self.columns]
+        return (self.signs * hadamard_transform(unshuffled.view_as(mixed))).sum(dim=1)[: self.columns]
 
 
 class _Product(torch.autograd.Function):

@@ -13,23 +13,23 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from rankscope.errors import ConfigError
-from rankscope.train.config import StudyConfig, generator
+from rankscope.train.config import StudyConfig, make_generator
+from rankscope.train.data_tables import read_table
 from rankscope.train.pretrained import (
-    Pretrained,
+    PretrainedModel,
     check_causal,
     check_tokens,
-    draws_numbers,
+    draws_random_numbers,
     head_modules,
-    initialise,
+    initialise_parameters,
     length_limit,
     padding_id,
-    vocabulary,
+    vocabulary_size,
 )
-from rankscope.train.tables import read_table
-from rankscope.train.tasks import Batch, Split, Task, WindowTask, epoch_indices, file_hash, weighted_mean
+from rankscope.train.task import Batch, Split, Task, WindowTask, epoch_indices, file_hash, weighted_mean
 
-MOST_VALIDATION = 1000
-LOGITS = 2**25  # numbers that one evaluation pass may make: 128 MiB in float32
+MAX_VALIDATION_ROWS = 1000
+MAX_LOGITS = 2**25  # numbers that one evaluation pass may make: 128 MiB in float32
 
 
 def make_hf_task(config: StudyConfig) -> Task:
@@ -56,19 +56,19 @@ class ClassifyTask(Task):
 
     def __init__(self, config: StudyConfig, evaluation_rows: int = 64) -> None:
         self.config, self.base_name, self.evaluation_rows = config, config.model, evaluation_rows
-        texts, labels = read_classified(config)
+        texts, labels = read_texts_and_labels(config)
         self.splits = split_rows([len(part) for part in texts], str(config.data))
-        self.base = Pretrained(str(config.model))
-        self.labels = self.base.label_order(label_order(labels, config))
+        self.base = PretrainedModel(str(config.model))
+        self.labels = self.base.label_order(find_classes(labels, config))
         index = {label: i for i, label in enumerate(self.labels)}
         self.truth = torch.tensor([index[label] for part in labels for label in part])
         self.pad_id = padding_id(self.base)
         model, self.missing = self._load()
         self.heads = head_modules(model, self.missing, self.base.name)
-        self.draws = draws_numbers(model)
+        self.draws = draws_random_numbers(model)
         self.rows = self._encode([text for part in texts for text in part], model)
         self.longest = max(len(self.rows[place]) for place in self.splits["train"].tolist())
-        self.steps = count_steps(config, len(self.splits["train"]), self.default_batch)
+        self.steps = steps_for_epochs(config, len(self.splits["train"]), self.default_batch)
 
     def _load(self) -> tuple[Any, list[str]]:
         names = dict(enumerate(self.labels))
@@ -93,7 +93,7 @@ class ClassifyTask(Task):
 
     def model(self, seed: int) -> nn.Module:
         model, missing = self._load()
-        initialise(model, missing, seed)
+        initialise_parameters(model, missing, seed)
         out: nn.Module = model.eval()
         return out
 
@@ -167,10 +167,10 @@ class LmTask(WindowTask):
 
     def __init__(self, config: StudyConfig) -> None:
         self.config, self.base_name = config, config.model
-        tables = read_parts(config, (config.text,))
+        tables = read_data_tables(config, (config.text,))
         texts = [table[config.text] for table in tables]
         splits = split_rows([len(part) for part in texts], str(config.data))
-        self.base = Pretrained(str(config.model))
+        self.base = PretrainedModel(str(config.model))
         model = self._load()
         rows = self.base.encode([text for part in texts for text in part], add_special_tokens=False)
         check_tokens(rows, model, self.base.name)
@@ -182,9 +182,9 @@ class LmTask(WindowTask):
                 raise ConfigError(f"{config.data}: {few}; give more text or a smaller max_length")
         super().__init__(parts["train"], parts["validation"], parts["test"], length)
         check_causal(model, self.train[:length], self.base.name)
-        self.evaluation_rows = max(1, min(self.evaluation_rows, LOGITS // (length * vocabulary(model))))
-        self.draws = draws_numbers(model)
-        self.steps = count_steps(config, len(self.train) // length, self.default_batch)
+        self.evaluation_rows = max(1, min(self.evaluation_rows, MAX_LOGITS // (length * vocabulary_size(model))))
+        self.draws = draws_random_numbers(model)
+        self.steps = steps_for_epochs(config, len(self.train) // length, self.default_batch)
 
     def _join(self, documents: list[list[int]]) -> Tensor:
         between = self.base.tokenizer.eos_token_id
@@ -213,7 +213,7 @@ class LmTask(WindowTask):
         return {**self.base.fingerprint(), **data_fingerprint(self.config)}
 
 
-def read_parts(config: StudyConfig, columns: Sequence[str]) -> list[dict[str, list[Any]]]:
+def read_data_tables(config: StudyConfig, columns: Sequence[str]) -> list[dict[str, list[Any]]]:
     """The tables of ``data`` and, where there is one, of ``eval``; the texts are strings."""
     paths = [path for path in (config.data, config.eval) if path is not None]
     tables = [read_table(path, columns) for path in paths]
@@ -224,11 +224,11 @@ def read_parts(config: StudyConfig, columns: Sequence[str]) -> list[dict[str, li
     return tables
 
 
-def read_classified(config: StudyConfig) -> tuple[list[list[str]], list[list[str]]]:
+def read_texts_and_labels(config: StudyConfig) -> tuple[list[list[str]], list[list[str]]]:
     """Texts and labels of each file."""
     if config.text == config.label:
         raise ConfigError(f"text and label are both {config.text!r}; name two columns")
-    tables = read_parts(config, (config.text, config.label))
+    tables = read_data_tables(config, (config.text, config.label))
     paths = (config.data, config.eval)
     labels = [label_names(table[config.label], str(path)) for table, path in zip(tables, paths, strict=False)]
     return [table[config.text] for table in tables], labels
@@ -246,7 +246,7 @@ def label_names(values: list[Any], where: str) -> list[str]:
     return names
 
 
-def label_order(labels: list[list[str]], config: StudyConfig) -> list[str]:
+def find_classes(labels: list[list[str]], config: StudyConfig) -> list[str]:
     """The classes of the training file: whole numbers by value, anything else by name."""
     names = sorted(set(labels[0]))
     if len(names) < 2:
@@ -266,18 +266,18 @@ def split_rows(counts: list[int], where: str) -> dict[str, Tensor]:
     """Rows of each split, when the rows of all files follow each other; the same for every seed.
 
     With a second file it is the test split and a tenth of the first is for validation; with one file
-    a tenth each. Validation is looked at over and over: it takes ``MOST_VALIDATION`` rows at most.
+    a tenth each. Validation is looked at over and over: it takes ``MAX_VALIDATION_ROWS`` rows at most.
     """
-    order = torch.randperm(counts[0], generator=generator("split"))
+    order = torch.randperm(counts[0], generator=make_generator("split"))
     tenth = max(1, counts[0] // 10)
-    validation, rest = order[: min(tenth, MOST_VALIDATION)], order[min(tenth, MOST_VALIDATION) :]
+    validation, rest = order[: min(tenth, MAX_VALIDATION_ROWS)], order[min(tenth, MAX_VALIDATION_ROWS) :]
     test, train = (torch.arange(counts[0], sum(counts)), rest) if counts[1:] else (rest[:tenth], rest[tenth:])
     if not len(train) or not len(test):
         raise ConfigError(f"{where}: {counts[0]} rows are too few to hold some out; give more")
     return {"train": train, "validation": validation, "test": test}
 
 
-def count_steps(config: StudyConfig, examples: int, default_batch: int) -> int:
+def steps_for_epochs(config: StudyConfig, examples: int, default_batch: int) -> int:
     """``steps``, or as many as ``epochs`` need."""
     return config.steps or math.ceil(config.epochs * examples / ((config.batch or default_batch) * config.accumulate))
 

@@ -15,8 +15,8 @@ from rankscope.errors import ConfigError
 from rankscope.lora.bank import Bank
 from rankscope.lora.swap import device_of
 
-Run = Callable[[nn.Module, int], object]
-Times = dict[tuple[str, int], list[float]]
+ForwardFunction = Callable[[nn.Module, int], object]
+PassTimes = dict[tuple[str, int], list[float]]
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +40,7 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
 def measure_latency(
     model: nn.Module,
     bank: Bank,
-    run: Run,
+    run: ForwardFunction,
     sizes: Sequence[int] = (1, 32),
     repeats: int = 20,
     clock: Callable[[], float] = time.perf_counter,
@@ -62,9 +62,9 @@ def measure_latency(
         NonFiniteError: a factor holds NaN or infinity, so that it cannot be merged.
     """
     _check(model, bank, sizes, repeats)
-    times: Times = {(name, size): [] for name in ("base", "merged", "unmerged") for size in sizes}
-    wait = _waiting(device_of(model))
-    with _evaluating(model), _one_adapter(bank) as i:
+    times: PassTimes = {(name, size): [] for name in ("base", "merged", "unmerged") for size in sizes}
+    wait = _make_synchronize(device_of(model))
+    with _set_eval_mode(model), _select_one_adapter(bank) as i:
         for _ in range(repeats):
             for name, variant in _variants(bank, i).items():
                 with variant:
@@ -82,10 +82,10 @@ def _check(model: nn.Module, bank: Bank, sizes: Sequence[int], repeats: int) -> 
 
 def _time(
     model: nn.Module,
-    run: Run,
+    run: ForwardFunction,
     name: str,
     sizes: Sequence[int],
-    times: Times,
+    times: PassTimes,
     clock: Callable[[], float],
     wait: Callable[[], None],
 ) -> None:
@@ -102,11 +102,11 @@ def _time(
 
 
 def _variants(bank: Bank, i: int) -> dict[str, AbstractContextManager[object]]:
-    return {"base": _without_adapters(bank), "merged": _merged(bank, i), "unmerged": nullcontext()}
+    return {"base": _remove_adapters(bank), "merged": _merge_adapter(bank, i), "unmerged": nullcontext()}
 
 
 @contextmanager
-def _without_adapters(bank: Bank) -> Iterator[None]:
+def _remove_adapters(bank: Bank) -> Iterator[None]:
     """The base's own modules in their places: no wrapper is left to cost anything. (Trained biases stay.)"""
     own: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in bank.layers.values()}
     own |= {head: head.base for head in bank.heads.values()}
@@ -126,7 +126,7 @@ def _without_adapters(bank: Bank) -> Iterator[None]:
 
 
 @contextmanager
-def _merged(bank: Bank, i: int) -> Iterator[None]:
+def _merge_adapter(bank: Bank, i: int) -> Iterator[None]:
     bank.merge(i)
     try:
         yield
@@ -135,9 +135,9 @@ def _merged(bank: Bank, i: int) -> Iterator[None]:
 
 
 @contextmanager
-def _one_adapter(bank: Bank) -> Iterator[int]:
+def _select_one_adapter(bank: Bank) -> Iterator[int]:
     """The bank unmerged with one adapter for all rows, and afterwards as it was."""
-    merged, selected = bank.route.merged, bank.selected
+    merged, selected = bank.route.merged, bank.selection
     i = merged if merged is not None else selected if isinstance(selected, int) else 0
     if merged is not None:
         bank.unmerge()
@@ -151,7 +151,7 @@ def _one_adapter(bank: Bank) -> Iterator[int]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _set_eval_mode(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -161,7 +161,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _waiting(device: torch.device | None) -> Callable[[], None]:
+def _make_synchronize(device: torch.device | None) -> Callable[[], None]:
     """Waits until a device has done what it was told; nothing to do on a CPU."""
     if device is not None and device.type == "cuda":
         return lambda: torch.cuda.synchronize(device)
@@ -170,7 +170,7 @@ def _waiting(device: torch.device | None) -> Callable[[], None]:
     return lambda: None
 
 
-def _latency(size: int, times: Times) -> Latency:
+def _latency(size: int, times: PassTimes) -> Latency:
     low, high = np.percentile(times["base", size], [25, 75])
     base, merged, unmerged = (float(np.median(times[name, size])) for name in ("base", "merged", "unmerged"))
     return Latency(size=size, base=base, merged=merged, unmerged=unmerged, noise=float(high - low))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rankscope.errors import FormatError
-from rankscope.formats.files import read_json, read_tensors, write_json, write_tensors
+from rankscope.formats.file_io import read_json, read_tensors, write_json, write_tensors
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,17 @@ def rotary_tables(length: int, head_dim: int, theta: float, device: torch.device
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x (batch, heads, length, head_dim)."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Causal attention of q, k, v (batch, heads, length, head_dim)."""
-    out: Tensor = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+    out: Tensor = F.scaled_dot_product_attention(
+        apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, is_causal=True
+    )
     return out
 
 
@@ -86,9 +88,9 @@ class Attention(nn.Module):
         if x.device.type == "cpu":
             # On CPUs the backward pass of attention in half precision takes six times as long as in float32.
             with torch.autocast("cpu", enabled=False):
-                y = attend(q.float(), k.float(), v.float(), cos.float(), sin.float())
+                y = causal_attention(q.float(), k.float(), v.float(), cos.float(), sin.float())
         else:
-            y = attend(q, k, v, cos, sin)
+            y = causal_attention(q, k, v, cos, sin)
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, length, dim))
         return out
 

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.errors import ConfigError, TrainingError
-from rankscope.linalg import may_copy_ahead
+from rankscope.linalg import supports_non_blocking
 from rankscope.train.config import StudyConfig, stream_seed
 from rankscope.train.costs import peak_memory, reset_peak_memory
-from rankscope.train.methods import make_trained
-from rankscope.train.randomness import own_streams
-from rankscope.train.runs import Record, Run, Status
-from rankscope.train.tasks import Batch, Split, Task
-from rankscope.train.team import ALONE, Team
-from rankscope.train.trainee import Trainee
+from rankscope.train.methods import make_trainable
+from rankscope.train.process_group import SINGLE_PROCESS, TrainingProcesses
+from rankscope.train.randomness import use_run_streams
+from rankscope.train.run_state import RunState
+from rankscope.train.runs import Run, RunRecord, Status
+from rankscope.train.task import Batch, Split, Task
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTOCAST_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Metrics = Mapping[str, Mapping[str, float]]
 
 
@@ -38,7 +38,7 @@ class InterruptedTrainingError(TrainingError):
 class Listener(Protocol):
     """Who is told how training goes; the command line draws progress from it."""
 
-    def planned(self, runs: Sequence[Run], ended: Sequence[Record]) -> None: ...
+    def planned(self, runs: Sequence[Run], ended: Sequence[RunRecord]) -> None: ...
 
     def started(self, run: Run, steps: int, at: int) -> None: ...
 
@@ -46,7 +46,7 @@ class Listener(Protocol):
 
     def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None: ...
 
-    def ended(self, record: Record) -> None: ...
+    def ended(self, record: RunRecord) -> None: ...
 
     def noted(self, text: str) -> None: ...
 
@@ -54,7 +54,7 @@ class Listener(Protocol):
 class Silent:
     """A listener that says nothing."""
 
-    def planned(self, runs: Sequence[Run], ended: Sequence[Record]) -> None: ...
+    def planned(self, runs: Sequence[Run], ended: Sequence[RunRecord]) -> None: ...
 
     def started(self, run: Run, steps: int, at: int) -> None: ...
 
@@ -62,7 +62,7 @@ class Silent:
 
     def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None: ...
 
-    def ended(self, record: Record) -> None: ...
+    def ended(self, record: RunRecord) -> None: ...
 
     def noted(self, text: str) -> None: ...
 
@@ -80,7 +80,7 @@ def batch_size(task: Task, config: StudyConfig) -> int:
     return config.batch or task.default_batch
 
 
-class Group:
+class RunGroup:
     """Runs that are trained side by side on one model.
 
     Args:
@@ -99,18 +99,18 @@ class Group:
         device: torch.device,
         listener: Listener,
         until: int | None = None,
-        team: Team = ALONE,
+        team: TrainingProcesses = SINGLE_PROCESS,
     ) -> None:
         self.team = team
         self.task, self.config, self.device, self.listener = task, config, device, listener
         self.before = before
         self.steps = step_count(task, config)
         self.until = self.steps if until is None else until
-        self._seat(runs, folders)
+        self._attach_runs(runs, folders)
 
-    def _seat(self, runs: Sequence[Run], folders: Sequence[Path]) -> None:
+    def _attach_runs(self, runs: Sequence[Run], folders: Sequence[Path]) -> None:
         """Make the model ready for these runs."""
-        self.trained = make_trained(self.task, self.config, runs)
+        self.trained = make_trainable(self.task, self.config, runs)
         self.trained.team = self.team
         self.model = self.trained.model.to(self.device)
         if self.config.checkpointing:
@@ -119,7 +119,7 @@ class Group:
         # The losses too: what is fused of them is a tenth of a step.
         self.losses: Any = torch.compile(self._losses) if self.config.compile else self._losses
         self.trainees = [
-            Trainee(
+            RunState(
                 self.trained, i, run, self.config, self.steps, folder, self.before[run.seed], self.device, self.team
             )
             for i, (run, folder) in enumerate(zip(runs, folders, strict=True))
@@ -132,7 +132,7 @@ class Group:
             InterruptedTrainingError: ``stop`` said so; the states are saved.
         """
         for i, trainee in enumerate(self.trainees):
-            if not trainee.resume() and self.team.leads:
+            if not trainee.resume() and self.team.is_main_process:
                 self.trained.save_initial(i, trainee.folder)
             self.listener.started(trainee.run, self.steps, trainee.progress.step)
         reset_peak_memory(self.device)
@@ -188,13 +188,13 @@ class Group:
         indices = [trainee.progress.step * accumulate + micro for trainee in self.trainees]
         batches = [self.task.batch(t.run.seed, at, size) for t, at in zip(self.trainees, indices, strict=True)]
         joined = self.team.share(self.task.join(batches))
-        batch = move(joined, self.device)
-        self.trained.draw(
+        batch = move_batch(joined, self.device)
+        self.trained.seed_dropout(
             [stream_seed(t.run.seed, "dropout", at) for t, at in zip(self.trainees, indices, strict=True)]
         )
         with self._streams(indices), autocast(self.device, self.config):
             losses = self.losses(batch)
-        scaled = [t.backward_of(loss / accumulate) for t, loss in zip(self.trainees, losses, strict=True)]
+        scaled = [t.scale_loss(loss / accumulate) for t, loss in zip(self.trainees, losses, strict=True)]
         torch.autograd.backward(scaled)
         return self.task.tokens(joined)
 
@@ -206,7 +206,7 @@ class Group:
             return
         others = [self.team.rank] if self.team.rank else []
         seeds = [stream_seed(t.run.seed, "model", at, *others) for t, at in zip(self.trainees, indices, strict=True)]
-        with own_streams(self.device, seeds):
+        with use_run_streams(self.device, seeds):
             yield
 
     def _losses(self, batch: Batch) -> list[Tensor]:
@@ -224,7 +224,7 @@ class Group:
         left = []
         for trainee in self.trainees:
             step = trainee.progress.step
-            if step in due and not trainee.evaluated and not self._evaluate(trainee):
+            if step in due and not trainee.is_evaluated and not self._evaluate(trainee):
                 self._end(trainee, "diverged")
             elif step >= self.steps:
                 self._end(trainee, "done")
@@ -237,14 +237,14 @@ class Group:
             self._keep(left)
         return bool(left)
 
-    def _keep(self, left: Sequence[Trainee]) -> None:
+    def _keep(self, left: Sequence[RunState]) -> None:
         """Go on with these runs alone."""
-        states = [trainee.state() for trainee in left]
-        self._seat([trainee.run for trainee in left], [trainee.folder for trainee in left])
+        states = [trainee.state_dict() for trainee in left]
+        self._attach_runs([trainee.run for trainee in left], [trainee.folder for trainee in left])
         for trainee, state in zip(self.trainees, states, strict=True):
-            trainee.take(state)
+            trainee.load_state_dict(state)
 
-    def _evaluate(self, trainee: Trainee) -> bool:
+    def _evaluate(self, trainee: RunState) -> bool:
         """Measure held-out data and note it; False where the loss is no longer finite."""
         began = time.monotonic()
         step = trainee.progress.step
@@ -257,17 +257,17 @@ class Group:
         line |= trainee.before if step == 0 else self._measure(trainee)
         if not all(math.isfinite(value) for value in line["validation"].values()):
             return False
-        trainee.note(line)
+        trainee.record_evaluation(line)
         trainee.progress.seconds += time.monotonic() - began
         self.listener.evaluated(trainee.run, step, line["validation"])
         return True
 
-    def _measure(self, trainee: Trainee) -> dict[str, dict[str, float]]:
+    def _measure(self, trainee: RunState) -> dict[str, dict[str, float]]:
         splits: tuple[Split, ...] = ("validation", "test") if trainee.progress.step >= self.steps else ("validation",)
         self.trained.select(trainee.i)
-        return evaluate(self.task, self.model, splits, self.config, self.device)
+        return evaluate_splits(self.task, self.model, splits, self.config, self.device)
 
-    def _end(self, trainee: Trainee, status: Status) -> None:
+    def _end(self, trainee: RunState, status: Status) -> None:
         self._note_costs()
         self.listener.ended(trainee.end(status))
         self.team.wait()
@@ -277,18 +277,18 @@ def autocast(device: torch.device, config: StudyConfig) -> torch.autocast | null
     """Mixed precision where the settings ask for it; weights and optimizer stay float32."""
     if config.dtype == "float32":
         return nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[config.dtype])
+    return torch.autocast(device.type, dtype=AUTOCAST_DTYPES[config.dtype])
 
 
-def move(batch: Batch, device: torch.device) -> Batch:
+def move_batch(batch: Batch, device: torch.device) -> Batch:
     """The batch on the device; from pinned memory, where the host goes on while it is copied."""
     if device.type == "cuda":
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-    return {name: tensor.to(device, non_blocking=may_copy_ahead(device)) for name, tensor in batch.items()}
+    return {name: tensor.to(device, non_blocking=supports_non_blocking(device)) for name, tensor in batch.items()}
 
 
 @contextmanager
-def precision(device: torch.device, config: StudyConfig) -> Iterator[None]:
+def set_precision(device: torch.device, config: StudyConfig) -> Iterator[None]:
     """torch's settings for the arithmetic of a study; as before afterwards.
 
     TF32 in float32 matrix products on CUDA where the settings ask for it, and never else. Compiled code takes
@@ -309,7 +309,7 @@ def precision(device: torch.device, config: StudyConfig) -> Iterator[None]:
         yield
 
 
-def evaluate(
+def evaluate_splits(
     task: Task, model: nn.Module, splits: Sequence[Split], config: StudyConfig, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """Metrics of each split, in the arithmetic of the settings."""
@@ -318,11 +318,11 @@ def evaluate(
         return {split: task.evaluate(model, split, device) for split in splits}
 
 
-def evaluate_base(task: Task, config: StudyConfig, run: Run, folder: Path, device: torch.device) -> Record:
+def evaluate_base(task: Task, config: StudyConfig, run: Run, folder: Path, device: torch.device) -> RunRecord:
     """The untouched base as a run of no steps: what every method starts from."""
-    metrics = evaluate(task, task.model(run.seed).to(device), ("validation", "test"), config, device)
+    metrics = evaluate_splits(task, task.model(run.seed).to(device), ("validation", "test"), config, device)
     if not all(math.isfinite(value) for split in metrics.values() for value in split.values()):
         raise TrainingError("the base's own metrics are not finite; are its weights whole?")
-    record = Record(run=run, status="done", steps=0, metrics=metrics, before=metrics)
+    record = RunRecord(run=run, status="done", steps=0, metrics=metrics, before=metrics)
     record.write(folder)
     return record

@@ -15,29 +15,29 @@ from torch import Tensor, nn
 
 from rankscope.formats.store import write_updates
 from rankscope.lora import AdapterSpec, Bank
-from rankscope.train.config import StudyConfig, generator
+from rankscope.train.config import StudyConfig, make_generator
 from rankscope.train.costs import total_bytes
-from rankscope.train.runs import Run, base_names, trains
-from rankscope.train.subspace import NAME, Subspace
-from rankscope.train.targets import expand_targets
-from rankscope.train.tasks import Task
-from rankscope.train.team import ALONE, Team, whole
+from rankscope.train.process_group import SINGLE_PROCESS, TrainingProcesses, gather_tensor
+from rankscope.train.random_subspace import MODULE_NAME, RandomSubspace
+from rankscope.train.runs import Run, base_parameter_names, is_trained
+from rankscope.train.target_roles import expand_targets
+from rankscope.train.task import Task
 from rankscope.train.weights import to_matrix
 
 
-class Trained(ABC):
+class TrainableModel(ABC):
     """A model made ready for some runs: one, or several in one pass, run i taking chunk i of a joined batch."""
 
     model: nn.Module
     base_size: int
     """Numbers that the base has."""
-    team: Team = ALONE
+    team: TrainingProcesses = SINGLE_PROCESS
 
     @abstractmethod
     def parameters(self, i: int) -> dict[str, Tensor]:
         """What the optimizer of run i moves, by name, in a fixed order; the model is where it is trained."""
 
-    def rate_factor(self, i: int, name: str) -> float:
+    def learning_rate_factor(self, i: int, name: str) -> float:
         """Multiple of the run's rate that a parameter is trained at."""
         return 1.0
 
@@ -47,7 +47,7 @@ class Trained(ABC):
     def zero_grad(self) -> None:
         self.model.zero_grad()
 
-    def draw(self, seeds: Sequence[int]) -> None:  # noqa: B027 (only LoRA's dropout draws)
+    def seed_dropout(self, seeds: Sequence[int]) -> None:  # noqa: B027 (only LoRA's dropout draws)
         """Before a pass: what run i draws in it depends on ``seeds[i]`` alone."""
 
     def train(self) -> None:
@@ -74,7 +74,7 @@ class Trained(ABC):
 
 
 @dataclass(frozen=True)
-class Variant:
+class LoraVariant:
     """How a method differs from plain LoRA.
 
     ``ratio`` is LoRA+'s: B's rate over A's (Hayou et al. 2024). Without ``trains_a``, A stays the random projection
@@ -87,24 +87,24 @@ class Variant:
     init: str | None = None
 
 
-VARIANTS = {
-    "lora": Variant(),
-    "rslora": Variant(rslora=True),
-    "lora+": Variant(plus=True),
-    "frozen-a": Variant(trains_a=False),
-    "pissa": Variant(init="pissa"),
+LORA_VARIANTS = {
+    "lora": LoraVariant(),
+    "rslora": LoraVariant(rslora=True),
+    "lora+": LoraVariant(plus=True),
+    "frozen-a": LoraVariant(trains_a=False),
+    "pissa": LoraVariant(init="pissa"),
 }
 
 
-class LoraTrained(Trained):
+class TrainableAdapters(TrainableModel):
     """Adapters on one frozen base, one a run, and for each run its own heads that are new to the base."""
 
     def __init__(self, task: Task, config: StudyConfig, runs: Sequence[Run]) -> None:
         self.task, self.config, self.runs = task, config, runs
         self.model = task.model(runs[0].seed)
         self.base_size = sum(weight.numel() for weight in self.model.parameters())
-        specs = [lora_spec(task, config, run, self.model) for run in runs]
-        self.bank = Bank.attach(self.model, specs, [generator(*init_stream(run)) for run in runs])
+        specs = [make_lora_spec(task, config, run, self.model) for run in runs]
+        self.bank = Bank.attach(self.model, specs, [make_generator(*init_seed_parts(run)) for run in runs])
         self._start_heads()
 
     @torch.no_grad()
@@ -118,12 +118,12 @@ class LoraTrained(Trained):
                 self.bank.head(i, path).load_state_dict(model.get_submodule(path).state_dict())
 
     def parameters(self, i: int) -> dict[str, Tensor]:
-        variant = VARIANTS[self.runs[i].method]
+        variant = LORA_VARIANTS[self.runs[i].method]
         found = self.bank.parameters(i)
         return found if variant.trains_a else {name: p for name, p in found.items() if not self._is_factor(name, "A")}
 
-    def rate_factor(self, i: int, name: str) -> float:
-        plus = VARIANTS[self.runs[i].method].plus and self._is_factor(name, "B")
+    def learning_rate_factor(self, i: int, name: str) -> float:
+        plus = LORA_VARIANTS[self.runs[i].method].plus and self._is_factor(name, "B")
         return self.config.lora_plus_ratio if plus else 1.0
 
     def _is_factor(self, name: str, which: str) -> bool:
@@ -136,7 +136,7 @@ class LoraTrained(Trained):
     def zero_grad(self) -> None:
         self.bank.zero_grad()
 
-    def draw(self, seeds: Sequence[int]) -> None:
+    def seed_dropout(self, seeds: Sequence[int]) -> None:
         self.bank.route.seeds = seeds
 
     def train(self) -> None:
@@ -161,7 +161,7 @@ class LoraTrained(Trained):
         self.bank.save_initial(i, folder / "initial", base_name=self.task.base_name, task_type=self.task.peft_task)
 
 
-def init_stream(run: Run) -> tuple[object, ...]:
+def init_seed_parts(run: Run) -> tuple[object, ...]:
     """What the initial factors of a run are drawn from: the same at each of its rates.
 
     Each rank draws its own: from one seed, A at rank 64 would begin with A at rank 8. So does each method and each
@@ -171,11 +171,11 @@ def init_stream(run: Run) -> tuple[object, ...]:
     return (run.seed, "init", run.rank, *others)
 
 
-def lora_spec(task: Task, config: StudyConfig, run: Run, model: nn.Module) -> AdapterSpec:
+def make_lora_spec(task: Task, config: StudyConfig, run: Run, model: nn.Module) -> AdapterSpec:
     """The adapter of one run of the grid."""
     if run.rank is None or run.alpha is None:
         raise ValueError(f"{run.name} is not a LoRA run")
-    variant = VARIANTS[run.method]
+    variant = LORA_VARIANTS[run.method]
     targets = run.targets if run.targets is not None else ",".join(task.targets)
     return AdapterSpec(
         rank=run.rank,
@@ -189,7 +189,7 @@ def lora_spec(task: Task, config: StudyConfig, run: Run, model: nn.Module) -> Ad
     )
 
 
-class WeightsTrained(Trained):
+class TrainableWeights(TrainableModel):
     """Weights of the base itself: all, its biases, or its head. The float32 update of each is the result."""
 
     def __init__(self, task: Task, run: Run) -> None:
@@ -197,7 +197,7 @@ class WeightsTrained(Trained):
         self.model = task.model(run.seed)
         self.base_size = sum(weight.numel() for weight in self.model.parameters())
         for name, weight in self.model.named_parameters():
-            weight.requires_grad_(trains(run.method, task, name))
+            weight.requires_grad_(is_trained(run.method, task, name))
 
     def parameters(self, i: int) -> dict[str, Tensor]:
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
@@ -205,18 +205,22 @@ class WeightsTrained(Trained):
     def updates(self) -> dict[str, Tensor]:
         """tuned − base of every trained weight in float32 on the CPU, matrices (out, in) by module path."""
         base = dict(self.task.model(self.run.seed).named_parameters())
-        trained = {name: whole(weight.detach()).cpu() for name, weight in self.parameters(0).items() if name in base}
-        return by_layer(self.model, {name: w.float() - base[name].detach().float() for name, w in trained.items()})
+        trained = {
+            name: gather_tensor(weight.detach()).cpu() for name, weight in self.parameters(0).items() if name in base
+        }
+        return changes_by_layer(
+            self.model, {name: w.float() - base[name].detach().float() for name, w in trained.items()}
+        )
 
     def save(self, i: int, folder: Path) -> int:
         path = folder / "update.safetensors"
         updates = self.updates()
-        if self.team.leads:
+        if self.team.is_main_process:
             write_updates(path, updates)
         return total_bytes(updates.values())
 
 
-def by_layer(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def changes_by_layer(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Changes of parameters as a file of updates names them: matrices (out, in) by module path, the rest as they are.
 
     A tied weight has one name here, its first.
@@ -229,7 +233,7 @@ def by_layer(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tenso
     return found
 
 
-class SubspaceTrained(WeightsTrained):
+class TrainableSubspace(TrainableWeights):
     """A random subspace of all weights of the base, new heads whole; P·z is saved as the update of each weight."""
 
     def __init__(self, task: Task, run: Run) -> None:
@@ -237,23 +241,23 @@ class SubspaceTrained(WeightsTrained):
         if run.dim is None:
             raise ValueError(f"{run.name} is not a run in a subspace")
         # As with LoRA's initial factors the rates of a run share one subspace, and nothing else does.
-        source = generator(run.seed, run.method, run.dim)
-        chosen = base_names(self.model, task)
-        self.subspace = Subspace(self.model, chosen, run.dim, source, layered=run.method == "said")
+        source = make_generator(run.seed, run.method, run.dim)
+        chosen = base_parameter_names(self.model, task)
+        self.subspace = RandomSubspace(self.model, chosen, run.dim, source, layered=run.method == "said")
 
-    def rate_factor(self, i: int, name: str) -> float:
-        return self.subspace.rate_factor if name == f"{NAME}.z" else 1.0
+    def learning_rate_factor(self, i: int, name: str) -> float:
+        return self.subspace.learning_rate_factor if name == f"{MODULE_NAME}.z" else 1.0
 
     @torch.no_grad()
     def updates(self) -> dict[str, Tensor]:
         changes = {name: change.cpu() for name, change in self.subspace.changes().items()}
-        return {**by_layer(self.model, changes), **super().updates()}
+        return {**changes_by_layer(self.model, changes), **super().updates()}
 
 
-def make_trained(task: Task, config: StudyConfig, runs: Sequence[Run]) -> Trained:
+def make_trainable(task: Task, config: StudyConfig, runs: Sequence[Run]) -> TrainableModel:
     """The base made ready for these runs: any number with adapters, or one of another method."""
     if runs[0].is_lora:
-        return LoraTrained(task, config, runs)
+        return TrainableAdapters(task, config, runs)
     if runs[0].is_subspace:
-        return SubspaceTrained(task, runs[0])
-    return WeightsTrained(task, runs[0])
+        return TrainableSubspace(task, runs[0])
+    return TrainableWeights(task, runs[0])

@@ -13,14 +13,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rankscope.train.config import PlantedSpectrum, generator
-from rankscope.train.tasks import Batch, Split, Task
+from rankscope.train.config import PlantedSpectrum, make_generator
+from rankscope.train.task import Batch, Split, Task
 
-ROWS = 8192
+ROWS_PER_SPLIT = 8192
 """Examples of each split."""
 
 
-class Planted(nn.Module):
+class PlantedModel(nn.Module):
     """Two linear maps side by side; inputs (batch, first.in + second.in), outputs likewise."""
 
     SHAPES = ((64, 96), (96, 64))
@@ -48,15 +48,17 @@ class PlantedTask(Task):
     steps = 400
     full_rate = 3e-3
 
-    def __init__(self, rank: int, noise: float, spectrum: PlantedSpectrum = "even", count: int = ROWS) -> None:
+    def __init__(
+        self, rank: int, noise: float, spectrum: PlantedSpectrum = "even", count: int = ROWS_PER_SPLIT
+    ) -> None:
         self.rank, self.noise, self.spectrum = rank, noise, spectrum
         self.base = {
-            name: self._draw(name, shape) for name, shape in zip(("first", "second"), Planted.SHAPES, strict=True)
+            name: self._draw(name, shape) for name, shape in zip(("first", "second"), PlantedModel.SHAPES, strict=True)
         }
         self.updates = {name: self._plant(name, weight.shape) for name, weight in self.base.items()}
-        width = sum(shape[1] for shape in Planted.SHAPES)
+        width = sum(shape[1] for shape in PlantedModel.SHAPES)
         self.inputs = {
-            split: torch.randn(count, width, generator=generator("planted", split))
+            split: torch.randn(count, width, generator=make_generator("planted", split))
             for split in ("train", "validation", "test")
         }
         self.answers = {split: self._teach(x, split) for split, x in self.inputs.items()}
@@ -73,37 +75,37 @@ class PlantedTask(Task):
     def floor(self, rank: int) -> float:
         """The smallest expected loss that an update of this rank can reach."""
         missed = float(self.singular_values[rank:].square().sum()) * len(self.base)
-        return self.noise**2 + missed / sum(shape[0] for shape in Planted.SHAPES)
+        return self.noise**2 + missed / sum(shape[0] for shape in PlantedModel.SHAPES)
 
     def _draw(self, name: str, shape: tuple[int, int]) -> Tensor:
-        return torch.randn(shape, generator=generator("planted", "base", name)) / math.sqrt(shape[1])
+        return torch.randn(shape, generator=make_generator("planted", "base", name)) / math.sqrt(shape[1])
 
     def _plant(self, name: str, shape: torch.Size) -> Tensor:
-        source = generator("planted", "update", name)
+        source = make_generator("planted", "update", name)
         left, _ = torch.linalg.qr(torch.randn(shape[0], self.rank, generator=source))
         right, _ = torch.linalg.qr(torch.randn(shape[1], self.rank, generator=source))
         update: Tensor = left * self.singular_values @ right.T
         return update
 
     def _teach(self, x: Tensor, split: str) -> Tensor:
-        teacher = Planted()
+        teacher = PlantedModel()
         weights = {f"{name}.weight": self.base[name] + self.updates[name] for name in self.base}
         teacher.load_state_dict(weights)
         with torch.no_grad():
             y: Tensor = teacher(x)
-        return y + self.noise * torch.randn(y.shape, generator=generator("planted", "noise", split))
+        return y + self.noise * torch.randn(y.shape, generator=make_generator("planted", "noise", split))
 
-    def rates(self, full: bool) -> tuple[float, ...]:
+    def learning_rates(self, full: bool) -> tuple[float, ...]:
         """One rate: the task is easy enough for it to reach each floor."""
         return (self.full_rate,) if full else (1e-2,)
 
     def model(self, seed: int) -> nn.Module:
-        student = Planted()
+        student = PlantedModel()
         student.load_state_dict({f"{name}.weight": weight for name, weight in self.base.items()})
         return student
 
     def batch(self, seed: int, index: int, size: int) -> Batch:
-        rows = torch.randint(len(self.inputs["train"]), (size,), generator=generator(seed, "order", index))
+        rows = torch.randint(len(self.inputs["train"]), (size,), generator=make_generator(seed, "order", index))
         return {"x": self.inputs["train"][rows], "y": self.answers["train"][rows]}
 
     def tokens(self, batch: Batch) -> int:

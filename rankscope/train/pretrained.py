@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.errors import ConfigError
-from rankscope.train.config import generator
-from rankscope.train.tasks import file_hash
+from rankscope.train.config import make_generator
+from rankscope.train.task import file_hash
 
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-UNLIMITED = 2**31 - 1  # tokenizers without a limit say 1e30, which their own truncation cannot take
+HUB_MODEL_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+NO_LENGTH_LIMIT = 2**31 - 1  # tokenizers without a limit say 1e30, which their own truncation cannot take
 PEFT_HEADS = ("classifier", "score")  # what PEFT adds to modules_to_save for the task SEQ_CLS
 
 
-class Pretrained:
+class PretrainedModel:
     """A model folder (never touches the network) or a hub id.
 
     Raises:
@@ -37,7 +37,7 @@ class Pretrained:
         self.name = name
         self.local = Path(name).is_dir()
         self.transformers = import_transformers()
-        if not self.local and (Path(name).exists() or not HUB_ID.fullmatch(name)):
+        if not self.local and (Path(name).exists() or not HUB_MODEL_ID.fullmatch(name)):
             raise ConfigError(f"model {name!r}: neither a folder nor an id of the hub")
         if self.local and (Path(name) / "adapter_config.json").exists():
             raise ConfigError(f"model {name!r}: an adapter, not a whole model; merge it into its base first")
@@ -48,7 +48,7 @@ class Pretrained:
 
     def _load(self, auto: str, **settings: Any) -> Any:
         """``auto``.from_pretrained: no chatter, no code from the model's folder, global randomness untouched."""
-        with quiet(self.transformers), torch.random.fork_rng(devices=[]):
+        with silence_transformers(self.transformers), torch.random.fork_rng(devices=[]):
             try:
                 return getattr(self.transformers, auto).from_pretrained(
                     self.name, local_files_only=self.local, trust_remote_code=False, **settings
@@ -80,7 +80,7 @@ class Pretrained:
 
     def encode(self, texts: list[str], **settings: Any) -> list[list[int]]:
         """Token ids of each text."""
-        with quiet(self.transformers):
+        with silence_transformers(self.transformers):
             ids: list[list[int]] = self.tokenizer(texts, return_attention_mask=False, **settings)["input_ids"]
             return ids
 
@@ -111,7 +111,7 @@ def dtype_keyword(version: str) -> str:
 
 
 @contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
+def silence_transformers(transformers: Any) -> Iterator[None]:
     """Keep transformers' warnings and progress bars off the terminal; afterwards all is as before."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
@@ -127,7 +127,7 @@ def quiet(transformers: Any) -> Iterator[None]:
 
 def length_limit(model: Any, tokenizer: Any) -> int:
     """The most tokens that the model has positions for and the tokenizer was made for."""
-    limits = [UNLIMITED, tokenizer.model_max_length]
+    limits = [NO_LENGTH_LIMIT, tokenizer.model_max_length]
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and positions > 0:
         limits.append(positions - position_offset(model))
@@ -148,7 +148,7 @@ def head_modules(model: Any, missing: list[str], where: str) -> tuple[str, ...]:
     Raises:
         ConfigError: what the checkpoint lacks belongs to the base itself.
     """
-    heads = {topmost_missing(model, name, set(missing)) for name in missing}
+    heads = {largest_missing_module(model, name, set(missing)) for name in missing}
     for head in heads:
         outside = not head.startswith(f"{model.base_model_prefix}.") and head != model.base_model_prefix
         if not outside and not head.endswith(".pooler"):
@@ -160,7 +160,7 @@ def head_modules(model: Any, missing: list[str], where: str) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_modules() if name in heads - inside)
 
 
-def topmost_missing(model: nn.Module, parameter: str, missing: set[str]) -> str:
+def largest_missing_module(model: nn.Module, parameter: str, missing: set[str]) -> str:
     """The largest module around a missing parameter that has nothing but missing ones."""
     names = [name for name, _ in model.named_parameters()]
     parts = parameter.split(".")
@@ -172,7 +172,7 @@ def topmost_missing(model: nn.Module, parameter: str, missing: set[str]) -> str:
 
 
 @torch.no_grad()
-def initialise(model: Any, names: list[str], seed: int) -> None:
+def initialise_parameters(model: Any, names: list[str], seed: int) -> None:
     """Draw new parameters as transformers would, but from a stream of their own per seed and name.
 
     Matrices are normal with the model's ``initializer_range``, biases zero, scales of norms one.
@@ -181,34 +181,34 @@ def initialise(model: Any, names: list[str], seed: int) -> None:
     for name in names:
         parameter = model.get_parameter(name)
         if parameter.ndim > 1:
-            parameter.normal_(0.0, deviation, generator=generator(seed, "head", name))
+            parameter.normal_(0.0, deviation, generator=make_generator(seed, "head", name))
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def draws_numbers(model: Any) -> bool:
+def draws_random_numbers(model: Any) -> bool:
     """Whether the model draws random numbers in training: dropout, layers left out, noise on a router.
 
     Found by a module of that name with a probability above 0, or by such a number in the configuration.
     """
     modules = ((type(m).__name__, getattr(m, "p", getattr(m, "drop_prob", 0))) for m in model.modules())
-    numbers = (*modules, *config_numbers(model.config.to_dict()))
+    numbers = (*modules, *config_entries(model.config.to_dict()))
     return any(
         isinstance(number, int | float) and number > 0 and ("drop" in name.lower() or "jitter" in name)
         for name, number in numbers
     )
 
 
-def config_numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def config_entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Each entry of a configuration and of those inside it."""
     for name, value in config.items():
         if isinstance(value, Mapping):
-            yield from config_numbers(value)
+            yield from config_entries(value)
         elif not isinstance(value, bool):
             yield name, value
 
 
-def padding_id(base: Pretrained) -> int:
+def padding_id(base: PretrainedModel) -> int:
     """The token to pad with; many decoders have none of their own and take the end of text."""
     tokenizer = base.tokenizer
     found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -217,7 +217,7 @@ def padding_id(base: Pretrained) -> int:
     return int(found)
 
 
-def vocabulary(model: Any) -> int:
+def vocabulary_size(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
@@ -227,9 +227,9 @@ def check_tokens(rows: list[list[int]], model: Any, where: str) -> None:
         if not row:
             raise ConfigError(f"model {where!r}: its tokenizer makes nothing of text {number}; leave out that row")
     largest = max(max(row) for row in rows)
-    if largest >= vocabulary(model):
+    if largest >= vocabulary_size(model):
         raise ConfigError(
-            f"model {where!r}: its tokenizer gives token {largest}, but it has {vocabulary(model)} embeddings"
+            f"model {where!r}: its tokenizer gives token {largest}, but it has {vocabulary_size(model)} embeddings"
         )
 
 
@@ -237,7 +237,7 @@ def check_tokens(rows: list[list[int]], model: Any, where: str) -> None:
 def check_causal(model: Any, tokens: Tensor, where: str) -> None:
     """Refuse a model that sees the token it has to predict: its loss would mean nothing."""
     pair = tokens[:8].long().repeat(2, 1)
-    pair[1, -1] = (pair[1, -1] + 1) % vocabulary(model)
+    pair[1, -1] = (pair[1, -1] + 1) % vocabulary_size(model)
     before, after = model.eval()(input_ids=pair).logits[:, 0].float()
     if not torch.allclose(before, after, rtol=0, atol=1e-5 * float(before.abs().max())):
         raise ConfigError(f"model {where!r}: it looks ahead (an encoder?), so it cannot predict the next token")

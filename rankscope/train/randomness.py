@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from rankscope.errors import TrainingError
-from rankscope.train.config import streams
+from rankscope.train.config import global_generators
 
-ADVICE = "so its runs cannot share a pass; set tokens = 1, which trains one at a time"
+SHARING_ADVICE = "so its runs cannot share a pass; set tokens = 1, which trains one at a time"
 
 
 def _always(*_: object, **__: object) -> bool:
@@ -45,28 +45,32 @@ def _attention(
     return dropout_p > 0
 
 
-def _named(owner: Any, names: str, draws: Callable[..., bool]) -> dict[Any, Callable[..., bool]]:
+def _map_functions(owner: Any, names: str, draws: Callable[..., bool]) -> dict[Any, Callable[..., bool]]:
     return {getattr(owner, name): draws for name in names.split()}
 
 
-DRAWING: Mapping[Any, Callable[..., bool]] = {
-    **_named(F, "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout", _dropout),
-    **_named(torch, "dropout dropout_ alpha_dropout alpha_dropout_ feature_dropout feature_dropout_", _raw_dropout),
-    **_named(torch, "feature_alpha_dropout feature_alpha_dropout_ native_dropout", _raw_dropout),
+RANDOM_FUNCTIONS: Mapping[Any, Callable[..., bool]] = {
+    **_map_functions(F, "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout", _dropout),
+    **_map_functions(
+        torch, "dropout dropout_ alpha_dropout alpha_dropout_ feature_dropout feature_dropout_", _raw_dropout
+    ),
+    **_map_functions(torch, "feature_alpha_dropout feature_alpha_dropout_ native_dropout", _raw_dropout),
     F.scaled_dot_product_attention: _attention,
-    **_named(F, "rrelu rrelu_", _rrelu),
-    **_named(torch, "rrelu rrelu_", _rrelu),
+    **_map_functions(F, "rrelu rrelu_", _rrelu),
+    **_map_functions(torch, "rrelu rrelu_", _rrelu),
     F.gumbel_softmax: _always,
-    **_named(torch, "bernoulli binomial multinomial normal poisson rand_like randint_like randn_like", _always),
-    **_named(torch, "rand randint randn randperm", _always),
-    **_named(torch.Tensor, "bernoulli bernoulli_ cauchy_ exponential_ geometric_ log_normal_ multinomial", _always),
-    **_named(torch.Tensor, "normal_ random_ uniform_", _always),
+    **_map_functions(torch, "bernoulli binomial multinomial normal poisson rand_like randint_like randn_like", _always),
+    **_map_functions(torch, "rand randint randn randperm", _always),
+    **_map_functions(
+        torch.Tensor, "bernoulli bernoulli_ cauchy_ exponential_ geometric_ log_normal_ multinomial", _always
+    ),
+    **_map_functions(torch.Tensor, "normal_ random_ uniform_", _always),
 }
 """Functions that draw, with whether they do so for given arguments: those of torch whose tag is nondeterministic_seeded
 and that can be called on rows of examples (a test compares)."""
 
 
-class Apart(TorchFunctionMode):
+class PerRunStreams(TorchFunctionMode):
     """Calls functions that draw once for each run, on its rows and with its stream.
 
     Args:
@@ -79,31 +83,31 @@ class Apart(TorchFunctionMode):
         self.generators = generators
         self.states = [list(each) for each in states]
 
-    def copy(self) -> Apart:
+    def copy(self) -> PerRunStreams:
         """The same runs, each to go on from where it stands now."""
-        return Apart(self.generators, self.states)
+        return PerRunStreams(self.generators, self.states)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        draws = DRAWING.get(func)
+        draws = RANDOM_FUNCTIONS.get(func)
         if draws is None or kwargs.get("generator") is not None or not draws(*args, **kwargs):
             return func(*args, **kwargs)
         # Torch leaves the mode while this runs, so what func calls in turn is not taken apart again.
-        return self._apart(func, args, kwargs)
+        return self._call_per_run(func, args, kwargs)
 
-    def _apart(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _call_per_run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         count = len(self.states[0])
         rows = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if rows is None or rows.ndim == 0 or rows.shape[0] % count:
             shape = "no tensor" if rows is None else f"a tensor of shape {tuple(rows.shape)}"
-            raise TrainingError(f"the base draws random numbers with {func.__name__} for {shape}, {ADVICE}")
+            raise TrainingError(f"the base draws random numbers with {func.__name__} for {shape}, {SHARING_ADVICE}")
         # A view of its own is slower in the backward pass than a share of one split, but may be written to.
         written = func.__name__.endswith("_") or any(value is True for value in (*args[3:], kwargs.get("inplace")))
-        cut = narrowed if written else Tensor.chunk
+        cut = narrow_chunks if written else Tensor.chunk
         names, values = list(kwargs), [*args, *kwargs.values()]
-        pieces = [cut(value, count) if is_like(value, rows) else [value] * count for value in values]
+        pieces = [cut(value, count) if has_same_rows(value, rows) else [value] * count for value in values]
         results = []
         with self._stream(rows.device) as go_to:
             for i, piece in enumerate(zip(*pieces, strict=True)):
@@ -112,7 +116,7 @@ class Apart(TorchFunctionMode):
                 results.append(func(*piece[: len(args)], **dict(zip(names, own, strict=True))))
         if written and any(results[0] is piece[0] for piece in pieces):
             return rows
-        return joined(results)
+        return join_results(results)
 
     @contextmanager
     def _stream(self, device: torch.device) -> Iterator[Callable[[int], None]]:
@@ -139,42 +143,42 @@ class Apart(TorchFunctionMode):
             source.set_state(before)
 
 
-def is_like(value: object, rows: Tensor) -> bool:
+def has_same_rows(value: object, rows: Tensor) -> bool:
     """Whether a tensor has the rows of another: as long a first axis, and as many axes, or it is broadcast."""
     return isinstance(value, Tensor) and value.ndim == rows.ndim and value.shape[0] == rows.shape[0]
 
 
-def narrowed(tensor: Tensor, count: int) -> list[Tensor]:
+def narrow_chunks(tensor: Tensor, count: int) -> list[Tensor]:
     """The chunks as views of their own, which autograd lets a function write to."""
     size = tensor.shape[0] // count
     return [tensor.narrow(0, i * size, size) for i in range(count)]
 
 
-def joined(results: Sequence[Any]) -> Any:
+def join_results(results: Sequence[Any]) -> Any:
     """What a function gave for each chunk, put together."""
     if isinstance(results[0], Tensor):
         return torch.cat(list(results))
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
 
-ACTIVE: ContextVar[Apart | None] = ContextVar("ACTIVE", default=None)
+ACTIVE_MODE: ContextVar[PerRunStreams | None] = ContextVar("ACTIVE", default=None)
 
 
 @contextmanager
-def own_streams(device: torch.device, seeds: Sequence[int]) -> Iterator[None]:
+def use_run_streams(device: torch.device, seeds: Sequence[int]) -> Iterator[None]:
     """Within, what a model draws from torch's global streams for the i-th of N chunks of its rows depends on
     ``seeds[i]`` alone: it is what the same rows alone would draw within ``own_streams(device, [seeds[i]])``.
 
     The calls have to be the same for both, so rows that are padded further draw something else. Random numbers must
     belong to the first axis of a tensor that has N equal chunks of rows; ``Task.can_share`` tells whether a model
-    keeps to that. Recomputed blocks draw the same again if ``replay`` is given to the checkpoint. Code made by
+    keeps to that. Recomputed blocks draw the same again if ``replay_contexts`` is given to the checkpoint. Code made by
     torch.compile draws for all rows at once, past this, and without an error. Afterwards the global streams are what
     they were.
 
     Raises:
         TrainingError: with N > 1, the model draws something that cannot be shared out.
     """
-    generators = streams(device)
+    generators = global_generators(device)
     before = [source.get_state() for source in generators]
     try:
         if len(seeds) == 1:
@@ -183,35 +187,35 @@ def own_streams(device: torch.device, seeds: Sequence[int]) -> Iterator[None]:
             yield
         else:
             states = [[source.manual_seed(seed).get_state() for seed in seeds] for source in generators]
-            put_back(generators, before)
-            with active(Apart(generators, states)):
+            restore_states(generators, before)
+            with activate_mode(PerRunStreams(generators, states)):
                 yield
             after = [source.get_state() for source in generators]
             if not all(map(torch.equal, before, after)):
-                raise TrainingError(f"the base draws random numbers in a way of its own, {ADVICE}")
+                raise TrainingError(f"the base draws random numbers in a way of its own, {SHARING_ADVICE}")
     finally:
-        put_back(generators, before)
+        restore_states(generators, before)
 
 
-def put_back(generators: Sequence[Generator], states: Sequence[Tensor]) -> None:
+def restore_states(generators: Sequence[Generator], states: Sequence[Tensor]) -> None:
     for source, state in zip(generators, states, strict=True):
         source.set_state(state)
 
 
 @contextmanager
-def active(mode: Apart) -> Iterator[None]:
-    token = ACTIVE.set(mode)
+def activate_mode(mode: PerRunStreams) -> Iterator[None]:
+    token = ACTIVE_MODE.set(mode)
     try:
         with mode:
             yield
     finally:
-        ACTIVE.reset(token)
+        ACTIVE_MODE.reset(token)
 
 
-class Again:
+class ReplayedStreams:
     """A context, to be entered any number of times, where each run draws what it drew from now on."""
 
-    def __init__(self, mode: Apart) -> None:
+    def __init__(self, mode: PerRunStreams) -> None:
         self.start = mode.copy()
 
     def __enter__(self) -> None:
@@ -222,8 +226,8 @@ class Again:
         self.mode.__exit__(*error)  # type: ignore[no-untyped-call]
 
 
-def replay() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-    """``context_fn`` of torch.utils.checkpoint: a block draws again what it drew within ``own_streams`` when it is
+def replay_contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    """``context_fn`` of torch.utils.checkpoint: a block draws again what it drew within ``use_run_streams`` when it is
     recomputed in the backward pass, outside. (With one run the checkpoint sees to that itself.)"""
-    mode = ACTIVE.get()
-    return nullcontext(), nullcontext() if mode is None else Again(mode)
+    mode = ACTIVE_MODE.get()
+    return nullcontext(), nullcontext() if mode is None else ReplayedStreams(mode)

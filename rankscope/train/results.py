@@ -7,33 +7,33 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from rankscope.analysis.spectra import SpectrumResult, spectrum
+from rankscope.analysis.layer_spectra import SpectrumResult, spectrum
 from rankscope.spectra import MEASURES
-from rankscope.train.runs import Record, Run
-from rankscope.train.study import Choice, Study
+from rankscope.train.runs import Run, RunRecord
+from rankscope.train.study import LearningRateChoice, Study
 
-MEASURE = "entropy_rank"
+DEFAULT_MEASURE = "entropy_rank"
 """The effective rank that tables and plots of a study show unless another is asked for."""
 
 
 @dataclass(frozen=True)
-class Row:
+class RunResult:
     """One run: ``score`` is the study's metric on the test split, ``chosen_by`` the same on the validation split.
 
     ``spectra`` are those of its update, None for the base, for a run that diverged and for one whose weights were
     deleted; ``ranks`` each measure of ``MEASURES``, the median over the layers that every run has.
     """
 
-    record: Record
+    record: RunRecord
     score: float | None
     chosen_by: float | None
     ranks: dict[str, float]
     spectra: SpectrumResult | None
-    choice: Choice | None
+    choice: LearningRateChoice | None
     """Of its label, where this run is at the best rate."""
 
     @property
-    def best(self) -> bool:
+    def is_best(self) -> bool:
         """At the best rate of its method, targets and rank, or without one (the base)."""
         return self.record.status == "done" and (self.record.run.lr is None or self.choice is not None)
 
@@ -49,7 +49,7 @@ class Row:
             "lr": run.lr,
             "seed": run.seed,
             "status": self.record.status,
-            "best_rate": self.best,
+            "best_rate": self.is_best,
             "edge": self.choice.edge if self.choice else None,
             "validation": self.chosen_by,
             "test": self.score,
@@ -59,20 +59,20 @@ class Row:
         }
 
 
-def rows(study: Study) -> list[Row]:
+def run_results(study: Study) -> list[RunResult]:
     """Every run that has ended: the base, then method by method, each by targets, rank, rate and seed."""
     choices = study.choices()
     layers = adapted_layers(study)
     return [_row(study, record, choices.get(record.run.label), layers) for record in study.records]
 
 
-def _row(study: Study, record: Record, choice: Choice | None, layers: set[str]) -> Row:
+def _row(study: Study, record: RunRecord, choice: LearningRateChoice | None, layers: set[str]) -> RunResult:
     if record.status != "done":
-        return Row(record, None, None, {}, None, None)
-    spectra = spectrum(study.store(record.run)) if has_matrices(record.run) and study.keeps(record.run) else None
+        return RunResult(record, None, None, {}, None, None)
+    spectra = spectrum(study.store(record.run)) if has_matrices(record.run) and study.has_weights(record.run) else None
     ranks = effective_ranks(spectra, layers) if spectra else {}
     chosen = choice if choice is not None and choice.lr == record.run.lr else None
-    return Row(record, study.score(record), study.score(record, "validation"), ranks, spectra, chosen)
+    return RunResult(record, study.score(record), study.score(record, "validation"), ranks, spectra, chosen)
 
 
 def has_matrices(run: Run) -> bool:
@@ -82,7 +82,7 @@ def has_matrices(run: Run) -> bool:
 
 def adapted_layers(study: Study) -> set[str]:
     """The layers that some adapter of the study has: full fine-tuning, which changes more, is measured on these."""
-    stores = [study.store(r.run) for r in study.done() if r.run.is_lora and study.keeps(r.run)]
+    stores = [study.store(r.run) for r in study.done() if r.run.is_lora and study.has_weights(r.run)]
     return {name for store in stores for name in store.names()}
 
 
@@ -94,7 +94,7 @@ def effective_ranks(spectra: SpectrumResult, layers: Collection[str]) -> dict[st
     return {name: float(statistics.median(measures[name] for measures in measured)) for name in MEASURES}
 
 
-def baseline(study: Study) -> float | None:
+def baseline_score(study: Study) -> float | None:
     """The study's metric of the untouched base on the test split, the mean over seeds."""
     scores = [study.score(record) for record in study.done() if record.run.method == "base"]
     return statistics.fmean(scores) if scores else None

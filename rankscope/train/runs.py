@@ -12,18 +12,18 @@ import msgspec
 from torch import nn
 
 from rankscope.errors import ConfigError, FormatError
-from rankscope.formats.files import write_json
+from rankscope.formats.file_io import write_json
 from rankscope.lora.targets import is_within
-from rankscope.train.config import SUBSPACE, Method, StudyConfig, alpha_factor
-from rankscope.train.subspace import sizes
-from rankscope.train.targets import expand_targets, parameters_per_rank
-from rankscope.train.tasks import Task
+from rankscope.train.config import SUBSPACE_METHODS, StudyConfig, TrainingMethod, parse_alpha
+from rankscope.train.random_subspace import count_parameters_and_modules
+from rankscope.train.target_roles import expand_targets, parameters_per_rank
+from rankscope.train.task import Task
 
-SCHEMA = "rankscope.run/1"
-LORA = ("lora", "rslora", "lora+", "frozen-a", "pissa")
+RUN_SCHEMA = "rankscope.run/1"
+LORA_METHODS = ("lora", "rslora", "lora+", "frozen-a", "pissa")
 """The methods that train adapters."""
 RSLORA_ALPHA = 16.0
-SUBSPACE_OVER_FULL = 3.0
+SUBSPACE_RATE_OVER_FULL = 3.0
 """The best rate in a random subspace over that of full fine-tuning, about, where a step moves the weights as far: with
 16 to 16 384 numbers of the embedded base it was 1 to 3 times as high (60 steps, factors of 3)."""
 Status = Literal["done", "diverged", "stopped"]
@@ -36,7 +36,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     numbers of a random subspace.
     """
 
-    method: Literal["base"] | Method
+    method: Literal["base"] | TrainingMethod
     seed: int
     targets: str | None = None
     rank: int | None = None
@@ -64,11 +64,11 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_lora(self) -> bool:
-        return self.method in LORA
+        return self.method in LORA_METHODS
 
     @property
     def is_subspace(self) -> bool:
-        return self.method in SUBSPACE
+        return self.method in SUBSPACE_METHODS
 
 
 def slug(targets: str) -> str:
@@ -79,66 +79,69 @@ def slug(targets: str) -> str:
     )
 
 
-def grid(config: StudyConfig, task: Task) -> list[Run]:
+def plan_runs(config: StudyConfig, task: Task) -> list[Run]:
     """Every run of the study in the order they are trained: the untouched base, then seed by seed each method."""
     cells = [cell for method in config.methods for cell in _cells(config, task, method)]
     runs = [Run(method="base", seed=seed) for seed in config.seeds]
     for seed in config.seeds:
         for cell in cells:
-            runs += [msgspec.structs.replace(cell, seed=seed, lr=lr) for lr in config.lrs or default_rates(task, cell)]
-        full_lrs = (config.full_lrs or task.rates(full=True)) if config.full else ()
+            runs += [
+                msgspec.structs.replace(cell, seed=seed, lr=lr)
+                for lr in config.lrs or default_learning_rates(task, cell)
+            ]
+        full_lrs = (config.full_lrs or task.learning_rates(full=True)) if config.full else ()
         runs += [Run(method="full", seed=seed, lr=lr) for lr in full_lrs]
     return runs
 
 
-def default_rates(task: Task, run: Run) -> list[float]:
+def default_learning_rates(task: Task, run: Run) -> list[float]:
     """Rates to try of any method but full fine-tuning, where the settings name none."""
     if not run.is_subspace:
-        return list(task.rates(full=False))
-    return [float(f"{SUBSPACE_OVER_FULL * rate:.1g}") for rate in task.rates(full=True)]
+        return list(task.learning_rates(full=False))
+    return [float(f"{SUBSPACE_RATE_OVER_FULL * rate:.1g}") for rate in task.learning_rates(full=True)]
 
 
-def _cells(config: StudyConfig, task: Task, method: Method) -> list[Run]:
+def _cells(config: StudyConfig, task: Task, method: TrainingMethod) -> list[Run]:
     """A method at each of its target sets and ranks, or dimensions, without rate and with any seed."""
-    if method in SUBSPACE:
-        return [Run(method=method, seed=0, dim=dim) for dim in fitting_dims(config.dims, task, method)]
-    if method not in LORA:
-        if not any(trains(method, task, name) for name, _ in task.model(0).named_parameters()):
+    if method in SUBSPACE_METHODS:
+        return [Run(method=method, seed=0, dim=dim) for dim in feasible_dims(config.dims, task, method)]
+    if method not in LORA_METHODS:
+        if not any(is_trained(method, task, name) for name, _ in task.model(0).named_parameters()):
             raise ConfigError(f"method {method!r}: this model has nothing of that kind to train")
         return [Run(method=method, seed=0)]
     cells = []
     for targets in config.targets or (None,):
-        ranks = config.ranks if config.budget is None else (budget_rank(config.budget, task, targets),)
+        ranks = config.ranks if config.budget is None else (rank_for_budget(config.budget, task, targets),)
         cells += [
-            Run(method=method, seed=0, targets=targets, rank=rank, alpha=alpha_of(config, method, rank))
+            Run(method=method, seed=0, targets=targets, rank=rank, alpha=choose_alpha(config, method, rank))
             for rank in ranks
         ]
     return cells
 
 
-def alpha_of(config: StudyConfig, method: Method, rank: int) -> float:
+def choose_alpha(config: StudyConfig, method: TrainingMethod, rank: int) -> float:
     """α of a run: what the settings say, or 2r; for rsLoRA 16, since its scale α/√r is made for a fixed α."""
     if config.alpha is None and method == "rslora":
         return RSLORA_ALPHA
-    value, multiplies = alpha_factor(config.alpha) or (2.0, True)
+    value, multiplies = parse_alpha(config.alpha) or (2.0, True)
     return value * rank if multiplies else value
 
 
-def budget_rank(budget: int, task: Task, targets: str | None) -> int:
+def rank_for_budget(budget: int, task: Task, targets: str | None) -> int:
     """The rank whose adapter on these targets comes nearest to ``budget`` parameters, at least 1 (LoRA's Table 5)."""
     model = task.model(0)
     chosen = targets if targets is not None else ",".join(task.targets)
     return max(1, round(budget / parameters_per_rank(model, expand_targets(model, chosen), task.heads)))
 
 
-def fitting_dims(dims: Sequence[int], task: Task, method: Method) -> list[int]:
+def feasible_dims(dims: Sequence[int], task: Task, method: TrainingMethod) -> list[int]:
     """The dimensions that a random subspace of the base can have; ``said`` pays for a factor for each layer.
 
     Raises:
         ConfigError: none of them.
     """
     model = task.model(0)
-    count, layers = sizes(model, base_names(model, task))
+    count, layers = count_parameters_and_modules(model, base_parameter_names(model, task))
     taken = layers if method == "said" else 0
     found = [dim for dim in dims if taken < dim <= count]
     if not found:
@@ -146,22 +149,22 @@ def fitting_dims(dims: Sequence[int], task: Task, method: Method) -> list[int]:
     return found
 
 
-def base_names(model: nn.Module, task: Task) -> list[str]:
+def base_parameter_names(model: nn.Module, task: Task) -> list[str]:
     """The parameters of the base itself, without its new heads, which every method trains in full."""
-    return [name for name, _ in model.named_parameters() if not in_head(task, name)]
+    return [name for name, _ in model.named_parameters() if not is_in_head(task, name)]
 
 
-def trains(method: str, task: Task, name: str) -> bool:
+def is_trained(method: str, task: Task, name: str) -> bool:
     """Whether a method that trains weights of the base itself trains this one."""
-    whole = method == "full" or method in SUBSPACE
-    return whole or in_head(task, name) or (method == "bias" and name.endswith("bias"))
+    whole = method == "full" or method in SUBSPACE_METHODS
+    return whole or is_in_head(task, name) or (method == "bias" and name.endswith("bias"))
 
 
-def in_head(task: Task, name: str) -> bool:
+def is_in_head(task: Task, name: str) -> bool:
     return any(is_within(name, head) for head in task.heads)
 
 
-class Cost(msgspec.Struct, frozen=True, kw_only=True):
+class RunCost(msgspec.Struct, frozen=True, kw_only=True):
     """What a run took. ``parameters`` are the base's; bytes are of what is trained and of the saved result.
 
     ``peak_memory`` is that of the process on a CPU (None where the system does not tell it)
@@ -181,7 +184,7 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     together: int = 1
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     """``run.json``: a run that has ended: done, with a loss that is not finite, or stopped as hopeless.
 
     ``metrics`` holds those of the validation and the test split after the last step, ``before`` those
@@ -193,15 +196,15 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     metrics: dict[str, dict[str, float]] = {}
     before: dict[str, dict[str, float]] = {}
-    cost: Cost | None = None
-    schema: str = SCHEMA
+    cost: RunCost | None = None
+    schema: str = RUN_SCHEMA
 
     def write(self, folder: Path) -> None:
         flat = msgspec.to_builtins(self)
         write_json(folder / "run.json", {"schema": flat.pop("schema"), "name": self.run.name, **flat})
 
     @classmethod
-    def read(cls, folder: Path) -> Record:
+    def read(cls, folder: Path) -> RunRecord:
         """The record in a run's folder.
 
         Raises:
@@ -214,6 +217,6 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
             raise FormatError(f"{path}: no such file") from error
         except (OSError, msgspec.DecodeError) as error:
             raise FormatError(f"{path}: not a record of a run ({error})") from error
-        if record.schema != SCHEMA:
-            raise FormatError(f"{path}: its schema is {record.schema!r}, not {SCHEMA!r}")
+        if record.schema != RUN_SCHEMA:
+            raise FormatError(f"{path}: its schema is {record.schema!r}, not {RUN_SCHEMA!r}")
         return record

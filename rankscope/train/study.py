@@ -17,28 +17,29 @@ import torch
 
 import rankscope
 from rankscope.errors import ConfigError, FormatError
-from rankscope.formats.files import read_json, write_json
-from rankscope.formats.interface import Store
+from rankscope.formats.abstract_store import Store
+from rankscope.formats.file_io import read_json, write_json
 from rankscope.formats.store import open as open_store
-from rankscope.train.claims import LOCK, alone, claiming
-from rankscope.train.config import RESUMABLE, Method, StudyConfig, make_config, resolve_device
-from rankscope.train.loop import Listener, Silent, precision
-from rankscope.train.runs import Record, Run, grid
+from rankscope.train.claims import LOCK_NAME, lock_study, open_claims
+from rankscope.train.config import RESUMABLE_KEYS, StudyConfig, TrainingMethod, make_study_config, resolve_device
+from rankscope.train.loop import Listener, Silent, set_precision
+from rankscope.train.process_group import open_process_group
+from rankscope.train.run_state import STATE_NAME
+from rankscope.train.runs import Run, RunRecord, plan_runs
 from rankscope.train.sweep import Sweep
-from rankscope.train.tasks import Task, make_task
-from rankscope.train.team import team_of
-from rankscope.train.trainee import STATE
+from rankscope.train.task import Task
+from rankscope.train.tasks import make_task
 
 if TYPE_CHECKING:
     from rankscope.evidence.hypothesis import Hypothesis
 
-SCHEMA = "rankscope.study/2"
+STUDY_SCHEMA = "rankscope.study/2"
 
 
-Edge = Literal["low", "high"] | None
+GridEdge = Literal["low", "high"] | None
 
 
-class Choice(NamedTuple):
+class LearningRateChoice(NamedTuple):
     """The best rate, among those tried in ascending order.
 
     ``edge`` says at which end of them it lies, if it does: then the true best may lie beyond, and a rank whose best
@@ -46,7 +47,7 @@ class Choice(NamedTuple):
     """
 
     lr: float
-    edge: Edge
+    edge: GridEdge
     tried: tuple[float, ...]
 
 
@@ -60,20 +61,20 @@ class Study:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.description = read_json(self.folder / "study.json")
-        if self.description.get("schema") != SCHEMA:
+        if self.description.get("schema") != STUDY_SCHEMA:
             found = self.description.get("schema")
-            raise FormatError(f"{self.folder / 'study.json'}: its schema is {found!r}, not {SCHEMA!r}")
+            raise FormatError(f"{self.folder / 'study.json'}: its schema is {found!r}, not {STUDY_SCHEMA!r}")
         for key in ("config", "metric", "higher_is_better"):
             if key not in self.description:
                 raise FormatError(f"{self.folder / 'study.json'}: holds no {key!r}; is this a study of rankscope?")
-        self.config = make_config(self.description["config"], str(self.folder / "study.json"))
+        self.config = make_study_config(self.description["config"], str(self.folder / "study.json"))
         self.metric: str = self.description["metric"]
         self.higher_is_better: bool = self.description["higher_is_better"]
         folders = sorted(path.parent for path in self.folder.glob("runs/*/run.json"))
         self.records = sorted((self._read(path) for path in folders), key=_order)
 
-    def _read(self, folder: Path) -> Record:
-        record = Record.read(folder)
+    def _read(self, folder: Path) -> RunRecord:
+        record = RunRecord.read(folder)
         if folder.name != record.run.name:
             raise FormatError(f"{folder}: holds the run {record.run.name}; give the folder that name back")
         if record.status == "done" and not all(
@@ -84,23 +85,23 @@ class Study:
             )
         return record
 
-    def score(self, record: Record, split: str = "test") -> float:
+    def score(self, record: RunRecord, split: str = "test") -> float:
         """The study's metric of a run that is done."""
         return record.metrics[split][self.metric]
 
-    def done(self) -> list[Record]:
+    def done(self) -> list[RunRecord]:
         return [record for record in self.records if record.status == "done"]
 
-    def choices(self) -> dict[str, Choice]:
+    def choices(self) -> dict[str, LearningRateChoice]:
         """The best rate of each label (method, targets and rank), by the mean over seeds on the validation split."""
-        cells: dict[str, list[Record]] = {}
+        cells: dict[str, list[RunRecord]] = {}
         for record in self.records:
             if record.run.lr is not None:
                 cells.setdefault(record.run.label, []).append(record)
         found = {label: self._choose(records) for label, records in cells.items()}
         return {label: choice for label, choice in found.items() if choice is not None}
 
-    def _choose(self, records: list[Record]) -> Choice | None:
+    def _choose(self, records: list[RunRecord]) -> LearningRateChoice | None:
         """Rates that some seed diverged at, or was stopped at, cannot be the best one while others are left."""
         scores: dict[float, list[float]] = {}
         for record in records:
@@ -112,10 +113,10 @@ class Study:
         means = {lr: statistics.fmean(values) for lr, values in scores.items() if len(values) == most}
         best = (max if self.higher_is_better else min)(means, key=lambda lr: means[lr])
         tried = sorted({record.run.lr for record in records if record.run.lr is not None})
-        edge: Edge = "low" if best == tried[0] else "high" if best == tried[-1] else None
-        return Choice(best, edge if len(tried) > 1 else None, tuple(tried))
+        edge: GridEdge = "low" if best == tried[0] else "high" if best == tried[-1] else None
+        return LearningRateChoice(best, edge if len(tried) > 1 else None, tuple(tried))
 
-    def best(self) -> list[Record]:
+    def best(self) -> list[RunRecord]:
         """The runs at the best rate of their label, one a seed, and the untouched base."""
         choices = self.choices()
 
@@ -131,7 +132,7 @@ class Study:
         """The updates that a run learned: its adapter, or the update of full fine-tuning."""
         return open_store(self.path(run))
 
-    def keeps(self, run: Run) -> bool:
+    def has_weights(self, run: Run) -> bool:
         """Whether what a run learned is still there; weights are large, and people delete those they need no more."""
         return any((self.path(run) / name).exists() for name in ("adapter", "update.safetensors"))
 
@@ -168,12 +169,12 @@ class Study:
         return f"Study({str(self.folder)!r}, {len(self.records)} runs, {self.metric})"
 
 
-ORDER = ("base", *get_args(Method))
+METHOD_ORDER = ("base", *get_args(TrainingMethod))
 
 
-def _order(record: Record) -> tuple[int, str, int, float, int]:
+def _order(record: RunRecord) -> tuple[int, str, int, float, int]:
     run = record.run
-    return ORDER.index(run.method), run.targets or "", run.rank or run.dim or 0, run.lr or 0.0, run.seed
+    return METHOD_ORDER.index(run.method), run.targets or "", run.rank or run.dim or 0, run.lr or 0.0, run.seed
 
 
 def run_study(
@@ -201,15 +202,15 @@ def run_study(
     task = make_task(config)
     listener = listener or Silent()
     _check_free(folder)
-    with claiming(folder) as claims, precision(device, config), team_of(config, device) as team:
-        planned = grid(config, task)
-        with alone(claims):
-            _sweep_leftovers(folder)
+    with open_claims(folder) as claims, set_precision(device, config), open_process_group(config, device) as team:
+        planned = plan_runs(config, task)
+        with lock_study(claims):
+            _remove_study_leftovers(folder)
             _describe(folder, config, task, device)
         sweep = Sweep(task, config, folder, device, claims, listener, stop, team)
         runs = list(planned)
         _train_grid(sweep, runs)
-        while config.extend_lrs and (more := extension(Study(folder), planned)):
+        while config.extend_lrs and (more := extend_grid(Study(folder), planned)):
             listener.noted(f"best rates on the edge of the grid: {len(more)} more runs")
             runs += more
             _train_grid(sweep, runs)
@@ -220,30 +221,30 @@ def _train_grid(sweep: Sweep, runs: list[Run]) -> None:
     sweep.announce(runs)
     if sweep.config.halving:
         way = 1.0 if sweep.task.higher_is_better else -1.0
-        sweep.halve_rates(runs, lambda metrics: way * metrics[sweep.task.metric])
+        sweep.halve_learning_rates(runs, lambda metrics: way * metrics[sweep.task.metric])
     sweep.train(runs)
 
 
-MOST_EXTENSIONS = 3
+MAX_EXTENSIONS = 3
 
 
-def extension(study: Study, planned: list[Run]) -> list[Run]:
+def extend_grid(study: Study, planned: list[Run]) -> list[Run]:
     """Runs one rate further out, for each label whose best rate lies on the edge of those tried with every seed."""
     runs = []
     for label, choice in study.choices().items():
         asked = {run.lr for run in planned if run.label == label}
-        if choice.edge is None or not asked or len(choice.tried) >= len(asked) + MOST_EXTENSIONS:
+        if choice.edge is None or not asked or len(choice.tried) >= len(asked) + MAX_EXTENSIONS:
             continue
         seeds = {run.seed for run in planned if run.label == label}
         ended = {(r.run.lr, r.run.seed) for r in study.records if r.run.label == label}
         if all((lr, seed) in ended for lr in choice.tried for seed in seeds):
             like = next(run for run in planned if run.label == label)
-            lr = next_rate(choice.tried, choice.edge)
+            lr = next_learning_rate(choice.tried, choice.edge)
             runs += [msgspec.structs.replace(like, seed=seed, lr=lr) for seed in sorted(seeds)]
     return runs
 
 
-def next_rate(tried: tuple[float, ...], edge: Edge) -> float:
+def next_learning_rate(tried: tuple[float, ...], edge: GridEdge) -> float:
     """One step of the grid beyond its edge, on a log scale, to two digits."""
     lr = tried[-1] * tried[-1] / tried[-2] if edge == "high" else tried[0] * tried[0] / tried[1]
     return float(f"{lr:.2g}")
@@ -253,7 +254,7 @@ def _check_free(folder: Path) -> None:
     """Refuse a folder that holds something else than a study, before anything is written to it."""
     if (folder / "study.json").exists() or not folder.exists():
         return
-    if not folder.is_dir() or any(not path.name.startswith((LOCK, ".study.json.")) for path in folder.iterdir()):
+    if not folder.is_dir() or any(not path.name.startswith((LOCK_NAME, ".study.json.")) for path in folder.iterdir()):
         raise ConfigError(f"{folder} exists and is not a study; choose another folder with -o")
 
 
@@ -262,7 +263,7 @@ def _describe(folder: Path, config: StudyConfig, task: Task, device: torch.devic
     path = folder / "study.json"
     made_by = {
         "versions": versions(),
-        "machine": machine(device),
+        "machine": describe_machine(device),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
     earlier: list[Any] = []
@@ -273,7 +274,7 @@ def _describe(folder: Path, config: StudyConfig, task: Task, device: torch.devic
         before = {key: study.description.get(key) for key in made_by}
         earlier = list(study.description.get("earlier", [])) + ([before] if before != made_by else [])
     description = {
-        "schema": SCHEMA,
+        "schema": STUDY_SCHEMA,
         "config": msgspec.to_builtins(config),
         "metric": task.metric,
         "higher_is_better": task.higher_is_better,
@@ -287,7 +288,7 @@ def _describe(folder: Path, config: StudyConfig, task: Task, device: torch.devic
 def _check_same(study: Study, config: StudyConfig) -> None:
     for key in msgspec.structs.asdict(config):
         old, new = getattr(study.config, key), getattr(config, key)
-        if key not in RESUMABLE and old != new:
+        if key not in RESUMABLE_KEYS and old != new:
             raise ConfigError(
                 f"{study.folder} is a study with {key} = {old!r}, not {new!r}; "
                 "give it the same settings to go on with it, or choose another folder with -o"
@@ -304,16 +305,16 @@ def versions() -> dict[str, str]:
     }
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def describe_machine(device: torch.device) -> dict[str, Any]:
     """What a reader must know to judge times."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": str(device), "processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
-def _sweep_leftovers(folder: Path) -> None:
+def _remove_study_leftovers(folder: Path) -> None:
     """Remove what a killed process was writing of the study's own files, and states of runs that have ended."""
     for path in folder.glob(".study.json.*.tmp"):
         path.unlink(missing_ok=True)
-    for path in folder.glob(f"runs/*/{STATE}"):
+    for path in folder.glob(f"runs/*/{STATE_NAME}"):
         if (path.parent / "run.json").exists():
             path.unlink(missing_ok=True)

@@ -9,30 +9,30 @@ from pathlib import Path
 
 import torch
 
-from rankscope.errors import TrainingError, located
+from rankscope.errors import TrainingError, prefix_errors
 from rankscope.train.claims import Claims
 from rankscope.train.config import StudyConfig
-from rankscope.train.costs import memory_room
+from rankscope.train.costs import memory_capacity
 from rankscope.train.loop import (
-    Group,
     InterruptedTrainingError,
     Listener,
+    RunGroup,
     batch_size,
     evaluate_base,
     evaluation_steps,
     step_count,
 )
-from rankscope.train.runs import Record, Run
-from rankscope.train.tasks import Task
-from rankscope.train.team import ALONE, Team
-from rankscope.train.trainee import STATE, metrics_at, reached
+from rankscope.train.process_group import SINGLE_PROCESS, TrainingProcesses
+from rankscope.train.run_state import STATE_NAME, last_evaluated_step, read_metrics_at
+from rankscope.train.runs import Run, RunRecord
+from rankscope.train.task import Task
 
 CPU_TOKENS = 2048
 """Tokens in one pass on a CPU: more runs in a pass stop paying there (measured, docs/benchmarks.md)."""
-WIDEST = 4
+MAX_RANK_RATIO = 4
 """Ranks in one pass differ by this factor at most: factors are padded to the largest."""
-POLL = 0.2  # seconds between looks at what other processes have done
-RUNG = 1 / 3
+POLL_SECONDS = 0.2  # seconds between looks at what other processes have done
+RUNG_SHARE = 1 / 3
 """Share of a run after which successive halving drops the worse half of the rates."""
 
 
@@ -48,7 +48,7 @@ class Sweep:
         claims: Claims,
         listener: Listener,
         stop: Callable[[], bool],
-        team: Team = ALONE,
+        team: TrainingProcesses = SINGLE_PROCESS,
     ) -> None:
         self.team = team
         self.task, self.config, self.folder, self.device = task, config, folder, device
@@ -67,7 +67,7 @@ class Sweep:
             if not group:
                 if self.stop():
                     raise InterruptedTrainingError("stopped while other processes are at work on the study")
-                time.sleep(POLL)
+                time.sleep(POLL_SECONDS)
                 self.announce(runs)  # what others have ended meanwhile
                 continue
             try:
@@ -85,8 +85,8 @@ class Sweep:
         self.team.wait()
         if self.team.any(self._is_through(run, until)):
             return
-        while self.team.any(self.team.leads and not self.claims.take(run.name)):
-            time.sleep(POLL)
+        while self.team.any(self.team.is_main_process and not self.claims.try_claim(run.name)):
+            time.sleep(POLL_SECONDS)
         try:
             self._train_group([run], until)
         finally:
@@ -94,16 +94,16 @@ class Sweep:
 
     def announce(self, runs: Sequence[Run]) -> None:
         """Tell the listener which runs there are and which have ended."""
-        self.listener.planned(runs, [Record.read(self.path(run)) for run in runs if self.ended(run)])
+        self.listener.planned(runs, [RunRecord.read(self.path(run)) for run in runs if self.has_ended(run)])
 
     def path(self, run: Run) -> Path:
         return self.folder / "runs" / run.name
 
-    def ended(self, run: Run) -> bool:
+    def has_ended(self, run: Run) -> bool:
         return (self.path(run) / "run.json").exists()
 
     def _is_through(self, run: Run, until: int | None) -> bool:
-        return self.ended(run) or (until is not None and reached(self.path(run)) >= until)
+        return self.has_ended(run) or (until is not None and last_evaluated_step(self.path(run)) >= until)
 
     # Which runs, how many
 
@@ -113,13 +113,13 @@ class Sweep:
         for run in left:
             if group and (not self._goes_with(group, run) or len(group) >= self._limit(group[0])):
                 break
-            if run.method != "base" and not self.ended(base_of(run)):
+            if run.method != "base" and not self.has_ended(base_run(run)):
                 continue
-            if self.claims.take(run.name):
+            if self.claims.try_claim(run.name):
                 if self._is_through(run, until):  # another process has just done it
                     self.claims.release([run.name])
                 else:
-                    sweep_leftovers(self.path(run))
+                    remove_leftovers(self.path(run))
                     group.append(run)
         return group
 
@@ -132,7 +132,7 @@ class Sweep:
             # run's longest would get other dropout.
             return False
         ranks = [other.rank or 1 for other in (*group, run)]
-        return max(ranks) <= WIDEST * min(ranks) and self._can_share()
+        return max(ranks) <= MAX_RANK_RATIO * min(ranks) and self._can_share()
 
     def _can_share(self) -> bool:
         """Whether what the model computes for a run is the same beside others; tried once."""
@@ -153,7 +153,7 @@ class Sweep:
     def _room(self, run: Run) -> int:
         """How many runs like this one the free memory holds."""
         try:
-            return memory_room(self.device, lambda: self._probe(run))
+            return memory_capacity(self.device, lambda: self._probe(run))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 return 1
@@ -161,15 +161,15 @@ class Sweep:
 
     def _probe(self, run: Run) -> None:
         """One pass of one run that is thrown away, to see what it takes."""
-        base = Record.read(self.path(base_of(run)))
+        base = RunRecord.read(self.path(base_run(run)))
         before = {run.seed: base.metrics}
-        Group(self.task, self.config, [run], [self.path(run)], before, self.device, self.listener).try_step()
+        RunGroup(self.task, self.config, [run], [self.path(run)], before, self.device, self.listener).try_step()
 
     # Training them
 
     def _train_group(self, group: list[Run], until: int | None) -> None:
         name = group[0].name if len(group) == 1 else f"{group[0].name} and {len(group) - 1} more"
-        with located(name):
+        with prefix_errors(name):
             try:
                 if group[0].method == "base":
                     evaluate_base(self.task, self.config, group[0], self.path(group[0]), self.device)
@@ -181,10 +181,12 @@ class Sweep:
                 self._halve(len(group), error)
 
     def _train_together(self, group: list[Run], until: int | None) -> None:
-        before = {run.seed: Record.read(self.path(base_of(run))).metrics for run in group}
+        before = {run.seed: RunRecord.read(self.path(base_run(run))).metrics for run in group}
         folders = [self.path(run) for run in group]
-        team = self.team if self._is_joint(group[0]) else ALONE
-        Group(self.task, self.config, group, folders, before, self.device, self.listener, until, team).train(self.stop)
+        team = self.team if self._is_joint(group[0]) else SINGLE_PROCESS
+        RunGroup(self.task, self.config, group, folders, before, self.device, self.listener, until, team).train(
+            self.stop
+        )
 
     def _halve(self, size: int, error: BaseException) -> None:
         """Go on with half as many runs in a pass; they start from what they saved last."""
@@ -199,7 +201,7 @@ class Sweep:
 
     # Successive halving
 
-    def halve_rates(self, runs: Sequence[Run], score: Callable[[Mapping[str, float]], float]) -> None:
+    def halve_learning_rates(self, runs: Sequence[Run], score: Callable[[Mapping[str, float]], float]) -> None:
         """Train all to a rung, then record the worse half of each cell's rates as stopped (Jamieson & Talwalkar 2016).
 
         Args:
@@ -207,35 +209,35 @@ class Sweep:
         """
         due = sorted(evaluation_steps(step_count(self.task, self.config), self.config.evaluations))
         steps = step_count(self.task, self.config)
-        rung = min((step for step in due if 0 < step < steps), key=lambda s: abs(s - RUNG * steps), default=0)
-        rung = rung or max(1, round(RUNG * steps))
+        rung = min((step for step in due if 0 < step < steps), key=lambda s: abs(s - RUNG_SHARE * steps), default=0)
+        rung = rung or max(1, round(RUNG_SHARE * steps))
         self.train(runs, until=rung)
         cells: dict[tuple[str, int], list[tuple[float, Run]]] = {}
         for run in runs:
             # Of the rung itself: another process may have decided already and gone on.
-            if run.lr is not None and (metrics := metrics_at(self.path(run), rung)):
+            if run.lr is not None and (metrics := read_metrics_at(self.path(run), rung)):
                 cells.setdefault((run.label, run.seed), []).append((score(metrics), run))
         for rivals in cells.values():
             rivals.sort(key=lambda rival: -rival[0])
             for _, run in rivals[math.ceil(len(rivals) / 2) :]:
-                if not self.ended(run):
+                if not self.has_ended(run):
                     self._stop_run(run, rung)
 
     def _stop_run(self, run: Run, rung: int) -> None:
-        before = Record.read(self.path(base_of(run))).metrics
-        record = Record(run=run, status="stopped", steps=rung, before=before)
+        before = RunRecord.read(self.path(base_run(run))).metrics
+        record = RunRecord(run=run, status="stopped", steps=rung, before=before)
         record.write(self.path(run))
-        (self.path(run) / STATE).unlink(missing_ok=True)
+        (self.path(run) / STATE_NAME).unlink(missing_ok=True)
         self.listener.ended(record)
 
 
-def sweep_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process was writing in a run's folder; the names are ours alone (see ``write_atomic``)."""
     for path in folder.glob("**/.*.tmp"):
         path.unlink(missing_ok=True)
 
 
-def base_of(run: Run) -> Run:
+def base_run(run: Run) -> Run:
     """The untouched base that a run starts from."""
     return Run(method="base", seed=run.seed)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.errors import ShapeError
-from rankscope.lora.kinds import Conv1DLayer
+from rankscope.lora.layer_types import Conv1DLayer
 from rankscope.lora.targets import layer_class
 
 
@@ -18,7 +18,7 @@ def to_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     return weight.T if _stores_transposed(module) else weight.flatten(1)
 
 
-def matrix_of(model: nn.Module, name: str) -> Tensor:
+def weight_matrix(model: nn.Module, name: str) -> Tensor:
     """The weight (out, in) in float32 of the module at this path, or of the parameter of this name; may be a view.
 
     Raises:
@@ -56,20 +56,20 @@ def _flat(weight: Tensor) -> torch.Size:
     return weight.flatten(1).shape if weight.ndim > 1 else weight.shape
 
 
-class _Place(NamedTuple):
+class _NamedWeight(NamedTuple):
     weight: Tensor
     transposed: bool
     """Whether the name means a matrix (out, in) that is stored (in, out)."""
 
 
-def _place(model: nn.Module, name: str) -> _Place:
+def _place(model: nn.Module, name: str) -> _NamedWeight:
     """The weight of the module at this path; the parameter of this name, as it is, where there is no such module."""
     module = dict(model.named_modules()).get(name)
     weight = getattr(module, "weight", None)
     if module is not None and isinstance(weight, Tensor):
-        return _Place(weight, _stores_transposed(module))
+        return _NamedWeight(weight, _stores_transposed(module))
     try:
-        return _Place(model.get_parameter(name), False)
+        return _NamedWeight(model.get_parameter(name), False)
     except AttributeError as error:
         raise ShapeError(f"the model has no weight {name!r}; is it another model's update?") from error
 

@@ -1,0 +1,60 @@
+"""How results name themselves and show themselves in notebooks."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+MAX_HTML_ROWS = 40  # of a result's table in a notebook
+RUN_FILE_NAMES = {"adapter", "initial", "update.safetensors", "adapter_model.safetensors", "adapter_config.json"}
+
+
+def short_name(path: str) -> str:
+    """The end of a path that tells runs apart: ``study/runs/lora-r8-s0/adapter`` is ``lora-r8-s0``."""
+    parts = Path(path).absolute().parts[1:] or (path,)
+    kept = [part for part in parts if part not in RUN_FILE_NAMES] or list(parts)
+    return kept[-1]
+
+
+def html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Iterable[str] = ()) -> str:
+    """A table for notebooks, at most ``MAX_HTML_ROWS`` long."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[:MAX_HTML_ROWS]
+    )
+    more = f"<p>… and {len(rows) - MAX_HTML_ROWS} more</p>" if len(rows) > MAX_HTML_ROWS else ""
+    said = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    listed = f"<ul>{said}</ul>" if said else ""
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<p><b>{html.escape(title)}</b></p>{table}{more}{listed}"
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """Short names that can be told apart: as many last parts of each path as that takes, without what all share.
+
+    Of paths that are equal, the second gets "(2)" and so on.
+    """
+    names = [short_name(path) for path in paths]
+    alike = {name for name in names if names.count(name) > 1}
+    for name in alike:
+        places = [i for i, other in enumerate(names) if other == name]
+        for place, longer in zip(places, _strip_common_parts([paths[i] for i in places]), strict=True):
+            names[place] = longer
+    counts: dict[str, int] = {}
+    for i, name in enumerate(names):
+        counts[name] = counts.get(name, 0) + 1
+        names[i] = name if counts[name] == 1 else f"{name} ({counts[name]})"
+    return names
+
+
+def _strip_common_parts(paths: Sequence[str]) -> list[str]:
+    """The paths without their common beginning and the parts of a run that all end with."""
+    parts = [list(Path(path).absolute().parts[1:]) or [path] for path in paths]
+    while all(len(one) > 1 for one in parts) and len({one[0] for one in parts}) == 1:
+        parts = [one[1:] for one in parts]
+    while (
+        all(len(one) > 1 for one in parts) and len({one[-1] for one in parts}) == 1 and parts[0][-1] in RUN_FILE_NAMES
+    ):
+        parts = [one[:-1] for one in parts]
+    return ["/".join(one) for one in parts]

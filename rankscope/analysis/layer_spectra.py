@@ -1,0 +1,286 @@
+"""``spectrum``: the singular values of every layer, and the rank that each measure makes of them."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
+
+import msgspec
+import torch
+
+from rankscope.analysis.display import html_table, short_name
+from rankscope.analysis.sources import Readable, Source, Track, select_layers
+from rankscope.analysis.worker_threads import compute_items
+from rankscope.errors import ConfigError, prefix_errors
+from rankscope.formats.abstract_store import SkippedItem
+from rankscope.result import Result
+from rankscope.sketch import AGREEMENT_TOLERANCE, Bounds, resolve_bounds, sketch_update
+from rankscope.spectra import (
+    MEASURES,
+    RoundingFloor,
+    Spectrum,
+    gd_count,
+    mp_count,
+    mp_edge,
+    noise_measures,
+    rounding_floor,
+)
+from rankscope.updates import Update
+
+SCHEMA = "rankscope.spectrum/1"
+Measures = dict[str, float | int]
+SHOWN = ("numerical_rank", "stable_rank", "participation_ratio", "entropy_rank", "k90")
+"""The measures that tables show; the JSON form has all."""
+
+
+class LayerSpectrum(msgspec.Struct, frozen=True, kw_only=True):
+    """One layer. ``shape`` is (out, in); ``nominal_rank`` LoRA's r, None for an update that is no product.
+
+    ``singular_values``: largest first, perhaps cut, of ``count`` that can differ from zero; the measures are of
+    all. ``noise``, for full updates only: the same measures of a noise matrix of this shape, the edge that the
+    median σ suggests and the counts above it (None where the median is zero). ``rounding_floor``: what storing in
+    half precision can have added (see ``rankscope.spectra.RoundingFloor``). ``bounds`` and ``residuals``, for sketched
+    layers only: lower and upper bound of every measure, of which ``measures`` has those whose bounds agree, and how far
+    each singular value is from its equation, ‖Mᵀu − σv‖ (see ``rankscope.sketch.Sketch``).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    nominal_rank: int | None
+    scale: float
+    dtype: str
+    energy: float
+    singular_values: tuple[float, ...]
+    count: int
+    measures: Measures
+    noise: dict[str, float | int | None] | None
+    rounding_floor: RoundingFloor | None
+    bounds: dict[str, Bounds] | None = None
+    residuals: tuple[float, ...] | None = None
+
+    def interval(self, measure: str) -> Bounds:
+        """Its bounds, equal where it is known."""
+        return self.bounds[measure] if self.bounds else (self.measures[measure],) * 2
+
+    @property
+    def norm(self) -> float:
+        """‖·‖_F."""
+        return math.sqrt(self.energy)
+
+    @property
+    def full(self) -> bool:
+        """Whether it was not made as a product of thin factors."""
+        return self.nominal_rank is None
+
+
+class SpectrumTotals(msgspec.Struct, frozen=True, kw_only=True):
+    """All layers together. ``zero`` layers have not changed at all and count in neither average.
+
+    ``median``: of each measure over layers. ``weighted_mean``: over layers by their energy. Where layers were sketched
+    these have what is known to four digits, and ``bounds`` lower and upper bound of every median.
+    """
+
+    layers: int
+    zero: int
+    energy: float
+    norm: float
+    median: dict[str, float]
+    weighted_mean: dict[str, float]
+    bounds: dict[str, Bounds] | None = None
+
+
+class SpectrumResult(Result, frozen=True, kw_only=True):
+    """Spectra of all layers of one source; ``to_json`` and ``from_json`` are inverses."""
+
+    schemas: ClassVar = (SCHEMA,)
+    schema: str = SCHEMA
+    path: str
+    kind: str
+    layers: tuple[LayerSpectrum, ...]
+    total: SpectrumTotals
+    skipped: tuple[SkippedItem, ...]
+    notes: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> LayerSpectrum:
+        """The layer of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    @property
+    def title(self) -> str:
+        """The end of the path that tells runs apart."""
+        return short_name(self.path)
+
+    def __repr__(self) -> str:
+        known = [name for name in ("stable_rank", "entropy_rank", "k90") if name in self.total.median]
+        ranks = ", ".join(f"{name} {self.total.median[name]:.4g}" for name in known)
+        return f"SpectrumResult({self.title!r}: {len(self.layers)} layers, median {ranks}, norm {self.total.norm:.4g})"
+
+    def _repr_html_(self) -> str:
+        header = ["layer", "out × in", "r", *(name.replace("_", " ") for name in SHOWN), "norm"]
+        return html_table(repr(self), header, [_html_row(layer) for layer in self.layers], self.notes)
+
+
+def _html_row(layer: LayerSpectrum) -> list[str]:
+    noise = layer.noise or {}
+    cells = [
+        " – ".join(dict.fromkeys(f"{end:.4g}" for end in layer.interval(m)))
+        + (f" (noise {noise[m]:.4g})" if m in noise else "")
+        for m in SHOWN
+    ]
+    shape = f"{layer.shape[0]} × {layer.shape[1]}"
+    return [layer.name, shape, str(layer.nominal_rank or ""), *cells, f"{layer.norm:.4g}"]
+
+
+def spectrum(
+    source: Readable,
+    base: str | os.PathLike[str] | None = None,
+    layers: str | Iterable[str] | None = None,
+    top: int | None = None,
+    device: torch.device | str = "cpu",
+    track: Track = iter,
+    alpha: float | None = None,
+    workers: int | None = None,
+    sketch: int | None = None,
+    initial: str | os.PathLike[str] | None = None,
+) -> SpectrumResult:
+    """Singular values and effective ranks of every layer.
+
+    Args:
+        source: path of an adapter, a run, a file of updates or a checkpoint; a store; or a mapping of names to
+            updates.
+        base: checkpoint that a path's full weights were tuned from.
+        layers: globs of whole names, or dotted parts of them (``q_proj``, ``layers.0``); None takes all.
+        top: how many singular values of each layer the result keeps; the measures are of all.
+        device: where the decompositions run.
+        track: wraps the list of names and may show progress.
+        alpha: α of a path's layers where the file has none.
+        workers: threads that layers with thin factors are shared out over, each of which computes with one; None
+            takes as many as torch would use. The result is the same to the bit.
+        sketch: of full updates, find only so many singular values, where that costs well below all of them; measures
+            that the rest could change are given as bounds (``rankscope.sketch``).
+        initial: the adapter before training, where its initialisation moved the base (PiSSA and others).
+
+    Raises:
+        RankscopeError: nothing to read, nothing that fits ``layers``, or a layer that holds NaN or infinity.
+    """
+    if sketch is not None and sketch < 1:
+        raise ConfigError(f"sketch = {sketch}: find at least one singular value")
+    if top is not None and top < 1:
+        raise ConfigError(f"top = {top}: keep at least one singular value")
+    opened = Source.of(source, base, device, alpha=alpha, initial=initial)
+    names = select_layers(opened.names(), layers, opened.label)
+
+    def one(name: str, updates: Sequence[Update]) -> LayerSpectrum:
+        return _layer(opened, name, updates[0], top, sketch)
+
+    def read(name: str) -> Sequence[Update]:
+        return [opened.read(name)]
+
+    def cost(name: str) -> float:
+        return opened.cost(name, sketch)
+
+    spectra = compute_items(
+        names, opened.batch_key, read, one, opened.device, workers, track, opened.can_read_ahead, cost
+    )
+    found = tuple(spectra)
+    notes = (*opened.notes, *_zero_note(found), *_sketch_note(found))
+    return SpectrumResult(
+        path=opened.label, kind=opened.kind, layers=found, total=_total(found), skipped=opened.skipped, notes=notes
+    )
+
+
+def _layer(source: Source, name: str, update: Update, top: int | None, sketch: int | None) -> LayerSpectrum:
+    info = source.info(name)
+    with prefix_errors(source.layer_label(name)):
+        rough = sketch_update(update, sketch) if sketch else None
+        found = rough.top if rough else Spectrum.of(update)
+        bounds = rough.bounds() if rough else None
+    return LayerSpectrum(
+        name=name,
+        shape=found.shape,
+        nominal_rank=found.nominal_rank,
+        scale=info.scale if info else getattr(update, "scale", 1.0),
+        dtype=str(info.dtype).removeprefix("torch.") if info else found.stored,
+        energy=found.energy,
+        singular_values=tuple(found.values[:top].tolist()),
+        count=len(found.values),
+        measures=_resolve_measures(bounds) if bounds else found.measures(),
+        noise=_noise(update, found),
+        rounding_floor=rough.floor() if rough else rounding_floor(found),
+        bounds=bounds,
+        residuals=tuple(rough.residuals[:top].tolist()) if rough else None,
+    )
+
+
+def _resolve_measures(bounds: Mapping[str, Bounds]) -> Measures:
+    """The measures whose bounds are one number."""
+    return {name: value for name, ends in bounds.items() if (value := resolve_bounds(name, *ends)) is not None}
+
+
+def _sketch_note(layers: Sequence[LayerSpectrum]) -> list[str]:
+    sketched = [layer for layer in layers if layer.residuals]
+    if not sketched:
+        return []
+    worst = max(max(layer.residuals or (0.0,)) / (layer.singular_values[0] or 1.0) for layer in sketched)
+    hidden = sum(layer.dtype in ("bfloat16", "float16") and layer.rounding_floor is None for layer in sketched)
+    floor = f"; in {hidden} of them its end lies above the rounding floor, which is not told" if hidden else ""
+    return [
+        f"{len(sketched)} of {len(layers)} layers were sketched: what the rest of the spectrum could change is given "
+        f"as bounds (largest residual {worst:.1e} of the first singular value){floor}"
+    ]
+
+
+def _noise(update: Update, found: Spectrum) -> dict[str, float | int | None] | None:
+    if update.nominal_rank is not None:  # its rank is of its making: noise of this shape is no null
+        return None
+    counts = {"mp_edge": mp_edge(found), "mp_count": mp_count(found), "gd_count": gd_count(found)}
+    return {**noise_measures(found.shape), **counts}
+
+
+def _zero_note(layers: Sequence[LayerSpectrum]) -> list[str]:
+    zero = [layer.name for layer in layers if layer.energy == 0]
+    if not zero:
+        return []
+    factors = " (a factor is still at its initial zero)" if not layers[0].full else ""
+    return [f"{len(zero)} of {len(layers)} layers have not changed{factors}: {zero[0]}{', …' if len(zero) > 1 else ''}"]
+
+
+def _total(layers: Sequence[LayerSpectrum]) -> SpectrumTotals:
+    changed = [layer for layer in layers if layer.energy > 0]
+    energy = math.fsum(layer.energy for layer in layers)
+
+    def mean(name: str, end: int) -> float:
+        return math.fsum(layer.interval(name)[end] * (layer.energy / energy) for layer in changed)
+
+    def median(name: str, end: int) -> float:
+        return float(statistics.median([layer.interval(name)[end] for layer in changed] or [0]))
+
+    medians, means = ({m: (of(m, 0), of(m, 1)) for m in MEASURES} for of in (median, mean))
+    return SpectrumTotals(
+        layers=len(layers),
+        zero=len(layers) - len(changed),
+        energy=energy,
+        norm=math.sqrt(energy),
+        median=_resolve_averages(medians),
+        weighted_mean=_resolve_averages(means),
+        bounds=medians if any(layer.bounds for layer in layers) else None,
+    )
+
+
+def _resolve_averages(bounds: Mapping[str, Bounds]) -> dict[str, float]:
+    """Where the ends are one number: itself where they are equal, or the mean where they agree to four digits."""
+    return {
+        name: low if low == high else (low + high) / 2
+        for name, (low, high) in bounds.items()
+        if high - low <= AGREEMENT_TOLERANCE * high
+    }

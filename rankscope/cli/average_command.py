@@ -1,0 +1,35 @@
+"""``rankscope average``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rankscope.cli.surgery_output import parse_weights, surgery_command
+
+if TYPE_CHECKING:
+    from rankscope.surgery.surgery_result import SurgeryResult
+    from rankscope.surgery.truncate import RankChoice
+
+
+@click.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("--weights", metavar="W,…", help="One for each adapter, divided by their sum [equal].")
+@surgery_command(chooses="maybe")
+def command(
+    adapters: tuple[str, ...], weights: str | None, choice: RankChoice | None, output: str, options: dict[str, Any]
+) -> SurgeryResult:
+    """The adapter whose update is the mean of several.
+
+    The mean of the updates sBA, not of the factors. Exact, with the ranks added, or lower by --rank and its like;
+    --energy 1 drops only what is rounding. Heads and biases that all of them hold are averaged too.
+
+    \b
+    Examples:
+      rankscope average ./seed0 ./seed1 ./seed2 --energy 1 -o ./mean
+      rankscope average ./one ./two --weights 3,1 --rank 16 -o ./mixed
+    """
+    from rankscope.surgery.algebra import average
+
+    return average(adapters, output, parse_weights(weights), choice, **options)

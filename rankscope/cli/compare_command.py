@@ -1,0 +1,246 @@
+"""``rankscope compare``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from rankscope.cli import matrix_output as matrix
+from rankscope.cli.common import (
+    OutputOptions,
+    format_count,
+    format_number,
+    format_p_value,
+    initial_option,
+    output_options,
+    print_table,
+    progress_tracker,
+    reading_options,
+    skipped_lines,
+    workers_option,
+)
+from rankscope.cli.spectrum_command import expand_studies
+from rankscope.cli.torchrun import share_analyses
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from rankscope.analysis.comparison import CompareResult, SideSummary
+    from rankscope.analysis.layer_comparison import LayerComparison, SideComparison
+    from rankscope.report.document import Document
+
+CELL_COLUMNS = ("i", "j", "overlap", "expected", "z", "p")
+DISTANCE_COLUMNS = ("projection", "geodesic", "chordal", "fubini_study", "procrustes")
+
+
+@click.command()
+@click.argument("sources", nargs=-1, metavar="A B [C...]")
+@reading_options
+@initial_option
+@click.option("--top", type=click.IntRange(min=1), metavar="K", help="Compare the top K directions at most.")
+@click.option(
+    "--of",
+    type=click.Choice(["update", "A", "B"]),
+    default="update",
+    show_default=True,
+    help="Which matrices: ΔW, the factors A (right side, as in the LoRA paper), or the factors B (left side).",
+)
+@click.option(
+    "--rename",
+    multiple=True,
+    metavar="FROM=TO",
+    help="Read FROM in the names of A (of three or more sources: of each that has it) as TO; with nothing before =, "
+    "put TO in front. Repeatable, in this order.",
+)
+@click.option("--layer", metavar="NAME", help="The layer that --plot and --report draw [the median].")
+@workers_option
+@output_options
+def command(
+    sources: tuple[str, ...],
+    base: str | None,
+    alpha: float | None,
+    layers: tuple[str, ...],
+    device: str,
+    initial: tuple[str, ...],
+    top: int | None,
+    of: Literal["update", "A", "B"],
+    rename: tuple[str, ...],
+    layer: str | None,
+    workers: int | None,
+    as_json: bool,
+    as_csv: bool,
+    plot: str | None,
+    report: str | None,
+    verbose: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Overlap, angles and distance of two sets of updates, or of each with each.
+
+    A and B are adapters (PEFT, kohya, LyCORIS, diffusers, loralib), runs, or checkpoints (with --base). Layers are
+    paired by name, across the conventions of these tools; a fused qkv projection is split where the other side has q,
+    k and v. Left is the output space, right the input space. φ
+    is the overlap of the top k directions of each, k the smaller number of the two, with the overlap of random
+    directions in brackets; z and p say how far from random it is. --json has φ for every pair of cuts.
+    Processes of torchrun -m rankscope share the layers out; the result is that of one.
+
+    \b
+    Examples:
+      rankscope compare adapterA adapterB
+      rankscope compare adapter lora.safetensors --rename base.=model.
+      rankscope compare study/runs/lora-r8-lr0.007-s0 study/runs/full-lr0.002-s0 --plot overlap.png
+      rankscope compare adapters/* --plot alike.png
+    """
+    # A study is one path and several sources; of two paths each is what it was.
+    paths = list(sources) if len(sources) in (0, 2) else expand_studies(sources)[0]
+    if len(paths) < 2:
+        raise click.UsageError(f"Missing argument '{'AB'[len(paths)]}'.")
+    if len(initial) > len(paths):
+        raise click.UsageError(f"{len(initial)} times --initial, and {len(paths)} sources")
+    output = OutputOptions(as_json, as_csv, plot, report, verbose, quiet)
+    output.check()
+    if layer and not plot and not report:
+        raise click.UsageError("--layer says what --plot and --report draw; give --plot FILE or --report FILE too")
+    options: dict[str, Any] = {
+        "base": base,
+        "layers": layers or None,
+        "top": top,
+        "of": of,
+        "device": device,
+        "track": progress_tracker(quiet, "layers"),
+        "rename": [parse_rename(text) for text in rename],
+        "alpha": alpha,
+        "workers": workers,
+        "initial": initial,
+    }
+    if len(paths) == 2:
+        _compare_two(paths, layer, options, output)
+    elif layer:
+        raise click.UsageError("--layer says which layer of two sources is drawn; a matrix of several shows them all")
+    else:
+        _compare_all(paths, options, output)
+
+
+def _compare_two(paths: Sequence[str], layer: str | None, options: dict[str, Any], output: OutputOptions) -> None:
+    from rankscope.analysis.comparison import compare
+
+    with share_analyses():
+        result = compare(paths[0], paths[1], **options)
+
+    def draw() -> Figure:
+        from rankscope.plots import plot_overlap
+
+        return plot_overlap(result, layer)
+
+    def page(command: str) -> Document:
+        from rankscope.report.compare_page import build_document
+
+        return build_document(result, layer, command)
+
+    verbose = output.verbose
+    output.write_result(
+        [*result.notes, *unmatched_lines(result, verbose), *skipped_lines(result.skipped, verbose)],
+        draw,
+        page,
+        result.to_json,
+        lambda: (csv_header(), csv_rows(result)),
+        lambda: print_comparison(result),
+    )
+
+
+def _compare_all(paths: Sequence[str], options: dict[str, Any], output: OutputOptions) -> None:
+    from rankscope.analysis.matrix import compare_all
+
+    with share_analyses():
+        result = compare_all(paths, **options)
+
+    def draw() -> Figure:
+        from rankscope.plots import plot_matrix
+
+        return plot_matrix(result)
+
+    def page(command: str) -> Document:
+        from rankscope.report.matrix_page import build_document
+
+        return build_document(result, command)
+
+    verbose = output.verbose
+    output.write_result(
+        [*result.notes, *matrix.uncommon_layer_lines(result, verbose), *skipped_lines(result.skipped, verbose)],
+        draw,
+        page,
+        result.to_json,
+        lambda: (matrix.csv_header(), matrix.csv_rows(result)),
+        lambda: matrix.print_matrix(result),
+    )
+
+
+def parse_rename(text: str) -> tuple[str, str]:
+    """``FROM=TO`` as a pair.
+
+    Raises:
+        UsageError: there is no "=" in it, or nothing beside it.
+    """
+    old, equals, new = text.partition("=")
+    if not equals or old == new:
+        raise click.UsageError(f"--rename takes FROM=TO, not {text!r}")
+    return old, new
+
+
+def unmatched_lines(result: CompareResult, verbose: bool) -> Iterator[str]:
+    """Layers without a partner: how many, or all of them."""
+    for side, names in (("a", result.unmatched.a), ("b", result.unmatched.b)):
+        if names:
+            shown = ", ".join(names if verbose else names[:1]) + ("" if verbose or len(names) == 1 else ", …")
+            yield f"{format_count(len(names), 'layer')} only in {side}: {shown}"
+
+
+def print_comparison(result: CompareResult) -> None:
+    """A row a layer, and the medians."""
+    summary = result.summary
+    sides = [side for side in ("left", "right") if getattr(summary, side)]
+    header = ["layer", "k", *(title for side in sides for title in (f"φ {side} (chance)", "z", "p"))]
+    if summary.cosine is not None:
+        header += ["cosine", "rel. diff."]
+    header += ["‖a‖/‖b‖"]
+    last = ["median; all", "", *(cell for side in sides for cell in _medians(getattr(summary, side)))]
+    last += _distance(summary.cosine, summary.relative_difference)
+    last += [format_number(summary.norm_a / summary.norm_b)]
+    print_table(header, [*(_cells(layer) for layer in result.layers), last], totals=1)
+
+
+def _cells(layer: LayerComparison) -> list[str]:
+    cells = [layer.name, str(next(iter(layer.sides.values())).square.i)]
+    for side in layer.sides.values():
+        cell = side.square
+        cells += [f"{cell.overlap:.3f} ({cell.expected:.3f})", f"{cell.z:.1f}", format_p_value(cell.p)]
+    return [*cells, *_distance(layer.cosine, layer.relative_difference), format_number(layer.norm_a / layer.norm_b)]
+
+
+def _distance(cosine: float | None, relative: float | None) -> list[str]:
+    return [] if cosine is None or relative is None else [f"{cosine:.3f}", f"{relative:.3f}"]
+
+
+def _medians(side: SideSummary) -> tuple[str, str, str]:
+    return f"{side.overlap:.3f} ({side.expected:.3f})", "", ""
+
+
+def csv_header() -> list[str]:
+    sides = [f"{side}_{name}" for side in ("left", "right") for name in (*CELL_COLUMNS, *DISTANCE_COLUMNS)]
+    ends = ["norm_a", "norm_b", "inner", "cosine", "relative_difference"]
+    return ["layer", "layer_b", "out", "in", *sides, *ends]
+
+
+def csv_rows(result: CompareResult) -> Iterator[list[object]]:
+    for layer in result.layers:
+        sides = [value for side in (layer.left, layer.right) for value in _csv_side(side)]
+        ends = [layer.norm_a, layer.norm_b, layer.inner, layer.cosine, layer.relative_difference]
+        yield [layer.name, layer.name_b, *layer.shape, *sides, *ends]
+
+
+def _csv_side(side: SideComparison | None) -> list[object]:
+    if side is None:
+        return [None] * (len(CELL_COLUMNS) + len(DISTANCE_COLUMNS))
+    return [*(getattr(side.square, name) for name in CELL_COLUMNS), *(side.distance[name] for name in DISTANCE_COLUMNS)]

@@ -1,0 +1,54 @@
+"""``rankscope convert``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from rankscope.cli.common import alpha_option
+from rankscope.cli.surgery_output import surgery_command
+
+if TYPE_CHECKING:
+    from rankscope.surgery.surgery_result import SurgeryResult
+
+
+@click.command()
+@click.argument("adapter", metavar="ADAPTER")
+@click.option(
+    "--to", type=click.Choice(["peft", "kohya", "diffusers"]), required=True, help="The format to be written."
+)
+@click.option(
+    "--component",
+    metavar="NAME",
+    help="The part of a pipeline: which is kept, or what a PEFT adapter is of (unet, transformer, text_encoder …).",
+)
+@click.option("--base", metavar="PATH", help="The model, or a pipeline's folder: tells the dots in kohya's names.")
+@click.option("--names", metavar="FILE", help="The same from a file: the paths of its modules, one a line.")
+@alpha_option
+@surgery_command()
+def command(
+    adapter: str,
+    to: Literal["peft", "kohya", "diffusers"],
+    component: str | None,
+    base: str | None,
+    names: str | None,
+    alpha: float | None,
+    output: str,
+    options: dict[str, Any],
+) -> SurgeryResult:
+    """The same updates in the format of another tool.
+
+    ADAPTER is a LoRA in any format that is read. Factors go as they are, with the α that gives their scale (for
+    diffusers the scale goes into B), DoRA's magnitudes go along, and what the format has no place for is listed.
+    kohya's names have lost their dots: those of files that convert wrote are known, others need --base or --names. OUT
+    is a folder, or, ending in .safetensors, the file (not for PEFT).
+
+    \b
+    Examples:
+      rankscope convert ./lora.safetensors --to peft --base ./stable-diffusion -o ./adapter --component unet
+      rankscope convert ./adapter --to kohya -o lora.safetensors
+    """
+    from rankscope.surgery.convert import convert
+
+    return convert(adapter, to, output, component=component, base=base, names=names, alpha=alpha, **options)

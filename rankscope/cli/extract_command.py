@@ -1,0 +1,45 @@
+"""``rankscope extract``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rankscope.cli.surgery_output import surgery_command
+
+if TYPE_CHECKING:
+    from rankscope.surgery.extract import EmbeddingMode
+    from rankscope.surgery.surgery_result import SurgeryResult
+    from rankscope.surgery.truncate import RankChoice
+
+
+@click.command()
+@click.argument("tuned", metavar="TUNED")
+@click.option("--base", metavar="PATH", help="The checkpoint that was tuned; needed for full weights.")
+@click.option(
+    "--embeddings",
+    type=click.Choice(["whole", "low-rank"]),
+    default="whole",
+    show_default=True,
+    help="Embeddings that changed: saved whole, or low-rank as other matrices.",
+)
+@surgery_command(chooses="always")
+def command(
+    tuned: str, base: str | None, embeddings: EmbeddingMode, choice: RankChoice, output: str, options: dict[str, Any]
+) -> SurgeryResult:
+    """Make a LoRA adapter of a full fine-tuning.
+
+    TUNED is a checkpoint (with --base), or a study's run of full fine-tuning. Energies are shares of the exact energy
+    of each update. --rank takes the largest singular values alone where they are found sooner: the error, which is
+    reported exactly, is then at most 0.1 % above the least. What cannot be low-rank (norms, biases, new modules) goes
+    along whole where PEFT can load it; -v lists the rest. Factors are written in float32 unless --dtype says otherwise.
+
+    \b
+    Examples:
+      rankscope extract ./tuned --base ./base --rank 32 -o ./adapter
+      rankscope extract ./tuned --base ./base --noise -o ./adapter
+    """
+    from rankscope.surgery.extract import extract
+
+    return extract(tuned, choice, output, base, embeddings=embeddings, **options)

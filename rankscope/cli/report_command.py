@@ -1,0 +1,105 @@
+"""``rankscope report``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from rankscope.cli.common import print_json, print_table, progress_tracker
+
+if TYPE_CHECKING:
+    from rankscope.evidence.hypothesis import Hypothesis
+    from rankscope.train.study import Study
+
+
+@click.command()
+@click.argument("study", metavar="STUDY")
+@click.option("-o", "--output", metavar="FOLDER", help="Where to write [the study's folder].")
+@click.option("--lines", metavar="NAME,…", help="Only these lines of evidence [all].")
+@click.option(
+    "--of",
+    type=click.Choice(["update", "A", "B"]),
+    default="update",
+    show_default=True,
+    help="What overlaps across ranks and seeds: ΔW, or the factors A, as the LoRA paper has it, or B.",
+)
+@click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="Where to compute.")
+@click.option(
+    "--cache", metavar="FOLDER", help="Keep the decompositions of the base's weights here; may be deleted [keep none]."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print results.json instead of the table.")
+@click.option("--quiet", is_flag=True, help="No notes and no progress.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def command(
+    study: str,
+    output: str | None,
+    lines: str | None,
+    of: Literal["update", "A", "B"],
+    device: str,
+    cache: str | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Is the update low-rank, how much rank does the task need, and does effective rank go with performance?
+
+    Reads a study of rankscope train, evaluates the model with updates cut to lower rank, and answers along eight
+    lines of evidence: performance, truncation, spectra, overlap, agreement, weight, effective, dimension. Writes
+    report.html (one page that needs nothing else), results.json, and figures/ (png, svg and csv of each).
+
+    \b
+    Examples:
+      rankscope report study
+      rankscope report study --lines performance,truncation -o what-rank
+    """
+    from rankscope.train.study import Study
+
+    wanted = [part.strip() for part in lines.split(",") if part.strip()] if lines else None
+    found = write_study_report(Study(study), Path(output or study), wanted, of, device, quiet, cache)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_verdicts(found)
+
+
+def write_study_report(
+    study: Study,
+    folder: Path,
+    lines: Sequence[str] | None = None,
+    of: Literal["update", "A", "B"] = "update",
+    device: str = "auto",
+    quiet: bool = False,
+    cache: str | None = None,
+) -> Hypothesis:
+    """Measure, and write page, results and figures."""
+    from rankscope.analysis.svd_cache import SVDCache
+    from rankscope.evidence.hypothesis import hypothesis
+    from rankscope.evidence.page import build_document
+    from rankscope.formats.file_io import write_json
+    from rankscope.report.figure_files import write_figures
+    from rankscope.report.page import write_page
+
+    found = hypothesis(study, lines, of, device, progress_tracker(quiet, "evidence"), cache)  # type: ignore[arg-type]
+    if cache and not quiet:
+        entries, size = SVDCache(Path(cache).expanduser()).disk_usage
+        click.echo(f"{cache} keeps {entries} decompositions, {size / 1e6:.1f} MB", err=True)
+    page = build_document(found, shlex.join(["rankscope", *sys.argv[1:]]))
+    write_json(folder / "results.json", found.to_json())
+    write_figures(page, folder / "figures")
+    written = write_page(page, folder / "report.html")
+    if not quiet:
+        click.echo(f"wrote {written}, results.json and figures/ beside it", err=True)
+    return found
+
+
+def print_verdicts(found: Hypothesis) -> None:
+    """A row a verdict, and what is missing."""
+    rows = [[verdict.line, verdict.answer, verdict.sentence] for verdict in found.verdicts]
+    rows += [[line, "missing", reason] for line, reason in found.missing.items()]
+    print_table(["line", "answer", "what was found"], rows, left=3)
+    click.echo(f"\n{found.sentence}")

@@ -1,0 +1,40 @@
+"""``rankscope resize``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rankscope.cli.surgery_output import surgery_command
+
+if TYPE_CHECKING:
+    from rankscope.surgery.surgery_result import SurgeryResult
+    from rankscope.surgery.truncate import RankChoice
+
+
+@click.command()
+@click.argument("adapter", metavar="ADAPTER")
+@click.option(
+    "--initial",
+    metavar="PATH",
+    help="The adapter as it was before training, where that moved the base (PiSSA and others).",
+)
+@surgery_command(chooses="always")
+def command(
+    adapter: str, initial: str | None, choice: RankChoice, output: str, options: dict[str, Any]
+) -> SurgeryResult:
+    """Shrink an adapter: the same update at lower rank, as close as that rank allows.
+
+    ADAPTER is a LoRA adapter in PEFT's layout, or a run of a study. Each layer keeps its largest singular values;
+    --budget gives rank to the layers where it counts. The output has α = r and loads in PEFT; heads, biases and
+    DoRA's magnitudes go along. The table gives what was lost, exactly.
+
+    \b
+    Examples:
+      rankscope resize ./adapter --energy 0.95 -o ./small
+      rankscope resize ./adapter --budget 1000000 -o ./small --json
+    """
+    from rankscope.surgery.resize import resize
+
+    return resize(adapter, choice, output, initial=initial, **options)

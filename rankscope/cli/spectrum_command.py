@@ -1,0 +1,246 @@
+"""``rankscope spectrum``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rankscope.cli.common import (
+    OutputOptions,
+    format_number,
+    initial_option,
+    output_options,
+    print_table,
+    progress_tracker,
+    reading_options,
+    skipped_lines,
+    workers_option,
+)
+from rankscope.cli.torchrun import share_analyses
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from rankscope.analysis.layer_spectra import LayerSpectrum, SpectrumResult
+    from rankscope.report.document import Document
+
+COLUMNS = {
+    "numerical": "numerical_rank",
+    "stable": "stable_rank",
+    "participation": "participation_ratio",
+    "entropy": "entropy_rank",
+    "k90": "k90",
+}
+NOISE_COLUMNS = {"noise k90": "k90", "MP": "mp_count", "GD": "gd_count"}
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@reading_options
+@initial_option
+@click.option("--top", type=click.IntRange(min=1), metavar="K", help="Keep K singular values of each layer.")
+@click.option(
+    "--sketch",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Of full updates, find only the K largest singular values, where that is faster; what the others could change "
+    "is given as bounds.",
+)
+@workers_option
+@output_options
+def command(
+    paths: tuple[str, ...],
+    base: str | None,
+    alpha: float | None,
+    layers: tuple[str, ...],
+    device: str,
+    initial: tuple[str, ...],
+    top: int | None,
+    sketch: int | None,
+    workers: int | None,
+    as_json: bool,
+    as_csv: bool,
+    plot: str | None,
+    report: str | None,
+    verbose: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Singular spectra and effective ranks.
+
+    PATH is an adapter (PEFT, kohya, LyCORIS, diffusers, loralib), a run, a checkpoint (with --base), or a study, which
+    stands for each of its runs. Updates
+    that are no product of thin factors have beside them k90 of a noise matrix of their shape, and how many singular
+    values noise does not explain (MP, GD). --json gives one object for one PATH, and {"results": [...]} for several
+    or a study; --top shortens its lists, and the curves of --plot. --sketch is for checkpoints whose full spectra take
+    too long: the energy stays exact, each value has its residual, and a measure that is not determined reads low–high.
+    Processes of torchrun -m rankscope share the layers out; the result is that of one.
+
+    \b
+    Examples:
+      rankscope spectrum ./adapter
+      rankscope spectrum ./tuned --base ./base --layers "*v_proj" --plot spectra.png
+      rankscope spectrum ./tuned --base ./base --sketch 64
+    """
+    from rankscope.analysis.layer_spectra import spectrum
+
+    output = OutputOptions(as_json, as_csv, plot, report, verbose, quiet)
+    output.check()
+    if sketch and report:
+        raise click.UsageError("--report shows every measure, and --sketch leaves some open; leave one of them out")
+    with share_analyses():
+        places, several = expand_studies(paths)
+        if len(initial) > len(places):
+            raise click.UsageError(f"{len(initial)} times --initial, and {len(places)} sources")
+        chosen = layers or None
+        results = [
+            spectrum(
+                place,
+                base,
+                chosen,
+                top,
+                device,
+                progress_tracker(quiet, Path(place).name),
+                alpha,
+                workers,
+                sketch,
+                start,
+            )
+            for place, start in zip_longest(places, initial)
+        ]
+    _give(results, several, output)
+
+
+def _give(results: Sequence[SpectrumResult], several: bool, output: OutputOptions) -> None:
+    def notes() -> Iterator[str]:
+        for result in results:
+            prefix = f"{result.title}: " if len(results) > 1 else ""
+            yield from (prefix + line for line in (*result.notes, *skipped_lines(result.skipped, output.verbose)))
+
+    def draw() -> Figure:
+        from rankscope.plots import plot_spectra
+
+        return plot_spectra(results)
+
+    def page(command: str) -> Document:
+        from rankscope.report.spectrum_page import build_document
+
+        return build_document(results, command)
+
+    def as_json() -> dict[str, Any]:
+        if not several:
+            return results[0].to_json()
+        return {"schema": "rankscope.spectrum-list/1", "results": [result.to_json() for result in results]}
+
+    def as_csv() -> tuple[list[str], Iterator[list[object]]]:
+        sketched = any(layer.bounds for result in results for layer in result.layers)
+        return csv_header(sketched), (row for result in results for row in csv_rows(result, sketched))
+
+    output.write_result(notes(), draw, page, as_json, as_csv, lambda: print_spectra(results))
+
+
+def expand_studies(paths: Sequence[str]) -> tuple[list[str], bool]:
+    """Paths with the runs of a study in its place, and whether the result is a list.
+
+    Raises:
+        FormatError: a study without a run that ended and has an update.
+    """
+    from rankscope.errors import FormatError
+
+    found: list[str] = []
+    if "" in paths:
+        raise FormatError("a PATH is empty; name a folder or a file")
+    studies = [path for path in paths if _is_study(path)]
+    for path in paths:
+        if path not in studies:
+            found.append(path)
+            continue
+        from rankscope.train.study import Study
+
+        study = Study(path)
+        runs = [str(study.path(record.run)) for record in study.done() if record.run.method != "base"]
+        if not runs:
+            raise FormatError(f"{path}: no run of this study has ended yet; let it go on with rankscope train")
+        found += runs
+    return found, len(paths) > 1 or bool(studies)
+
+
+def _is_study(path: str) -> bool:
+    try:
+        return (Path(path) / "study.json").is_file()
+    except OSError:  # a name that no file can have: what opens it says so
+        return False
+
+
+def print_spectra(results: Sequence[SpectrumResult]) -> None:
+    """A table each; a heading where there are several."""
+    for i, result in enumerate(results):
+        if len(results) > 1:
+            click.echo(("\n" if i else "") + result.path)
+        full = any(layer.noise for layer in result.layers)
+        header = ["layer", "out × in", "r", *COLUMNS, *(NOISE_COLUMNS if full else ()), "norm"]
+        print_table(header, [*(_cells(layer, full) for layer in result.layers), _last(result, full)], totals=1)
+
+
+def _cells(layer: LayerSpectrum, full: bool) -> list[str]:
+    shape = f"{layer.shape[0]} × {layer.shape[1]}"
+    measures = [format_bounds(layer.measures.get(name), layer.interval(name)) for name in COLUMNS.values()]
+    noise = [format_number((layer.noise or {}).get(name)) for name in NOISE_COLUMNS.values()] if full else []
+    return [layer.name, shape, format_number(layer.nominal_rank), *measures, *noise, format_number(layer.norm)]
+
+
+def _last(result: SpectrumResult, full: bool) -> list[str]:
+    total = result.total
+    measures = [format_bounds(total.median.get(name), (total.bounds or {}).get(name)) for name in COLUMNS.values()]
+    return [
+        "median; all",
+        "",
+        "",
+        *measures,
+        *([""] * len(NOISE_COLUMNS) if full else []),
+        format_number(result.total.norm),
+    ]
+
+
+def format_bounds(value: float | int | None, bounds: tuple[float, float] | None) -> str:
+    """A measure that is known, or the bounds it lies between."""
+    return (
+        format_number(value) if value is not None or bounds is None else "–".join(format_number(end) for end in bounds)
+    )
+
+
+def csv_header(sketched: bool) -> list[str]:
+    """``sketched``: with the bounds of every measure behind all else."""
+    from rankscope.spectra import MEASURES
+
+    noise = [f"noise_{name}" for name in MEASURES] + ["mp_edge", "mp_count", "gd_count"]
+    floor = ["rounding_norm", "rounding_edge", "above_rounding"]
+    described = ["path", "layer", "out", "in", "nominal_rank", "scale", "dtype", "energy", "norm"]
+    bounds = [f"{name}_{end}" for name in MEASURES for end in ("low", "high")] if sketched else []
+    return [*described, *MEASURES, *noise, *floor, *bounds]
+
+
+def csv_rows(result: SpectrumResult, sketched: bool) -> Iterator[list[object]]:
+    from rankscope.spectra import MEASURES
+
+    for layer in result.layers:
+        noise = layer.noise or {}
+        floor = layer.rounding_floor
+        yield [
+            result.path,
+            layer.name,
+            *layer.shape,
+            layer.nominal_rank,
+            layer.scale,
+            layer.dtype,
+            layer.energy,
+            layer.norm,
+            *(layer.measures.get(name) for name in MEASURES),
+            *(noise.get(name) for name in (*MEASURES, "mp_edge", "mp_count", "gd_count")),
+            *((floor.norm, floor.edge, floor.above) if floor else (None, None, None)),
+            *(end for name in MEASURES for end in layer.interval(name) if sketched),
+        ]

@@ -1,0 +1,33 @@
+"""``rankscope subtract``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rankscope.cli.surgery_output import surgery_command
+
+if TYPE_CHECKING:
+    from rankscope.surgery.surgery_result import SurgeryResult
+    from rankscope.surgery.truncate import RankChoice
+
+
+@click.command()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@surgery_command(chooses="maybe")
+def command(a: str, b: str, choice: RankChoice | None, output: str, options: dict[str, Any]) -> SurgeryResult:
+    """The adapter whose update is that of A minus that of B.
+
+    Exact, with the ranks added, or lower by --rank and its like; --energy 1 drops only what is rounding. Layers that
+    one of them lacks count as unchanged there.
+
+    \b
+    Examples:
+      rankscope subtract ./after ./before -o ./learned-since
+      rankscope subtract ./one ./two --energy 1 -o ./difference --json
+    """
+    from rankscope.surgery.algebra import subtract
+
+    return subtract(a, b, output, choice, **options)

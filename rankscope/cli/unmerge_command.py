@@ -1,0 +1,35 @@
+"""``rankscope unmerge``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rankscope.cli.surgery_output import parse_weights, surgery_command
+
+if TYPE_CHECKING:
+    from rankscope.surgery.surgery_result import SurgeryResult
+
+
+@click.command()
+@click.argument("merged", metavar="MERGED")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("--weights", metavar="W,…", help="Those that the adapters were merged with [1 each].")
+@surgery_command()
+def command(
+    merged: str, adapters: tuple[str, ...], weights: str | None, output: str, options: dict[str, Any]
+) -> SurgeryResult:
+    """Take adapters off the weights that they were merged into.
+
+    Rounding lost a part of the original weight wherever the sum was the larger number. The column "from original"
+    says how far each layer is expected to be from it, if the sum was rounded once.
+
+    \b
+    Examples:
+      rankscope unmerge ./merged ./adapter -o ./base-again
+      rankscope unmerge ./merged ./one ./two --weights 1,0.5 -o ./base-again
+    """
+    from rankscope.surgery.merge import unmerge
+
+    return unmerge(merged, adapters, output, parse_weights(weights), **options)

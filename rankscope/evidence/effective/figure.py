@@ -1,0 +1,162 @@
+"""Score against effective rank, a point a run; and stable rank against the rank that was given."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from rankscope.evidence.effective.measure import EffectiveRanks, RankMeasures, RunPoint
+from rankscope.plots.figure import COLOURS, FONT_SIZE, GREY, new_figure, set_log2_axis, style_grid
+from rankscope.train.results import DEFAULT_MEASURE
+from rankscope.verdict import format_interval
+
+FULL = COLOURS[1]
+DARK = "#222222"
+SERIES = tuple(colour for colour in COLOURS if colour not in (FULL, "#000000"))
+MARKERS = "os^vPX<>"
+MARKER, FAINT = 5, 3.5  # points; the latter are runs at other rates
+WORSE = 0.35
+"""Scores that are worse than the base and the best runs by more than this share of their range stand on the edge."""
+
+
+def plot_effective(found: EffectiveRanks) -> Figure:
+    """Score against entropy rank, and stable rank against r.
+
+    Left: strong, the runs at the best rate of their label, joined through the means of each rank; faint, those at other
+    rates; full fine-tuning is a diamond, and what a noise matrix of its shapes would read a dashed line. Right: LoRA's
+    runs at their best rates with the fit, the line stable rank = r, and what random factors would have.
+    """
+    figure = new_figure(9, 4.3)
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    _scores(left, found)
+    _growth(right, found)
+    handles, labels = [], []
+    for axes in (left, right):
+        own = axes.get_legend_handles_labels()
+        handles += own[0]
+        labels += own[1]
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=FONT_SIZE, frameon=False)
+    return figure
+
+
+def _scores(axes: Axes, found: EffectiveRanks) -> None:
+    style_grid(axes)
+    set_log2_axis(axes)
+    axes.set_xlabel(f"effective rank of the update ({DEFAULT_MEASURE.replace('_', ' ')})")
+    axes.set_ylabel(f"{found.metric} ({'higher' if found.higher_is_better else 'lower'} is better)")
+    low, high = _limits(found)
+    axes.set_ylim(low, high)
+    if found.base is not None:
+        axes.axhline(found.base, color=DARK, linestyle=":", linewidth=1.2, label="untouched base")
+    for name, colour, marker, points in _series(found):
+        _runs(axes, name, colour, marker, points)
+    others = [point for point in found.points if not point.best]
+    if any(low <= point.score <= high for point in others):
+        axes.plot([], [], "o", color=GREY, markersize=FAINT, alpha=0.5, label="a run at another rate")
+    if beyond := [point for point in others if not low <= point.score <= high]:
+        edge = low if found.higher_is_better else high
+        axes.plot(
+            [point.ranks[DEFAULT_MEASURE] for point in beyond],
+            [edge] * len(beyond),
+            "v" if found.higher_is_better else "^",
+            color=GREY,
+            markersize=MARKER,
+            clip_on=False,
+            label=f"worse than shown ({len(beyond)} runs)",
+        )
+    if any(point.best and point.edge for point in found.points):
+        axes.plot([], [], "o", color=GREY, markerfacecolor="white", markersize=MARKER, label="best rate on the edge")
+    if found.noise:
+        axes.axvline(
+            found.noise[DEFAULT_MEASURE], color=FULL, linestyle="--", linewidth=1.1, label="noise of the same shapes"
+        )
+
+
+def _series(found: EffectiveRanks) -> list[tuple[str, str, str, list[RunPoint]]]:
+    """Name, colour, marker and runs of each method, LoRA's curve first."""
+    groups: dict[tuple[str, str | None], list[RunPoint]] = {(found.method, found.targets): []}
+    for point in found.points:
+        groups.setdefault((point.method, point.targets), []).append(point)
+    ranked = [key for key in groups if key[0] != "full"]
+    styles = {key: (SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]) for i, key in enumerate(ranked)}
+    return [
+        (
+            " ".join(filter(None, ({"lora": "LoRA", "full": "full fine-tuning"}.get(key[0], key[0]), key[1]))),
+            *styles.get(key, (FULL, "D")),
+            points,
+        )
+        for key, points in groups.items()
+    ]
+
+
+def _runs(axes: Axes, name: str, colour: str, marker: str, points: Sequence[RunPoint]) -> None:
+    best = [point for point in points if point.best]
+    others = [point for point in points if not point.best]
+    x, y = [point.ranks[DEFAULT_MEASURE] for point in others], [point.score for point in others]
+    axes.plot(x, y, marker, color=colour, markersize=FAINT, alpha=0.4, markeredgewidth=0)
+    for edge in (False, True):
+        some = [point for point in best if point.edge is edge]
+        fill = "white" if edge else colour
+        x, y = [point.ranks[DEFAULT_MEASURE] for point in some], [point.score for point in some]
+        axes.plot(x, y, marker, color=colour, markerfacecolor=fill, markersize=MARKER)
+    ranks = [[point for point in best if point.rank == rank] for rank in sorted({p.rank for p in best if p.rank})]
+    x = [statistics.fmean(point.ranks[DEFAULT_MEASURE] for point in same) for same in ranks]
+    axes.plot(x, [statistics.fmean(point.score for point in same) for same in ranks], color=colour, linewidth=1.2)
+    form = marker if name == "full fine-tuning" else f"-{marker}"
+    axes.plot([], [], form, color=colour, linewidth=1.2, markersize=MARKER, label=name)
+
+
+def _limits(found: EffectiveRanks) -> tuple[float, float]:
+    """Around the best runs and the base: a rate that was much too high would leave no room for them."""
+    scores = [point.score for point in found.points if point.best]
+    scores += [] if found.base is None else [found.base]
+    low, high = min(scores), max(scores)
+    spread = high - low or abs(high) or 1.0
+    everything = [point.score for point in found.points] + scores
+    low, high = max(min(everything), low - WORSE * spread), min(max(everything), high + WORSE * spread)
+    return low - 0.05 * spread, high + 0.05 * spread
+
+
+def _growth(axes: Axes, found: EffectiveRanks) -> None:
+    style_grid(axes)
+    set_log2_axis(axes)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("nominal rank r, each at its best rate")
+    axes.set_ylabel("stable rank of the update")
+    ranks = [one.rank for one in found.curve]
+    axes.set_xticks(ranks)
+    ends = [min(ranks), max(ranks)]
+    axes.plot(ends, ends, color=DARK, linewidth=1, linestyle="-.", label="stable rank = r")
+    axes.plot(
+        ranks,
+        [one.random["stable_rank"] for one in found.curve],
+        color=GREY,
+        linewidth=1.1,
+        linestyle="--",
+        label="random factors",
+    )
+    for one in found.curve:
+        _stable(axes, found, one)
+    if growth := found.growth:
+        fitted = [growth.factor * rank**growth.beta.value for rank in growth.ranks]
+        axes.plot(
+            growth.ranks, fitted, color=SERIES[0], linewidth=1.3, label=f"fit: β = {format_interval(growth.beta, 2)}"
+        )
+
+
+def _stable(axes: Axes, found: EffectiveRanks, one: RankMeasures) -> None:
+    """The runs of a rank; hollow where it is no part of the fit."""
+    fitted = found.growth is not None and one.rank in found.growth.ranks
+    values = [
+        point.ranks["stable_rank"]
+        for point in found.points
+        if point.best and point.rank == one.rank and (point.method, point.targets) == (found.method, found.targets)
+    ]
+    fill = SERIES[0] if fitted else "white"
+    axes.plot([one.rank] * len(values), values, "o", color=SERIES[0], markerfacecolor=fill, markersize=MARKER)

@@ -1,0 +1,162 @@
+"""The output of an operation: a new folder, made beside its place and renamed when it is whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from rankscope.errors import ConfigError, FormatError, RankscopeError
+from rankscope.formats.file_io import as_text, umask, write_json
+from rankscope.surgery.surgery_result import SCHEMAS, LayerChange, SurgeryResult, SurgeryTotal
+
+RECORD_NAME = "rankscope.json"
+# What goes with a model or an adapter besides weights and configuration.
+TOKENIZER_PATTERNS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "sentencepiece*", "chat_template*", "*preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+WEIGHT_PATTERNS = (
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.gguf",
+    "*.index.json",
+)
+EXCLUDED_PATTERNS = (*WEIGHT_PATTERNS, "README.md", RECORD_NAME, ".*")
+
+
+@contextmanager
+def create_output_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary neighbour of ``out`` that takes its place at the end; on any error nothing is left.
+
+    Raises:
+        ConfigError: ``out`` exists and is not an empty folder.
+        FormatError: it cannot be written.
+    """
+    place = free_output_path(out)
+    try:
+        with _parents(place), _neighbour(place, out) as made:
+            yield made
+            os.chmod(made, 0o777 & ~umask())
+            _check_free(place, out)
+            if place.exists():
+                place.rmdir()
+            os.replace(made, place)
+    except OSError as error:
+        raise FormatError(f"{out}: cannot be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def _parents(place: Path) -> Iterator[None]:
+    """Make the folders above ``place``; on any error those that were made go again."""
+    made = [folder for folder in place.parents if not folder.exists()]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # not there, or another process has put something into it
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def _neighbour(place: Path, out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside ``place``, gone at the end; errors that name it name ``out`` instead."""
+    made = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.", suffix=".tmp"))
+    try:
+        yield made
+    except RankscopeError as error:
+        if str(made) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(made), str(out))) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def free_output_path(out: str | os.PathLike[str]) -> Path:
+    """Where the output goes.
+
+    Raises:
+        ConfigError: ``out`` exists and is not an empty folder.
+        FormatError: it cannot be looked at.
+    """
+    place = Path(os.path.realpath(Path(out).expanduser()))
+    _check_free(place, out)
+    return place
+
+
+def _check_free(place: Path, out: str | os.PathLike[str]) -> None:
+    try:
+        taken = place.exists() and not (place.is_dir() and not any(place.iterdir()))
+    except OSError as error:
+        raise FormatError(f"{out}: cannot be read ({error.strerror or error})") from error
+    if taken:
+        raise ConfigError(f"{out}: exists already; give a new place for the output, nothing is overwritten")
+
+
+def copy_files(
+    source: Path, folder: Path, patterns: Iterable[str] = ("*",), but: Iterable[str] = EXCLUDED_PATTERNS
+) -> None:
+    """Copy the files of a folder that fit a pattern and none of ``but``; links are followed, folders left out.
+
+    Raises:
+        FormatError: a file cannot be read or written.
+    """
+    patterns, but = tuple(patterns), tuple(but)
+    try:
+        for path in sorted(source.iterdir()):
+            wanted = any(fnmatch(path.name, pattern) for pattern in patterns)
+            if wanted and not any(fnmatch(path.name, pattern) for pattern in but) and path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    except OSError as error:
+        raise FormatError(f"{error.filename or source}: cannot be copied ({error.strerror or error})") from error
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer that lies beside an adapter, where one does."""
+    copy_files(source, folder, TOKENIZER_PATTERNS)
+
+
+def file_metadata(operation: str, command: str | None) -> dict[str, str]:
+    """Metadata of the safetensors files that an operation wrote."""
+    return {"rankscope": operation, **({"rankscope_command": as_text(command)} if command else {})}
+
+
+def write_record(
+    folder: Path, operation: str, out: str | os.PathLike[str], layers: tuple[LayerChange, ...], **fields: Any
+) -> SurgeryResult:
+    """What was done, also written beside the weights.
+
+    Args:
+        fields: the others of ``Surgery``.
+    """
+    result = build_result(operation, out, layers, **fields)
+    write_json(folder / RECORD_NAME, result.to_json())
+    return result
+
+
+def build_result(
+    operation: str, out: str | os.PathLike[str], layers: tuple[LayerChange, ...], **fields: Any
+) -> SurgeryResult:
+    """What was done; ``fields`` are the others of ``Surgery``."""
+    texts = {name: _texts(value) for name, value in {"output": str(out), **fields}.items()}
+    return SurgeryResult(schema=SCHEMAS[operation], layers=layers, total=SurgeryTotal.of(layers), **texts)
+
+
+def _texts(value: Any) -> Any:
+    """A field of the record, whose paths and names may be no text."""
+    if isinstance(value, tuple):
+        return tuple(_texts(one) for one in value)
+    return as_text(value) if isinstance(value, str) else value
