@@ -20,13 +20,13 @@ LAYERS: list[set[str]] = [
     {"structured"},
     {"spectra"},
     {"subspace", "sketch"},
-    {"haar"},
+    {"haar", "verdict"},
     {"formats"},
     {"analysis", "surgery", "lora"},
     {"train"},
-    {"evidence"},
     {"plots"},
     {"report"},
+    {"evidence"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

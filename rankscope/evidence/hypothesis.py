@@ -127,7 +127,7 @@ def _module(line: LineName) -> ModuleType:
 
 def _measure(line: LineName, material: Material, of: MatrixKind) -> Any:
     """The result of one line; each module has a function of its own name."""
-    measure: Callable[..., Any] = getattr(_module(line), line)
+    measure: Callable[..., Any] = getattr(_module(line), f"measure_{line}")
     return measure(material, of) if line == "overlap" else measure(material)
 
 

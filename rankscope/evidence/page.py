@@ -44,7 +44,7 @@ def _sections(found: Hypothesis) -> list[Section]:
     for line in LINES:
         result = getattr(found, line)
         if result is not None:
-            sections.append(import_module(f"rankscope.report.{line}").section(result))
+            sections.append(import_module(f"rankscope.evidence.{line}.section").section(result))
         elif line in found.missing:
             sections.append(Section(key=line, title=TITLES[line], lead="", missing=found.missing[line]))
     return sections
