@@ -1,7 +1,8 @@
 """Tests the low-intrinsic-rank hypothesis of LoRA: train at many ranks, measure what rank was used, compare.
 
 The verbs of the command line are functions: ``spectrum``, ``compare`` (``compare_all`` for more than two), and
-``run_study`` for ``train`` (whose name is the subpackage's). Everything is loaded when first used.
+``calibrate``; ``run_study`` is ``train`` and ``hypothesis`` is ``report``, which are names of subpackages. Everything is
+loaded when first used.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from rankscope.analysis.matrix import compare_all as compare_all
     from rankscope.analysis.process_sharing import processes as processes
     from rankscope.errors import RankscopeError as RankscopeError
+    from rankscope.evidence.calibration import Calibration as Calibration
+    from rankscope.evidence.calibration import calibrate as calibrate
+    from rankscope.evidence.hypothesis import Hypothesis as Hypothesis
+    from rankscope.evidence.hypothesis import hypothesis as hypothesis
     from rankscope.formats.store import open as open
     from rankscope.lora.bank import Bank as Bank
     from rankscope.lora.spec import AdapterSpec as AdapterSpec
@@ -35,8 +40,10 @@ if TYPE_CHECKING:
 _HOME = {
     "AdapterSpec": "lora.spec",
     "Bank": "lora.bank",
+    "Calibration": "evidence.calibration",
     "CompareResult": "analysis.comparison",
     "Dense": "updates",
+    "Hypothesis": "evidence.hypothesis",
     "LowRank": "updates",
     "MatrixResult": "analysis.matrix",
     "RankCallback": "train.callback",
@@ -46,8 +53,10 @@ _HOME = {
     "Study": "train.study",
     "StudyConfig": "train.config",
     "Subspace": "subspace",
+    "calibrate": "evidence.calibration",
     "compare": "analysis.comparison",
     "compare_all": "analysis.matrix",
+    "hypothesis": "evidence.hypothesis",
     "open": "formats.store",
     "processes": "analysis.process_sharing",
     "run_study": "train.study",
