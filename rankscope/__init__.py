@@ -1,8 +1,8 @@
 """Tests the low-intrinsic-rank hypothesis of LoRA: train at many ranks, measure what rank was used, compare.
 
 The verbs of the command line are functions: ``spectrum``, ``compare`` (``compare_all`` for more than two), and
-``calibrate``; ``run_study`` is ``train`` and ``hypothesis`` is ``report``, which are names of subpackages. Everything is
-loaded when first used.
+``calibrate``. ``run_study`` is ``train`` and ``hypothesis`` is ``report``, which are names of subpackages. Everything
+is loaded when first used.
 """
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ def test_figure(found: Agreement) -> None:
 
 def test_section(found: Agreement) -> None:
     made = build_section(found, verdicts(found))
-    assert (made.key, len(made.verdicts), len(made.pictures), len(made.tables)) == ("agreement", 1, 1, 2)
+    assert (len(made.verdicts), len(made.pictures), len(made.tables)) == (1, 1, 2)
     assert f"{found.ranks[-1].left.value:.2g}" in made.pictures[0].alt
     assert "another full fine-tuning explains" in made.pictures[0].alt
     assert made.pictures[0].draw().axes

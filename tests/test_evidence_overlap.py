@@ -420,7 +420,7 @@ def test_figures(found: Overlap) -> None:
 
 def test_section(found: Overlap) -> None:
     made = build_section(found, verdicts(found))
-    assert (made.key, len(made.verdicts), len(made.pictures), len(made.tables)) == ("overlap", 2, 2, 2)
+    assert (len(made.verdicts), len(made.pictures), len(made.tables)) == (2, 2, 2)
     for picture in made.pictures:
         assert f"{found.ranks.left.top.value:.2g}" in picture.alt  # type: ignore[union-attr]
         assert picture.draw().axes

@@ -485,7 +485,7 @@ def test_the_figure_shows_the_numbers(plant: Callable[..., Material]) -> None:
     assert by_size[320.0, 1280.0, 5120.0] == pytest.approx(means)
     hollow = [line for line in left.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
     assert [line.get_xdata()[0] for line in hollow] == [16.0]
-    full, base = found.entry_of("full"), found.of("base")
+    full, base = found.entry_of("full"), found.entry_of("base")
     assert full is not None
     assert base is not None
     levels = {line.get_label(): line.get_ydata()[0] for line in left.lines if len(line.get_ydata())}
