@@ -1,4 +1,4 @@
-"""The numbers of a result as tables. A column is described once; the terminal, CSV files, pages and notebooks show it."""
+"""The numbers of a result as tables: a column is described once, for terminal, CSV files, pages and notebooks."""
 
 from __future__ import annotations
 

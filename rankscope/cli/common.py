@@ -163,7 +163,7 @@ def skipped_lines(skipped: Sequence[Any], verbose: bool) -> Iterator[str]:
 
 
 def progress_tracker(quiet: bool, what: str) -> Callable[[list[Any]], Iterable[Any]]:
-    """For the ``track`` of an analysis: a bar on stderr, on a terminal only, once it takes longer than ``PROGRESS_DELAY``."""
+    """For the ``track`` of an analysis: a bar on stderr, on a terminal only, after ``PROGRESS_DELAY`` seconds."""
 
     def track(items: list[Any]) -> Iterator[Any]:
         if quiet or not is_first_process() or not sys.stderr.isatty():
