@@ -19,7 +19,7 @@ from rankscope.evidence import lines as table
 from rankscope.evidence.hypothesis import Hypothesis, hypothesis
 from rankscope.evidence.lines import LINES, Line, select_lines
 from rankscope.evidence.material import Material
-from rankscope.evidence.page import build_document
+from rankscope.evidence.study_page import build_document
 from rankscope.plots.figure import new_figure
 from rankscope.report.document import Picture, Section, Table
 from rankscope.train.config import StudyConfig

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from rankscope.cli.common import print_json, print_table, progress_tracker
+from rankscope.cli.output import print_json, print_rows, progress_tracker
 
 if TYPE_CHECKING:
     from rankscope.evidence.hypothesis import Hypothesis
@@ -90,7 +90,7 @@ def write_study_report(
     """Measure, and write page, results and figures."""
     from rankscope.analysis.svd_cache import SVDCache
     from rankscope.evidence.hypothesis import hypothesis
-    from rankscope.evidence.page import build_document
+    from rankscope.evidence.study_page import build_document
     from rankscope.formats.file_io import write_json
     from rankscope.report.figure_files import write_figures
     from rankscope.report.page import write_page
@@ -112,5 +112,5 @@ def print_verdicts(found: Hypothesis) -> None:
     """A row a verdict, and what is missing."""
     rows = [[verdict.line, verdict.answer, verdict.sentence] for verdict in found.verdicts]
     rows += [[line, "missing", reason] for line, reason in found.missing.items()]
-    print_table(["line", "answer", "what was found"], rows, left=3)
+    print_rows(["line", "answer", "what was found"], rows, left=3)
     click.echo(f"\n{found.sentence}")

@@ -48,12 +48,13 @@ def _method() -> Section:
         title="Rules of the verdicts",
         lead="Each verdict follows from its numbers by a rule fixed beforehand, not by judgement.",
         notes=(
-            f"A rank is low up to {LOW_RANK_SHARE:g} of the smaller side of a weight; LoRA's factors on a square weight then hold "
-            f"{2 * LOW_RANK_SHARE:.0%} of its numbers.",
-            f"Enough is {GAIN_SHARE:.0%} of full fine-tuning's gain over the untouched base, at each rank's own best rate.",
+            f"A rank is low up to {LOW_RANK_SHARE:g} of the smaller side of a weight; LoRA's factors on a square weight "
+            f"then hold {2 * LOW_RANK_SHARE:.0%} of its numbers.",
+            f"Enough is {GAIN_SHARE:.0%} of full fine-tuning's gain over the untouched base, each rank at its own best "
+            "learning rate.",
             f"Equivalent is a gain within {MARGIN:.0%} of full fine-tuning's, by two one-sided t tests at .05.",
-            f"The answer above the page rests on what the task needs, by {_join(decisive)}. What is in the weights beside "
-            "that need not matter to the task.",
+            f"The answer at the top rests on what the task needs: {_join(decisive)}. What else is in the weights need "
+            "not matter to the task.",
             "Intervals are of the mean over seeds, at 95 %, on this model and these data; they say nothing of others.",
         ),
     )
