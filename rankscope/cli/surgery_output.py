@@ -16,7 +16,7 @@ from rankscope.cli.common import (
     format_number,
     print_json,
     print_notes,
-    print_table,
+    print_rows,
     progress_tracker,
     skipped_lines,
 )
@@ -178,7 +178,7 @@ def _print_factors(result: SurgeryResult) -> None:
     sizes = f"{total.parameters_before} → {total.parameters_after}"
     energy = f"{total.retained:.2%}"
     last = ["all", "", "", "", sizes, format_number(total.norm), energy, format_number(total.error, 3)]
-    print_table(header, [*rows, [*last, format_number(total.relative_error, 3)]], totals=1)
+    print_rows(header, [*rows, [*last, format_number(total.relative_error, 3)]], totals=1)
 
 
 def _print_sums(result: SurgeryResult) -> None:
@@ -205,7 +205,7 @@ def _print_sums(result: SurgeryResult) -> None:
         format_number(total.error, 3),
         format_number(total.relative_error, 3),
     ]
-    print_table(header, [*rows, [*last, *([format_number(total.from_original, 3)] if back else [])]], totals=1)
+    print_rows(header, [*rows, [*last, *([format_number(total.from_original, 3)] if back else [])]], totals=1)
 
 
 def _shape(layer: LayerChange) -> str:
