@@ -190,7 +190,8 @@ class PeftFolder:
             first = seen.setdefault(tensor.saved_key, tensor.key)
             if first != tensor.key and not self._equal(first, tensor.key):
                 raise FormatError(
-                    f"{self.file.path}: holds {first} and {tensor.key}, which are one and the same; save one adapter only"
+                    f"{self.file.path}: holds {first} and {tensor.key}, which are one and the same; "
+                    "save one adapter only"
                 )
 
     def _equal(self, first: str, second: str) -> bool:

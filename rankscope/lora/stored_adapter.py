@@ -66,7 +66,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
 def _read_tensors(folder: PeftFolder) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Pairs of factors by module, and all other tensors by their path in the model.
 
-    What plain LoRA has no use for (magnitudes, biases of factors) is among the others, where no model has a place for it.
+    What plain LoRA lacks (magnitudes, biases of factors) is among the others; no model has a place for it.
     """
     halves: dict[str, dict[str, Tensor]] = {}
     names = {tensor.key: tensor.name for tensor in (*folder.whole.values(), *folder.base_weights.values())}
