@@ -140,7 +140,7 @@ def test_small_updates_keep_their_digits() -> None:
     x = torch.randn(5, 40, generator=generator(3))
     change = model(x) - model[0].base_layer(x)
     # The sum with the base's output is rounded to float32; without it the change is exact to float32.
-    bare = model[0].delta(x, *model[0].pair(0))
+    bare = model[0].delta(x, *model[0].forward_factors(0))
     wanted = (x.double() @ bank.updates()["0"].dense().double().T).float()
     torch.testing.assert_close(bare, wanted, rtol=1e-3, atol=1e-10)
     assert (change - bare).abs().max() < 1e-6

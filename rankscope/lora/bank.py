@@ -351,7 +351,7 @@ class Bank:
 
         With init "pissa" these are (B0, A0), of rank r, whenever it is called: s · B0 A0 is a part of the base weight.
         """
-        factors = {name: layer.started(i) or layer.factors(i) for name, layer in self._layers_of(i)}
+        factors = {name: layer.initial_factors(i) or layer.factors(i) for name, layer in self._layers_of(i)}
         self._write(i, folder, self.specs[i], factors, base_name, task_type)
 
     def _write(

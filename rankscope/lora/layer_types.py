@@ -25,16 +25,16 @@ class LinearLayer(AdapterLayer):
         return linear(linear(x, A), B)
 
     def forward_one(self, x: Tensor, result: Tensor, i: int) -> Tensor:
-        (A, B), scale = self.pair(i), self.slots[i].scale
-        low = linear(self.prepared(x, i), A).reshape(-1, A.shape[0])
+        (A, B), scale = self.forward_factors(i), self.slots[i].scale
+        low = linear(self.prepare_input(x, i), A).reshape(-1, A.shape[0])
         if low.dtype != result.dtype:
             return (result + (linear(low, B) * scale).view_as(result)).to(result.dtype)
         return torch.addmm(result.reshape(-1, B.shape[0]), low, B.T, alpha=scale).view_as(result)
 
     def forward_all(self, x: Tensor, result: Tensor) -> Tensor:
-        (A, B), n = self.pairs(), len(self.slots)
-        if any(self.drops(i) for i in range(n)):
-            x = torch.cat([self.prepared(part, i) for i, part in enumerate(x.tensor_split(n))])
+        (A, B), n = self.stacked_forward_factors(), len(self.slots)
+        if any(self.applies_dropout(i) for i in range(n)):
+            x = torch.cat([self.prepare_input(part, i) for i, part in enumerate(x.tensor_split(n))])
         low = torch.bmm(self.cast(x).reshape(n, -1, x.shape[-1]), A.mT)
         low = (low * self.scales).to(low.dtype)
         if low.dtype != result.dtype:

@@ -79,7 +79,7 @@ class Route:
 
     Attributes:
         generators: the random stream of each adapter.
-        selected: the adapter that every row passes; or the one of each row; or None: the batch is N equal chunks, one
+        selection: the adapter that every row passes; or the one of each row; or None: the batch is N equal chunks, one
             per adapter, in order.
         merged: the adapter that the base weights contain just now, if any.
         seeds: one number per adapter, to be set before each pass: dropout then depends on it and on the layer's path

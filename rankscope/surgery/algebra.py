@@ -175,7 +175,8 @@ def _check_alike(adapters: Sequence[Adapter]) -> list[str]:
         lone = [name for name in adapter.places if any(name not in other.places for other in adapters)]
         if lone:
             notes.append(
-                f"{adapter.label}: {format_count(len(lone), 'layer')} that another adapter leaves alone: {examples(lone)}"
+                f"{adapter.label}: {format_count(len(lone), 'layer')} that another adapter leaves alone: "
+                f"{examples(lone)}"
             )
         notes += [f"{adapter.label}: {note}" for note in adapter.store.notes]
     return notes

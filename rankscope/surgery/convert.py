@@ -156,8 +156,8 @@ def _notes(pieces: Sequence[LayerFactors], to: TargetFormat) -> list[str]:
     notes = []
     if to != "peft" and any(not piece.component for piece in pieces):
         notes.append(
-            f"the adapter does not say which part of a pipeline it is of; written as {pipeline_component(pieces[0], pieces)} "
-            "(--component says otherwise)"
+            "the adapter does not say which part of a pipeline it is of; written as "
+            f"{pipeline_component(pieces[0], pieces)} (--component says otherwise)"
         )
     dora = sum(piece.magnitude is not None for piece in pieces)
     if dora:

@@ -115,8 +115,8 @@ class MergePlan:
             found, wanted = self._info(change), (adapter.info(name).shape[0],)
             if found.shape != wanted or not found.dtype.is_floating_point:
                 raise FormatError(
-                    f"{self.checkpoint.path}: {name}.bias is {_describe_tensor(found)}, where the adapter changes {wanted} "
-                    "floating-point numbers"
+                    f"{self.checkpoint.path}: {name}.bias is {_describe_tensor(found)}, where the adapter changes "
+                    f"{wanted} floating-point numbers"
                 )
 
     def _change_of(self, tensor: str) -> _TensorChange:
@@ -180,8 +180,8 @@ class MergePlan:
         stored = self.checkpoint.infos[change.stored]
         if len(stored.shape) != len(info.shape) or stored.dtype.is_complex != info.dtype.is_complex:
             raise FormatError(
-                f"{tensor} is {_describe_tensor(info)}, which cannot replace {_describe_tensor(stored)} of {self.checkpoint.path}; "
-                "is this the base that was tuned?"
+                f"{tensor} is {_describe_tensor(info)}, which cannot replace {_describe_tensor(stored)} of "
+                f"{self.checkpoint.path}; is this the base that was tuned?"
             )
 
     def _is_embedding(self, weight: Tensor) -> bool:

@@ -166,7 +166,7 @@ def _rounding(factor: Tensor) -> float:
 def decompose(update: Update, k: int | None) -> SVD:
     """The SVD, or of a full matrix of which k singular values are kept those alone, where they are found sooner.
 
-    These leave out at most ``MAX_EXCESS_ERROR`` more than the least error, in relative terms, by the bound of ``excess_error_bound``; a
+    Their error exceeds the least one by at most ``MAX_EXCESS_ERROR``, in relative terms, by ``excess_error_bound``; a
     matrix whose singular values lie too close for that bound is decomposed as a whole.
     """
     if k is not None and isinstance(update, Dense) and sketch_is_cheaper(update.shape, k) and update.energy:
