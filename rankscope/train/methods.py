@@ -17,7 +17,7 @@ from rankscope.formats.store import write_updates
 from rankscope.lora import AdapterSpec, Bank
 from rankscope.train.config import StudyConfig, make_generator
 from rankscope.train.costs import total_bytes
-from rankscope.train.method_table import find_method
+from rankscope.train.method_table import TrainingMethod, find_method
 from rankscope.train.process_group import SINGLE_PROCESS, TrainingProcesses, gather_tensor
 from rankscope.train.random_subspace import MODULE_NAME, RandomSubspace
 from rankscope.train.runs import Run, base_parameter_names, is_trained
@@ -33,6 +33,9 @@ class TrainableModel(ABC):
     base_size: int
     """Numbers that the base has."""
     team: TrainingProcesses = SINGLE_PROCESS
+
+    @abstractmethod
+    def __init__(self, task: Task, config: StudyConfig, runs: Sequence[Run]) -> None: ...
 
     @abstractmethod
     def parameters(self, i: int) -> dict[str, Tensor]:
@@ -234,8 +237,13 @@ class TrainableSubspace(TrainableWeights):
         return {**changes_by_layer(self.model, changes), **super().updates()}
 
 
+def load_trainer(method: TrainingMethod) -> type[TrainableModel]:
+    """The class that trains runs of a method."""
+    module, _, name = method.trainer.partition(":")
+    trainer: type[TrainableModel] = getattr(import_module(module), name)
+    return trainer
+
+
 def make_trainable(task: Task, config: StudyConfig, runs: Sequence[Run]) -> TrainableModel:
     """The base made ready for these runs, which are of one family: any number with adapters, else one."""
-    module, _, name = find_method(runs[0].method).trainer.partition(":")
-    trained: TrainableModel = getattr(import_module(module), name)(task, config, runs)
-    return trained
+    return load_trainer(find_method(runs[0].method))(task, config, runs)
