@@ -324,7 +324,7 @@ def test_a_narrow_terminal_loses_no_number(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("COLUMNS", "40")
     rows = [["model.layers.0.self_attn.q_proj", "12.345", "0.001 (0.002)"], ["median", "3", ""]]
-    common.print_table(["layer", "k90", "overlap (chance)"], rows, totals=1)
+    common.print_rows(["layer", "k90", "overlap (chance)"], rows, totals=1)
     header, first, rule, last = screen.getvalue().splitlines()
     assert "layer" in header
     assert first == "…elf_attn.q_proj  12.345     0.001 (0.002)"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rankscope.cli.common import print_json, print_table, workers_option
+from rankscope.cli.common import print_json, print_rows, workers_option
 
 if TYPE_CHECKING:
     from rankscope.analysis.benchmark import BenchResult
@@ -46,13 +46,13 @@ def command(rank: int, layers: int, device: str, workers: int | None, as_json: b
         print_json(result.to_json())
         return
     click.echo(f"{result.machine}; device {result.device}, torch {result.torch}, workers {result.workers}")
-    print_table(["", "rate"], _rates(result))
+    print_rows(["", "rate"], _rates(result))
     click.echo(f"\nadapter: {result.modules} matrices of Llama 3 8B, rank {result.rank}")
     rows = [
         [name, f"{1e3 * one.seconds:.1f} ms", f"{1e3 * one.floor:.1f} ms", f"{one.ratio:.2f}"]
         for name, one in (("spectrum", result.spectrum), ("compare", result.compare))
     ]
-    print_table(["", "time", "floor", "time/floor"], rows)
+    print_rows(["", "time", "floor", "time/floor"], rows)
 
 
 def _rates(result: BenchResult) -> list[list[str]]:

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple, TypeVar
 import click
 
 from rankscope.cli.torchrun import is_first_process
+from rankscope.table import Table
+from rankscope.table import format_number as format_number
+from rankscope.table import format_p_value as format_p_value
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 MIN_NAME_WIDTH = 16
@@ -97,14 +100,19 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, allow_nan=False, ensure_ascii=False))
 
 
-def print_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Header and rows; None is an empty field."""
+def print_csv(table: Table) -> None:
+    """A table with every digit of its numbers; None is an empty field."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerow(table.header)
+    writer.writerows(table.rows)
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, totals: int = 0) -> None:
+def print_table(table: Table, left: int = 1) -> None:
+    """A table on stdout, its numbers rounded, its total below a line; see ``print_rows``."""
+    print_rows(table.header, table.text_rows(), left, totals=table.total is not None)
+
+
+def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, totals: int = 0) -> None:
     """A table on stdout: the first ``left`` columns flush left, the others right; ``totals`` rows below a line.
 
     In a pipe every name is whole and nothing but text is written. A narrow terminal gets the ends of the names in
@@ -134,18 +142,6 @@ def remove_control_characters(text: str) -> str:
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
-def format_number(value: float | int | None, digits: int = 4) -> str:
-    """A count as it is, another number to ``digits`` digits, nothing for None."""
-    if value is None:
-        return ""
-    return str(value) if isinstance(value, int) else f"{value:.{digits}g}"
-
-
-def format_p_value(p: float) -> str:
-    """A p-value as far as it means anything."""
-    return "<1e-12" if p < 1e-12 else f"{p:.2g}"
-
-
 def print_notes(quiet: bool, lines: Iterable[str]) -> None:
     """Notes on stderr."""
     if not quiet:
@@ -167,7 +163,7 @@ def skipped_lines(skipped: Sequence[Any], verbose: bool) -> Iterator[str]:
 
 
 def progress_tracker(quiet: bool, what: str) -> Callable[[list[Any]], Iterable[Any]]:
-    """For the ``track`` of an analysis: a bar on stderr, on a terminal only, once it takes longer than ``PROGRESS_DELAY``."""
+    """For the ``track`` of an analysis: a bar on stderr, on a terminal only, after ``PROGRESS_DELAY`` seconds."""
 
     def track(items: list[Any]) -> Iterator[Any]:
         if quiet or not is_first_process() or not sys.stderr.isatty():
@@ -238,7 +234,7 @@ class OutputOptions(NamedTuple):
         draw: Callable[[], Any],
         page: Callable[[str], Any],
         as_json: Callable[[], Any],
-        as_csv: Callable[[], tuple[Sequence[str], Iterable[Sequence[object]]]],
+        as_csv: Callable[[], Table],
         table: Callable[[], None],
     ) -> None:
         """Notes, files, then the result on stdout; of the forms only those that were asked for are made.
@@ -256,6 +252,6 @@ class OutputOptions(NamedTuple):
         if self.as_json:
             print_json(as_json())
         elif self.as_csv:
-            print_csv(*as_csv())
+            print_csv(as_csv())
         else:
             table()

@@ -15,7 +15,7 @@ from rankscope.cli.common import (
     format_p_value,
     initial_option,
     output_options,
-    print_table,
+    print_rows,
     progress_tracker,
     reading_options,
     skipped_lines,
@@ -23,6 +23,7 @@ from rankscope.cli.common import (
 )
 from rankscope.cli.spectrum_command import expand_studies
 from rankscope.cli.torchrun import share_analyses
+from rankscope.table import Cell, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,7 +146,7 @@ def _compare_two(paths: Sequence[str], layer: str | None, options: dict[str, Any
         draw,
         page,
         result.to_json,
-        lambda: (csv_header(), csv_rows(result)),
+        lambda: Table("layers", "", tuple(csv_header()), list(csv_rows(result))),
         lambda: print_comparison(result),
     )
 
@@ -172,7 +173,7 @@ def _compare_all(paths: Sequence[str], options: dict[str, Any], output: OutputOp
         draw,
         page,
         result.to_json,
-        lambda: (matrix.csv_header(), matrix.csv_rows(result)),
+        lambda: Table("pairs", "", tuple(matrix.csv_header()), list(matrix.csv_rows(result))),
         lambda: matrix.print_matrix(result),
     )
 
@@ -208,7 +209,7 @@ def print_comparison(result: CompareResult) -> None:
     last = ["median; all", "", *(cell for side in sides for cell in _medians(getattr(summary, side)))]
     last += _distance(summary.cosine, summary.relative_difference)
     last += [format_number(summary.norm_a / summary.norm_b)]
-    print_table(header, [*(_cells(layer) for layer in result.layers), last], totals=1)
+    print_rows(header, [*(_cells(layer) for layer in result.layers), last], totals=1)
 
 
 def _cells(layer: LayerComparison) -> list[str]:
@@ -233,14 +234,14 @@ def csv_header() -> list[str]:
     return ["layer", "layer_b", "out", "in", *sides, *ends]
 
 
-def csv_rows(result: CompareResult) -> Iterator[list[object]]:
+def csv_rows(result: CompareResult) -> Iterator[list[Cell]]:
     for layer in result.layers:
         sides = [value for side in (layer.left, layer.right) for value in _csv_side(side)]
         ends = [layer.norm_a, layer.norm_b, layer.inner, layer.cosine, layer.relative_difference]
         yield [layer.name, layer.name_b, *layer.shape, *sides, *ends]
 
 
-def _csv_side(side: SideComparison | None) -> list[object]:
+def _csv_side(side: SideComparison | None) -> list[Cell]:
     if side is None:
         return [None] * (len(CELL_COLUMNS) + len(DISTANCE_COLUMNS))
     return [*(getattr(side.square, name) for name in CELL_COLUMNS), *(side.distance[name] for name in DISTANCE_COLUMNS)]

@@ -34,8 +34,7 @@ def command(
     base: str | None,
     names: str | None,
     alpha: float | None,
-    output: str,
-    options: dict[str, Any],
+    **shared: Any,
 ) -> SurgeryResult:
     """The same updates in the format of another tool.
 
@@ -51,4 +50,4 @@ def command(
     """
     from rankscope.surgery.convert import convert
 
-    return convert(adapter, to, output, component=component, base=base, names=names, alpha=alpha, **options)
+    return convert(adapter, to, component=component, base=base, names=names, alpha=alpha, **shared)

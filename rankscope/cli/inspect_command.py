@@ -12,7 +12,7 @@ from rankscope.cli.common import (
     format_count,
     format_number,
     print_json,
-    print_table,
+    print_rows,
     remove_control_characters,
 )
 
@@ -50,7 +50,7 @@ def command(path: str, base: str | None, alpha: float | None, as_json: bool, ver
         click.echo(f"{title:<12}{remove_control_characters(text)}")
     if found.targets:
         click.echo()
-        print_table(HEADER, [list(row) for row in target_rows(found)])
+        print_rows(HEADER, [list(row) for row in target_rows(found)])
 
 
 HEADER = ("target", "layers", "out × in", "r", "α", "scale", "stored", "method")

@@ -14,13 +14,14 @@ from rankscope.cli.common import (
     format_number,
     initial_option,
     output_options,
-    print_table,
+    print_rows,
     progress_tracker,
     reading_options,
     skipped_lines,
     workers_option,
 )
 from rankscope.cli.torchrun import share_analyses
+from rankscope.table import Cell, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,9 +137,10 @@ def _give(results: Sequence[SpectrumResult], several: bool, output: OutputOption
             return results[0].to_json()
         return {"schema": "rankscope.spectrum-list/1", "results": [result.to_json() for result in results]}
 
-    def as_csv() -> tuple[list[str], Iterator[list[object]]]:
+    def as_csv() -> Table:
         sketched = any(layer.bounds for result in results for layer in result.layers)
-        return csv_header(sketched), (row for result in results for row in csv_rows(result, sketched))
+        rows = [row for result in results for row in csv_rows(result, sketched)]
+        return Table("layers", "", tuple(csv_header(sketched)), rows)
 
     output.write_result(notes(), draw, page, as_json, as_csv, lambda: print_spectra(results))
 
@@ -183,7 +185,7 @@ def print_spectra(results: Sequence[SpectrumResult]) -> None:
             click.echo(("\n" if i else "") + result.path)
         full = any(layer.noise for layer in result.layers)
         header = ["layer", "out × in", "r", *COLUMNS, *(NOISE_COLUMNS if full else ()), "norm"]
-        print_table(header, [*(_cells(layer, full) for layer in result.layers), _last(result, full)], totals=1)
+        print_rows(header, [*(_cells(layer, full) for layer in result.layers), _last(result, full)], totals=1)
 
 
 def _cells(layer: LayerSpectrum, full: bool) -> list[str]:
@@ -224,7 +226,7 @@ def csv_header(sketched: bool) -> list[str]:
     return [*described, *MEASURES, *noise, *floor, *bounds]
 
 
-def csv_rows(result: SpectrumResult, sketched: bool) -> Iterator[list[object]]:
+def csv_rows(result: SpectrumResult, sketched: bool) -> Iterator[list[Cell]]:
     from rankscope.spectra import MEASURES
 
     for layer in result.layers:
