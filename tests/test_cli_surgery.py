@@ -222,5 +222,5 @@ def test_failures_are_one_sentence(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help_has_two_examples(name: str) -> None:
-    command: click.Command = importlib.import_module(f"rankscope.cli.{name}").command
+    command: click.Command = importlib.import_module(f"rankscope.cli.{name}_command").command
     assert (command.help or "").count(f"  rankscope {name} ") == 2

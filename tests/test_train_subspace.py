@@ -117,7 +117,7 @@ def test_gradients_are_those_of_the_weights_projected(layered: bool) -> None:
     plain(TOKENS).square().sum().backward()
     gradients = [plain.get_parameter(name).grad.flatten() for name in NAMES]
     scaled = torch.cat([scale * g for scale, g in zip(factors(subspace), gradients, strict=True)])
-    torch.testing.assert_close(subspace.z.grad, subspace.product.transposed(scaled))
+    torch.testing.assert_close(subspace.z.grad, subspace.product.transposed_product(scaled))
     if subspace.scales is not None:
         first, weight, bias, last = (part @ g for part, g in zip(flat.split(SIZES), gradients, strict=True))
         torch.testing.assert_close(subspace.scales.grad, torch.stack([first, weight + bias, last]))
