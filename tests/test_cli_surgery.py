@@ -145,7 +145,7 @@ def test_adapters_are_added_subtracted_and_averaged(
     assert code == 0
     assert json.loads(out)["weights"] == [1, -0.5]
     assert [layer["rank_after"] for layer in json.loads(out)["layers"]] == [3, 2]
-    assert "1 layer that another adapter leaves alone: block.v" in err
+    assert "1 layer that another adapter does not have: block.v" in err
     code, out, _ = run(capsys, "subtract", adapter, adapter, "-o", tmp_path / "2", "--json", "--quiet")
     assert code == 0
     assert json.loads(out)["total"]["norm"] == 0

@@ -64,20 +64,20 @@ def print_study(
         }
         click.echo(json.dumps(described, indent=2, allow_nan=False))
         return
-    from rankscope.cli.common import print_table
+    from rankscope.cli.output import print_rows
 
     if verbose:
-        print_table(RUNS_HEADER, [_run_cells(row) for row in found])
+        print_rows(RUNS_HEADER, [_run_cells(row) for row in found])
     else:
-        print_table(*_labels_table(found))
+        print_rows(*_labels_table(found))
     _say(_runs_legend(study, found, verbose))
     if entries:
         click.echo()
-        print_table(*cost_rows(entries))
+        print_rows(*cost_rows(entries))
         _say(cost_legend(entries, _device(study)))
     if served:
         click.echo()
-        print_table(SERVING_HEADER, [_serving_cells(latency) for latency in served.latency])
+        print_rows(SERVING_HEADER, [_serving_cells(latency) for latency in served.latency])
         _say([f"milliseconds of a forward pass on {served.device}, {served.run}; ± is the base's interquartile range."])
 
 
