@@ -52,7 +52,7 @@ def print_study(
         }
         click.echo(json.dumps(described, indent=2, allow_nan=False))
         return
-    from rankscope.cli.common import print_rows
+    from rankscope.cli.output import print_rows
 
     if verbose:
         print_rows(RUNS_HEADER, [_run_cells(row) for row in found])

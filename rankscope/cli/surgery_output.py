@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from rankscope.cli.common import (
-    Command,
-    combine_options,
-    format_count,
-    format_number,
-    print_json,
-    print_notes,
-    print_rows,
-    progress_tracker,
-    skipped_lines,
-)
+from rankscope.cli.options import Command, combine_options
+from rankscope.cli.output import format_count, print_json, print_notes, print_rows, progress_tracker, skipped_lines
+from rankscope.table import format_number
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from rankscope.cli.common import combine_options
+from rankscope.cli.options import combine_options
 from rankscope.cli.torchrun import is_first_process
 from rankscope.train.method_table import selectable_methods
 
