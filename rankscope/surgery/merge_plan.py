@@ -21,8 +21,8 @@ from rankscope.formats.peft_lora import WHOLE_SUFFIX
 from rankscope.formats.streaming import LazyTensor
 from rankscope.surgery.adapter import Adapter
 from rankscope.surgery.addition import Rounding, add_and_round, in_float64
+from rankscope.surgery.operation import Track
 from rankscope.surgery.surgery_result import LayerChange, error_over_norm
-from rankscope.surgery.truncate_layers import Track
 from rankscope.surgery.tying import HEAD_WEIGHT, TIED_EMBEDDING, find_tied_embedding, has_head, is_tied, untie_config
 from rankscope.updates import Update, check_finite
 
@@ -224,11 +224,11 @@ class MergePlan:
         stored = self.checkpoint.infos[change.stored]
         return TensorInfo(whole[0].shape, stored.dtype) if whole else stored
 
-    def replaced_tensors(self) -> dict[str, LazyTensor]:
+    def replacement_tensors(self) -> dict[str, LazyTensor]:
         """What takes the place of tensors of the checkpoint."""
         return {name: self._lazy_tensor(name, change) for name, change in self.changed.items()}
 
-    def added_tensors(self) -> dict[str, LazyTensor]:
+    def new_tensors(self) -> dict[str, LazyTensor]:
         """Tensors that the checkpoint does not have."""
         return {name: self._lazy_tensor(name, change) for name, change in self.added.items()}
 
