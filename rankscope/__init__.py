@@ -2,8 +2,8 @@
 
 The commands of the program are functions: ``spectrum``, ``compare`` (``compare_all`` for more than two), ``resize``,
 ``extract``, ``merge`` (``merge_adapters`` for ``merge --as-adapter``), ``unmerge``, ``convert``, ``average``,
-``subtract`` and ``calibrate``; ``run_study`` is ``train`` and ``hypothesis`` is ``report``, as those are subpackages. Each
-is loaded when it is first used.
+``subtract``, ``calibrate``, ``run_study`` for ``train``, and ``hypothesis`` for ``report``, as those two are subpackages.
+Each is loaded when it is first used.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ def _method() -> Section:
         title="Rules of the verdicts",
         lead="Each verdict follows from its numbers by a rule fixed beforehand, not by judgement.",
         notes=(
-            f"A rank is low up to {LOW_RANK_SHARE:g} of the smaller side of a weight; LoRA's factors on a square weight "
-            f"then hold {2 * LOW_RANK_SHARE:.0%} of its numbers.",
+            f"A rank is low up to {LOW_RANK_SHARE:g} of the smaller side of a weight; LoRA's factors on a square "
+            f"weight then hold {2 * LOW_RANK_SHARE:.0%} of its numbers.",
             f"Enough is {GAIN_SHARE:.0%} of full fine-tuning's gain over the untouched base, each rank at its own best "
             "learning rate.",
             f"Equivalent is a gain within {MARGIN:.0%} of full fine-tuning's, by two one-sided t tests at .05.",
