@@ -1,7 +1,8 @@
 """Tests the low-intrinsic-rank hypothesis of LoRA: train at many ranks, measure what rank was used, compare.
 
-The verbs of the command line are functions: ``spectrum``, ``compare`` (``compare_all`` for more than two), and
-``run_study`` for ``train`` (whose name is the subpackage's). Everything is loaded when first used.
+The commands of the program are functions: ``spectrum``, ``compare`` (``compare_all`` for more than two), ``resize``,
+``extract``, ``merge`` (``merge_adapters`` for ``merge --as-adapter``), ``unmerge``, ``convert``, ``average``,
+``subtract``, and ``run_study`` for ``train`` (whose name is the subpackage's). Each is loaded when it is first used.
 """
 
 from __future__ import annotations
@@ -23,6 +24,20 @@ if TYPE_CHECKING:
     from rankscope.lora.spec import AdapterSpec as AdapterSpec
     from rankscope.spectra import Spectrum as Spectrum
     from rankscope.subspace import Subspace as Subspace
+    from rankscope.surgery.algebra import average as average
+    from rankscope.surgery.algebra import merge_adapters as merge_adapters
+    from rankscope.surgery.algebra import subtract as subtract
+    from rankscope.surgery.convert import convert as convert
+    from rankscope.surgery.extract import extract as extract
+    from rankscope.surgery.merge import merge as merge
+    from rankscope.surgery.merge import unmerge as unmerge
+    from rankscope.surgery.resize import resize as resize
+    from rankscope.surgery.surgery_result import SurgeryResult as SurgeryResult
+    from rankscope.surgery.truncate import AboveNoise as AboveNoise
+    from rankscope.surgery.truncate import Budget as Budget
+    from rankscope.surgery.truncate import Energy as Energy
+    from rankscope.surgery.truncate import Rank as Rank
+    from rankscope.surgery.truncate import SigmaRatio as SigmaRatio
     from rankscope.train.callback import RankCallback as RankCallback
     from rankscope.train.config import StudyConfig as StudyConfig
     from rankscope.train.study import Study as Study
@@ -33,25 +48,39 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOME = {
+    "AboveNoise": "surgery.truncate",
     "AdapterSpec": "lora.spec",
     "Bank": "lora.bank",
+    "Budget": "surgery.truncate",
     "CompareResult": "analysis.comparison",
     "Dense": "updates",
+    "Energy": "surgery.truncate",
     "LowRank": "updates",
     "MatrixResult": "analysis.matrix",
+    "Rank": "surgery.truncate",
     "RankCallback": "train.callback",
     "RankscopeError": "errors",
+    "SigmaRatio": "surgery.truncate",
     "Spectrum": "spectra",
     "SpectrumResult": "analysis.layer_spectra",
     "Study": "train.study",
     "StudyConfig": "train.config",
     "Subspace": "subspace",
+    "SurgeryResult": "surgery.surgery_result",
+    "average": "surgery.algebra",
     "compare": "analysis.comparison",
     "compare_all": "analysis.matrix",
+    "convert": "surgery.convert",
+    "extract": "surgery.extract",
+    "merge": "surgery.merge",
+    "merge_adapters": "surgery.algebra",
     "open": "formats.store",
     "processes": "analysis.process_sharing",
+    "resize": "surgery.resize",
     "run_study": "train.study",
     "spectrum": "analysis.layer_spectra",
+    "subtract": "surgery.algebra",
+    "unmerge": "surgery.merge",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604 (strings all)

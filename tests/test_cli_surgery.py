@@ -145,7 +145,7 @@ def test_adapters_are_added_subtracted_and_averaged(
     assert code == 0
     assert json.loads(out)["weights"] == [1, -0.5]
     assert [layer["rank_after"] for layer in json.loads(out)["layers"]] == [3, 2]
-    assert "1 layer that another adapter leaves alone: block.v" in err
+    assert "1 layer that another adapter does not have: block.v" in err
     code, out, _ = run(capsys, "subtract", adapter, adapter, "-o", tmp_path / "2", "--json", "--quiet")
     assert code == 0
     assert json.loads(out)["total"]["norm"] == 0
@@ -222,5 +222,5 @@ def test_failures_are_one_sentence(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help_has_two_examples(name: str) -> None:
-    command: click.Command = importlib.import_module(f"rankscope.cli.{name}").command
+    command: click.Command = importlib.import_module(f"rankscope.cli.{name}_command").command
     assert (command.help or "").count(f"  rankscope {name} ") == 2

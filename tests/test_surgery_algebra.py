@@ -131,7 +131,7 @@ def test_adding_back_what_was_subtracted(tmp_path: Path, three: list[Path]) -> N
 
 def test_layers_that_one_of_them_lacks_are_noted(tmp_path: Path, three: list[Path]) -> None:
     notes = merge_adapters(three, tmp_path / "out").notes
-    assert any(str(three[2]) in note and "1 layer that another adapter leaves alone: b.q" in note for note in notes)
+    assert any(str(three[2]) in note and "1 layer that another adapter does not have: b.q" in note for note in notes)
 
 
 def test_kinds_are_kept(tmp_path: Path) -> None:

@@ -128,8 +128,8 @@ class LayerComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     """One layer. ``shape`` is (out, in), ``name`` what a calls it and ``name_b`` what b does.
 
     ``left``: output space, ``right``: input space; None for a side that the compared matrices do not have.
-    ``relative_difference``: ‖a − b‖_F / max(‖a‖_F, ‖b‖_F). It, ``inner`` and ``cosine_similarity`` are None for factors, which
-    are known up to a change of basis only.
+    ``relative_difference``: ‖a − b‖_F / max(‖a‖_F, ‖b‖_F). It, ``inner`` and ``cosine`` are None for factors, which are
+    known up to a change of basis only.
     """
 
     name: str
@@ -263,7 +263,7 @@ def _directions(update: Update, top: int | None) -> int | None:
 
 
 def cosine_similarity(inner: float, norm_a: float, norm_b: float) -> float:
-    """⟨a, b⟩/(‖a‖‖b‖), rounding kept out of the forbidden."""
+    """⟨a, b⟩/(‖a‖‖b‖), clamped to [-1, 1] against rounding."""
     return min(1.0, max(-1.0, inner / norm_a / norm_b))
 
 

@@ -6,20 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rankscope.cli.surgery_output import parse_weights, surgery_command
+from rankscope.cli.surgery_output import surgery_command, weights_option
 
 if TYPE_CHECKING:
     from rankscope.surgery.surgery_result import SurgeryResult
-    from rankscope.surgery.truncate import RankChoice
 
 
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("--weights", metavar="W,…", help="One for each adapter, divided by their sum [equal].")
+@weights_option("One for each adapter, divided by their sum [equal].")
 @surgery_command(chooses="maybe")
-def command(
-    adapters: tuple[str, ...], weights: str | None, choice: RankChoice | None, output: str, options: dict[str, Any]
-) -> SurgeryResult:
+def command(adapters: tuple[str, ...], weights: list[float] | None, **shared: Any) -> SurgeryResult:
     """The adapter whose update is the mean of several.
 
     The mean of the updates sBA, not of the factors. Exact, with the ranks added, or lower by --rank and its like;
@@ -32,4 +29,4 @@ def command(
     """
     from rankscope.surgery.algebra import average
 
-    return average(adapters, output, parse_weights(weights), choice, **options)
+    return average(adapters, weights=weights, **shared)

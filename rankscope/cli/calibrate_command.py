@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rankscope.cli.common import format_number, print_json, print_table, progress_tracker
+from rankscope.cli.output import print_json, print_rows, progress_tracker
+from rankscope.table import format_number
 
 if TYPE_CHECKING:
     from rankscope.evidence.calibration import Calibration, CalibrationCase
@@ -45,7 +46,7 @@ def command(output: str | None, quick: bool, as_json: bool, quiet: bool, debug: 
     if as_json:
         print_json(found.to_json())
     else:
-        print_table(HEADER, [_cells(case) for case in found.cases])
+        print_rows(HEADER, [_cells(case) for case in found.cases])
         click.echo("\n" + "\n".join(_summary(found)))
     if found.wrong_cases:
         raise click.exceptions.Exit(1)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from rankscope.cli.common import alpha_option
+from rankscope.cli.options import alpha_option
 from rankscope.cli.surgery_output import surgery_command
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ def command(
     base: str | None,
     names: str | None,
     alpha: float | None,
-    output: str,
-    options: dict[str, Any],
+    **shared: Any,
 ) -> SurgeryResult:
     """The same updates in the format of another tool.
 
@@ -51,4 +50,4 @@ def command(
     """
     from rankscope.surgery.convert import convert
 
-    return convert(adapter, to, output, component=component, base=base, names=names, alpha=alpha, **options)
+    return convert(adapter, to, component=component, base=base, names=names, alpha=alpha, **shared)

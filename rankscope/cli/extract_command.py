@@ -11,7 +11,6 @@ from rankscope.cli.surgery_output import surgery_command
 if TYPE_CHECKING:
     from rankscope.surgery.extract import EmbeddingMode
     from rankscope.surgery.surgery_result import SurgeryResult
-    from rankscope.surgery.truncate import RankChoice
 
 
 @click.command()
@@ -25,9 +24,7 @@ if TYPE_CHECKING:
     help="Embeddings that changed: saved whole, or low-rank as other matrices.",
 )
 @surgery_command(chooses="always")
-def command(
-    tuned: str, base: str | None, embeddings: EmbeddingMode, choice: RankChoice, output: str, options: dict[str, Any]
-) -> SurgeryResult:
+def command(tuned: str, base: str | None, embeddings: EmbeddingMode, **shared: Any) -> SurgeryResult:
     """Make a LoRA adapter of a full fine-tuning.
 
     TUNED is a checkpoint (with --base), or a study's run of full fine-tuning. Energies are shares of the exact energy
@@ -42,4 +39,4 @@ def command(
     """
     from rankscope.surgery.extract import extract
 
-    return extract(tuned, choice, output, base, embeddings=embeddings, **options)
+    return extract(tuned, base=base, embeddings=embeddings, **shared)

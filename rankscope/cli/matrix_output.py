@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rankscope.cli.common import format_count, format_number, print_table
+from rankscope.cli.output import format_count, print_rows
+from rankscope.table import Cell, format_number
 
 if TYPE_CHECKING:
     from rankscope.analysis.matrix import MatrixResult, SideMatrix
@@ -53,7 +54,7 @@ def _overlap(side: SideMatrix, i: int, j: int) -> str:
 
 def _print(result: MatrixResult, order: Sequence[int], rows: Sequence[Sequence[str]]) -> None:
     header = ["source", "#", *(str(i + 1) for i in order)]
-    print_table(header, [[result.titles[i], str(i + 1), *row] for i, row in zip(order, rows, strict=True)])
+    print_rows(header, [[result.titles[i], str(i + 1), *row] for i, row in zip(order, rows, strict=True)])
 
 
 def _chance(sides: Sequence[SideMatrix]) -> str:
@@ -77,7 +78,7 @@ def _print_joins(result: MatrixResult) -> None:
         [f"{_format_members(one)} | {_format_members(other)}", f"{1 - distance:.3f}", "yes" if beyond else "no"]
         for (one, other), distance, beyond in joins
     ]
-    print_table(["joined, most alike first", "φ", "beyond chance"], rows)
+    print_rows(["joined, most alike first", "φ", "beyond chance"], rows)
 
 
 def _format_members(members: Sequence[int]) -> str:
@@ -96,7 +97,7 @@ def csv_header() -> list[str]:
     return ["a", "b", "layers", *sides, "norm_a", "norm_b", "cosine", "relative_difference", "distance"]
 
 
-def csv_rows(result: MatrixResult) -> Iterator[list[object]]:
+def csv_rows(result: MatrixResult) -> Iterator[list[Cell]]:
     """One row a pair."""
     for i, j in result.pairs:
         sides = [value for side in (result.left, result.right) for value in _csv_side(side, i, j)]
@@ -105,5 +106,5 @@ def csv_rows(result: MatrixResult) -> Iterator[list[object]]:
         yield [result.titles[i], result.titles[j], len(result.layers), *sides, *ends]
 
 
-def _csv_side(side: SideMatrix | None, i: int, j: int) -> list[object]:
+def _csv_side(side: SideMatrix | None, i: int, j: int) -> list[Cell]:
     return [None] * len(PAIR_COLUMNS) if side is None else [getattr(side, name)[i, j] for name in PAIR_COLUMNS]

@@ -6,26 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rankscope.cli.surgery_output import parse_weights, surgery_command
+from rankscope.cli.surgery_output import surgery_command, weights_option
 
 if TYPE_CHECKING:
     from rankscope.surgery.surgery_result import SurgeryResult
-    from rankscope.surgery.truncate import RankChoice
 
 
 @click.command()
 @click.argument("paths", nargs=-1, required=True, metavar="BASE ADAPTER...")
 @click.option("--as-adapter", is_flag=True, help="Every PATH is an adapter; make one adapter of them.")
-@click.option("--weights", metavar="W,…", help="One for each adapter [1 each].")
+@weights_option("One for each adapter [1 each].")
 @surgery_command(chooses="maybe")
-def command(
-    paths: tuple[str, ...],
-    as_adapter: bool,
-    weights: str | None,
-    choice: RankChoice | None,
-    output: str,
-    options: dict[str, Any],
-) -> SurgeryResult:
+def command(paths: tuple[str, ...], as_adapter: bool, weights: list[float] | None, **shared: Any) -> SurgeryResult:
     """Add adapters to the weights of their base, or to each other.
 
     BASE is a checkpoint; its shards, configuration and tokenizer are kept, and each weight is rounded once. With
@@ -41,9 +33,9 @@ def command(
     from rankscope.surgery.merge import merge
 
     if as_adapter:
-        return merge_adapters(paths, output, parse_weights(weights), choice, **options)
-    if choice or "dtype" in options:
+        return merge_adapters(paths, weights=weights, **shared)
+    if shared.pop("choice") or "dtype" in shared:
         raise click.UsageError("ranks and dtype are those of BASE's weights; choose them with --as-adapter only")
     if len(paths) < 2:
         raise click.UsageError("give BASE and at least one ADAPTER, or --as-adapter and two adapters")
-    return merge(paths[0], paths[1:], output, parse_weights(weights), **options)
+    return merge(paths[0], paths[1:], weights=weights, **shared)

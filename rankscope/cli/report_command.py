@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from rankscope.cli.common import print_json, print_table, progress_tracker
+from rankscope.cli.output import print_json, print_rows, progress_tracker
 
 if TYPE_CHECKING:
     from rankscope.evidence.hypothesis import Hypothesis
@@ -101,5 +101,5 @@ def print_verdicts(found: Hypothesis) -> None:
     """A row a verdict, and what is missing."""
     rows = [[verdict.line, verdict.answer, verdict.sentence] for verdict in found.verdicts]
     rows += [[line, "missing", reason] for line, reason in found.missing.items()]
-    print_table(["line", "answer", "what was found"], rows, left=3)
+    print_rows(["line", "answer", "what was found"], rows, left=3)
     click.echo(f"\n{found.sentence}")

@@ -10,7 +10,6 @@ from rankscope.cli.surgery_output import surgery_command
 
 if TYPE_CHECKING:
     from rankscope.surgery.surgery_result import SurgeryResult
-    from rankscope.surgery.truncate import RankChoice
 
 
 @click.command()
@@ -21,9 +20,7 @@ if TYPE_CHECKING:
     help="The adapter as it was before training, where that moved the base (PiSSA and others).",
 )
 @surgery_command(chooses="always")
-def command(
-    adapter: str, initial: str | None, choice: RankChoice, output: str, options: dict[str, Any]
-) -> SurgeryResult:
+def command(adapter: str, initial: str | None, **shared: Any) -> SurgeryResult:
     """Shrink an adapter: the same update at lower rank, as close as that rank allows.
 
     ADAPTER is a LoRA adapter in PEFT's layout, or a run of a study. Each layer keeps its largest singular values;
@@ -37,4 +34,4 @@ def command(
     """
     from rankscope.surgery.resize import resize
 
-    return resize(adapter, choice, output, initial=initial, **options)
+    return resize(adapter, initial=initial, **shared)

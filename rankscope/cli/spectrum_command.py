@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from rankscope.cli.common import (
-    OutputOptions,
-    format_number,
-    initial_option,
-    output_options,
-    print_table,
-    progress_tracker,
-    reading_options,
-    skipped_lines,
-    workers_option,
-)
+from rankscope.cli.options import initial_option, output_options, reading_options, workers_option
+from rankscope.cli.output import OutputOptions, print_rows, progress_tracker, skipped_lines
 from rankscope.cli.torchrun import share_analyses
+from rankscope.table import Cell, Table, format_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from rankscope.analysis.layer_spectra import LayerSpectrum, SpectrumResult
+    from rankscope.formats.opening import Opening
     from rankscope.report.document import Document
 
 COLUMNS = {
@@ -54,21 +46,13 @@ NOISE_COLUMNS = {"noise k90": "k90", "MP": "mp_count", "GD": "gd_count"}
 @output_options
 def command(
     paths: tuple[str, ...],
-    base: str | None,
-    alpha: float | None,
+    opening: Opening,
     layers: tuple[str, ...],
-    device: str,
     initial: tuple[str, ...],
     top: int | None,
     sketch: int | None,
     workers: int | None,
-    as_json: bool,
-    as_csv: bool,
-    plot: str | None,
-    report: str | None,
-    verbose: bool,
-    quiet: bool,
-    debug: bool,
+    output: OutputOptions,
 ) -> None:
     """Singular spectra and effective ranks.
 
@@ -86,31 +70,19 @@ def command(
       rankscope spectrum ./tuned --base ./base --layers "*v_proj" --plot spectra.png
       rankscope spectrum ./tuned --base ./base --sketch 64
     """
-    from rankscope.analysis.layer_spectra import spectrum
+    from rankscope.analysis.layer_spectra import measure_spectra
 
-    output = OutputOptions(as_json, as_csv, plot, report, verbose, quiet)
-    output.check()
-    if sketch and report:
+    if sketch and output.report:
         raise click.UsageError("--report shows every measure, and --sketch leaves some open; leave one of them out")
     with share_analyses():
         places, several = expand_studies(paths)
         if len(initial) > len(places):
             raise click.UsageError(f"{len(initial)} times --initial, and {len(places)} sources")
-        chosen = layers or None
         results = [
-            spectrum(
-                place,
-                base,
-                chosen,
-                top,
-                device,
-                progress_tracker(quiet, Path(place).name),
-                alpha,
-                workers,
-                sketch,
-                start,
+            measure_spectra(
+                place, own, layers or None, top, progress_tracker(output.quiet, Path(place).name), workers, sketch
             )
-            for place, start in zip_longest(places, initial)
+            for place, own in zip(places, opening.for_sources(initial, len(places)), strict=True)
         ]
     _give(results, several, output)
 
@@ -136,9 +108,10 @@ def _give(results: Sequence[SpectrumResult], several: bool, output: OutputOption
             return results[0].to_json()
         return {"schema": "rankscope.spectrum-list/1", "results": [result.to_json() for result in results]}
 
-    def as_csv() -> tuple[list[str], Iterator[list[object]]]:
+    def as_csv() -> Table:
         sketched = any(layer.bounds for result in results for layer in result.layers)
-        return csv_header(sketched), (row for result in results for row in csv_rows(result, sketched))
+        rows = [row for result in results for row in csv_rows(result, sketched)]
+        return Table("layers", "", tuple(csv_header(sketched)), rows)
 
     output.write_result(notes(), draw, page, as_json, as_csv, lambda: print_spectra(results))
 
@@ -183,7 +156,7 @@ def print_spectra(results: Sequence[SpectrumResult]) -> None:
             click.echo(("\n" if i else "") + result.path)
         full = any(layer.noise for layer in result.layers)
         header = ["layer", "out × in", "r", *COLUMNS, *(NOISE_COLUMNS if full else ()), "norm"]
-        print_table(header, [*(_cells(layer, full) for layer in result.layers), _last(result, full)], totals=1)
+        print_rows(header, [*(_cells(layer, full) for layer in result.layers), _last(result, full)], totals=1)
 
 
 def _cells(layer: LayerSpectrum, full: bool) -> list[str]:
@@ -224,7 +197,7 @@ def csv_header(sketched: bool) -> list[str]:
     return [*described, *MEASURES, *noise, *floor, *bounds]
 
 
-def csv_rows(result: SpectrumResult, sketched: bool) -> Iterator[list[object]]:
+def csv_rows(result: SpectrumResult, sketched: bool) -> Iterator[list[Cell]]:
     from rankscope.spectra import MEASURES
 
     for layer in result.layers:

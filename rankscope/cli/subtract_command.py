@@ -10,14 +10,13 @@ from rankscope.cli.surgery_output import surgery_command
 
 if TYPE_CHECKING:
     from rankscope.surgery.surgery_result import SurgeryResult
-    from rankscope.surgery.truncate import RankChoice
 
 
 @click.command()
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @surgery_command(chooses="maybe")
-def command(a: str, b: str, choice: RankChoice | None, output: str, options: dict[str, Any]) -> SurgeryResult:
+def command(a: str, b: str, **shared: Any) -> SurgeryResult:
     """The adapter whose update is that of A minus that of B.
 
     Exact, with the ranks added, or lower by --rank and its like; --energy 1 drops only what is rounding. Layers that
@@ -30,4 +29,4 @@ def command(a: str, b: str, choice: RankChoice | None, output: str, options: dic
     """
     from rankscope.surgery.algebra import subtract
 
-    return subtract(a, b, output, choice, **options)
+    return subtract(a, b, **shared)

@@ -10,16 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from rankscope.cli.common import (
-    combine_options,
-    format_count,
-    format_number,
-    print_json,
-    print_notes,
-    print_table,
-    progress_tracker,
-    skipped_lines,
-)
+from rankscope.cli.options import Command, combine_options
+from rankscope.cli.output import format_count, print_json, print_notes, print_rows, progress_tracker, skipped_lines
+from rankscope.table import format_number
 
 if TYPE_CHECKING:
     import torch
@@ -61,24 +54,21 @@ def surgery_command(
 ) -> Callable[[SurgeryFunction], Callable[..., None]]:
     """A command that writes an adapter or a model: with the options that all of these share, and what it returns shown.
 
-    The function is called with its own arguments, ``output``, and ``options`` for the library's function (device,
-    progress, command line). Where ranks can be chosen, it gets ``choice`` too, and ``options`` has the dtype.
+    The function is called with its own arguments, and with those that the functions of ``rankscope.surgery`` share:
+    ``out``, ``device``, ``track`` and ``command``; where ranks can be chosen, also ``choice`` and, if given, ``dtype``.
     """
     several = [] if chooses == "never" else [choice_options, dtype_option]
 
     def decorate(function: SurgeryFunction) -> Callable[..., None]:
         @wraps(function)
-        def command(device: str, as_json: bool, verbose: bool, quiet: bool, debug: bool, **own: Any) -> None:
-            options: dict[str, Any] = {
-                "device": device,
-                "track": progress_tracker(quiet, "layers"),
-                "command": command_line(),
-            }
+        def command(as_json: bool, verbose: bool, quiet: bool, debug: bool, output: str, **arguments: Any) -> None:
+            arguments |= {"out": output, "track": progress_tracker(quiet, "layers"), "command": command_line()}
             if chooses != "never":
-                own["choice"] = choice_from_options(chooses == "always", **{name: own.pop(name) for name in CHOICES})
-                if dtype := own.pop("dtype"):
-                    options["dtype"] = parse_dtype(dtype)
-            print_surgery(function(options=options, **own), as_json, verbose, quiet)
+                choices = {name: arguments.pop(name) for name in CHOICES}
+                arguments["choice"] = choice_from_options(chooses == "always", **choices)
+                if dtype := arguments.pop("dtype"):
+                    arguments["dtype"] = parse_dtype(dtype)
+            print_surgery(function(**arguments), as_json, verbose, quiet)
 
         return combine_options(*several, place_options, report_options)(command)
 
@@ -111,12 +101,13 @@ def choice_from_options(
     return given[0][0](given[0][1]) if given else None
 
 
-def parse_weights(text: str | None) -> list[float] | None:
-    """``1,-0.5`` as numbers.
+def weights_option(help_text: str) -> Callable[[Command], Command]:
+    """``--weights``, which gives a list of numbers."""
+    return click.option("--weights", metavar="W,…", callback=_parse_weights, help=help_text)
 
-    Raises:
-        UsageError: something that is no number.
-    """
+
+def _parse_weights(context: click.Context, parameter: click.Parameter, text: str | None) -> list[float] | None:
+    """``1,-0.5`` as numbers."""
     if text is None:
         return None
     try:
@@ -129,8 +120,8 @@ def parse_dtype(name: str) -> torch.dtype:
     """The dtype of that name."""
     import torch
 
-    found: torch.dtype = getattr(torch, name)
-    return found
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def command_line() -> str:
@@ -178,7 +169,7 @@ def _print_factors(result: SurgeryResult) -> None:
     sizes = f"{total.parameters_before} → {total.parameters_after}"
     energy = f"{total.retained:.2%}"
     last = ["all", "", "", "", sizes, format_number(total.norm), energy, format_number(total.error, 3)]
-    print_table(header, [*rows, [*last, format_number(total.relative_error, 3)]], totals=1)
+    print_rows(header, [*rows, [*last, format_number(total.relative_error, 3)]], totals=1)
 
 
 def _print_sums(result: SurgeryResult) -> None:
@@ -205,7 +196,7 @@ def _print_sums(result: SurgeryResult) -> None:
         format_number(total.error, 3),
         format_number(total.relative_error, 3),
     ]
-    print_table(header, [*rows, [*last, *([format_number(total.from_original, 3)] if back else [])]], totals=1)
+    print_rows(header, [*rows, [*last, *([format_number(total.from_original, 3)] if back else [])]], totals=1)
 
 
 def _shape(layer: LayerChange) -> str:

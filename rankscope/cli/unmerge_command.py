@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rankscope.cli.surgery_output import parse_weights, surgery_command
+from rankscope.cli.surgery_output import surgery_command, weights_option
 
 if TYPE_CHECKING:
     from rankscope.surgery.surgery_result import SurgeryResult
@@ -15,11 +15,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("merged", metavar="MERGED")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("--weights", metavar="W,…", help="Those that the adapters were merged with [1 each].")
+@weights_option("Those that the adapters were merged with [1 each].")
 @surgery_command()
-def command(
-    merged: str, adapters: tuple[str, ...], weights: str | None, output: str, options: dict[str, Any]
-) -> SurgeryResult:
+def command(merged: str, adapters: tuple[str, ...], weights: list[float] | None, **shared: Any) -> SurgeryResult:
     """Take adapters off the weights that they were merged into.
 
     Rounding lost a part of the original weight wherever the sum was the larger number. The column "from original"
@@ -32,4 +30,4 @@ def command(
     """
     from rankscope.surgery.merge import unmerge
 
-    return unmerge(merged, adapters, output, parse_weights(weights), **options)
+    return unmerge(merged, adapters, weights=weights, **shared)

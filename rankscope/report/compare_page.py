@@ -127,7 +127,10 @@ def _beyond_chance(result: CompareResult) -> str:
     for name in _summaries(result):
         p = holm([layer.sides[name].square.p for layer in result.layers])
         said.append(f"in {int((p < MAX_CORRECTED_P).sum())} of {_layers(result)} in the {SPACES[name]}")
-    return f"It is above chance {' and '.join(said)} (p < {MAX_CORRECTED_P:g} by Holm's correction for the number of layers)."
+    return (
+        f"It is above chance {' and '.join(said)} (p < {MAX_CORRECTED_P:g} by Holm's correction for the number of "
+        "layers)."
+    )
 
 
 def _picture(result: CompareResult, layer: str | None) -> Picture:

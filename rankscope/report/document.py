@@ -8,23 +8,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from rankscope.table import Cell as Cell
+from rankscope.table import Table as Table
 from rankscope.verdict import Verdict
-
-Cell = str | float | int | None
-
-
-@dataclass(frozen=True)
-class Table:
-    """Named columns and rows; numbers are kept as numbers, and shown to ``digits`` significant digits.
-
-    ``name`` is the stem of its file. A table longer than a screen can be filtered and sorted in the page.
-    """
-
-    name: str
-    caption: str
-    header: tuple[str, ...]
-    rows: Sequence[Sequence[Cell]]
-    digits: int = 4
 
 
 @dataclass(frozen=True)

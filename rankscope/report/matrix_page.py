@@ -32,7 +32,10 @@ def _summary_sentence(result: MatrixResult) -> str:
     pairs = np.triu_indices(len(result.titles), 1)
     beyond = int((np.fmin.reduce([side.p for side in result.sides.values()])[pairs] < SIGNIFICANCE_LEVEL).sum())
     count = len(pairs[0])
-    return f"{beyond} of {count} pair{'' if count == 1 else 's'} overlap beyond chance (p < {SIGNIFICANCE_LEVEL:g}, corrected)."
+    return (
+        f"{beyond} of {count} pair{'' if count == 1 else 's'} overlap beyond chance (p < {SIGNIFICANCE_LEVEL:g}, "
+        "corrected)."
+    )
 
 
 def _alike(result: MatrixResult) -> Section:

@@ -1,4 +1,4 @@
-"""Sums of adapters: merged into one, subtracted, averaged. Exact in factored form, where the ranks add."""
+"""Sums, differences and means of adapters: exact in factored form, where the ranks add."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from rankscope.formats.recipes import float_dtype
 from rankscope.formats.streaming import LazyTensor
 from rankscope.surgery.adapter import BIAS_SETTINGS, Adapter, AdapterSource, config_with_ranks
 from rankscope.surgery.addition import in_float64
-from rankscope.surgery.output_folder import copy_tokenizer, create_output_folder, file_metadata, write_record
+from rankscope.surgery.operation import Operation, Track
+from rankscope.surgery.output_folder import copy_tokenizer
 from rankscope.surgery.surgery_result import SurgeryResult, format_count, zero_layer_notes
 from rankscope.surgery.truncate import RankChoice
-from rankscope.surgery.truncate_layers import LayerUpdate, Track, truncate_layers
+from rankscope.surgery.truncate_layers import LayerUpdate, truncate_layers
 from rankscope.updates import LowRank, check_finite
 
 RELATIVE_TOLERANCE = 1e-12  # sums of weights closer than this are equal
@@ -38,29 +39,63 @@ def merge_adapters(
     out: str | os.PathLike[str],
     weights: Sequence[float] | None = None,
     choice: RankChoice | None = None,
-    **options: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    track: Track = iter,
+    command: str | None = None,
 ) -> SurgeryResult:
-    """Write one adapter whose update is Σ wᵢ·sᵢ·BᵢAᵢ, by default with every weight 1.
+    """Write one adapter whose update is Σ wᵢ·sᵢ·BᵢAᵢ.
 
     Args:
         adapters: at least two in PEFT's layout, of any ranks.
-        out: folder to be made.
-        weights: one an adapter.
-        choice: which singular values of the sum are kept; None keeps all, as factors laid side by side.
-        options: ``dtype``, ``device``, ``track`` and ``command``, as in ``resize``.
+        out: the folder to be made.
+        weights: one for each adapter; 1 each by default.
+        choice: which singular values of the sum are kept; None keeps all, as factors side by side.
+        dtype: dtype of the written factors; None keeps that of the adapters.
+        device: where the decompositions run.
+        track: wraps the list of layers and may show progress, as ``tqdm.tqdm`` does.
+        command: the command line that the record names.
 
     Raises:
-        RankscopeError: an adapter that cannot be read or added, shapes that differ, or ``out`` is taken.
+        RankscopeError: an adapter cannot be read or added, shapes differ, or ``out`` exists.
     """
-    factors = _check_mean_weights(weights if weights is not None else [1.0] * len(adapters), len(adapters))
-    return _combine("merge", adapters, factors, out, choice, **options)
+    operation = Operation(
+        name="merge", out=out, choice=choice, dtype=dtype, device=device, track=track, command=command
+    )
+    return _write_sum(adapters, check_weights(weights, len(adapters)), operation)
 
 
 def subtract(
-    a: AdapterSource, b: AdapterSource, out: str | os.PathLike[str], choice: RankChoice | None = None, **options: Any
+    a: AdapterSource,
+    b: AdapterSource,
+    out: str | os.PathLike[str],
+    choice: RankChoice | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    track: Track = iter,
+    command: str | None = None,
 ) -> SurgeryResult:
-    """Write the adapter whose update is that of ``a`` minus that of ``b``; see ``merge_adapters``."""
-    return _combine("subtract", [a, b], [1.0, -1.0], out, choice, **options)
+    """Write the adapter whose update is that of ``a`` minus that of ``b``.
+
+    Args:
+        a: an adapter in PEFT's layout.
+        b: the adapter that is subtracted from it.
+        out: the folder to be made.
+        choice: which singular values of the difference are kept; None keeps all, as factors side by side.
+        dtype: dtype of the written factors; None keeps that of the adapters.
+        device: where the decompositions run.
+        track: wraps the list of layers and may show progress, as ``tqdm.tqdm`` does.
+        command: the command line that the record names.
+
+    Raises:
+        RankscopeError: an adapter cannot be read or subtracted, shapes differ, or ``out`` exists.
+    """
+    operation = Operation(
+        name="subtract", out=out, choice=choice, dtype=dtype, device=device, track=track, command=command
+    )
+    return _write_sum([a, b], [1.0, -1.0], operation)
 
 
 def average(
@@ -68,90 +103,93 @@ def average(
     out: str | os.PathLike[str],
     weights: Sequence[float] | None = None,
     choice: RankChoice | None = None,
-    **options: Any,
-) -> SurgeryResult:
-    """Write the adapter whose update is the (weighted) mean of updates: weights are divided by their sum.
-
-    The mean of products sBA, not of the factors, whose mean depends on how each product was factored.
-    See ``merge_adapters``.
-
-    Raises:
-        ConfigError: weights that add up to zero.
-    """
-    given = _check_mean_weights(weights if weights is not None else [1.0] * len(adapters), len(adapters))
-    total = math.fsum(given)
-    if abs(total) < RELATIVE_TOLERANCE * max(abs(weight) for weight in given):
-        raise ConfigError(f"the weights {list(given)} add up to zero, so there is no average; use merge")
-    return _combine("average", adapters, [weight / total for weight in given], out, choice, **options)
-
-
-def _check_mean_weights(weights: Sequence[float], count: int) -> list[float]:
-    if count < 2:
-        raise ConfigError(f"at least two adapters are combined, not {count}")
-    return check_weights(weights, count)
-
-
-def check_weights(weights: Sequence[float], count: int) -> list[float]:
-    """One finite weight an adapter.
-
-    Raises:
-        ConfigError: too few, too many, or one that is NaN or infinite.
-    """
-    if len(weights) != count:
-        raise ConfigError(
-            f"{format_count(len(weights), 'weight')} for {format_count(count, 'adapter')}; give one for each"
-        )
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ConfigError(f"the weights {list(weights)} are not all finite")
-    return [float(weight) for weight in weights]
-
-
-def _combine(
-    operation: str,
-    sources: Sequence[AdapterSource],
-    weights: Sequence[float],
-    out: str | os.PathLike[str],
-    choice: RankChoice | None,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     track: Track = iter,
     command: str | None = None,
 ) -> SurgeryResult:
-    with create_output_folder(out) as folder:
-        adapters = [Adapter.open(source, device=device) for source in sources]
-        notes = _check_alike(adapters)
-        names = sorted({name for adapter in adapters for name in adapter.places}, key=natural_key)
-        layers = [_layer(name, adapters, weights, dtype) for name in names]
-        with prefix_errors(", ".join(adapter.label for adapter in adapters)):
-            found = truncate_layers(layers, choice, track)
-        whole, dropped = _whole(adapters, weights)
-        tensors = whole | _factor_biases(names, adapters, weights)
-        for layer in layers:
-            factors = factor_tensors(layer.name, found.factors[layer.name], layer.place)
-            tensors |= {key: LazyTensor.of(factor) for key, factor in factors.items()}
-        ranks = {change.name: change.rank_after or 1 for change in found.changes}
-        write_peft_folder(
-            folder, _config(adapters, ranks, tensors, dropped), tensors, file_metadata(operation, command)
+    """Write the adapter whose update is the mean of the updates sBA, weighted by w/Σw.
+
+    It is not the mean of the factors, which would depend on how each product was factored.
+
+    Args:
+        adapters: at least two in PEFT's layout, of any ranks.
+        out: the folder to be made.
+        weights: one for each adapter; equal by default. They are divided by their sum.
+        choice: which singular values of the mean are kept; None keeps all, as factors side by side.
+        dtype: dtype of the written factors; None keeps that of the adapters.
+        device: where the decompositions run.
+        track: wraps the list of layers and may show progress, as ``tqdm.tqdm`` does.
+        command: the command line that the record names.
+
+    Raises:
+        ConfigError: the weights add up to zero.
+        RankscopeError: an adapter cannot be read or added, shapes differ, or ``out`` exists.
+    """
+    weights = check_weights(weights, len(adapters))
+    total = math.fsum(weights)
+    if weights and abs(total) < RELATIVE_TOLERANCE * max(abs(weight) for weight in weights):
+        raise ConfigError(f"the weights {weights} add up to zero, so there is no average; use merge")
+    operation = Operation(
+        name="average", out=out, choice=choice, dtype=dtype, device=device, track=track, command=command
+    )
+    return _write_sum(adapters, [weight / total for weight in weights], operation)
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """One finite weight for each of ``count`` adapters; 1 each where none are given.
+
+    Raises:
+        ConfigError: too few, too many, or one that is NaN or infinite.
+    """
+    if weights is None:
+        return [1.0] * count
+    if len(weights) != count:
+        raise ConfigError(
+            f"{format_count(len(weights), 'weight')} for {format_count(count, 'adapter')}; give one for each"
         )
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ConfigError(f"the weights {list(weights)} are not all finite; give finite numbers")
+    return [float(weight) for weight in weights]
+
+
+def _write_sum(sources: Sequence[AdapterSource], weights: Sequence[float], operation: Operation) -> SurgeryResult:
+    """Write the adapter whose update is the weighted sum."""
+    if len(sources) < 2:
+        raise ConfigError(f"a sum needs at least two adapters, not {len(sources)}; give another one")
+    with operation.create_folder() as folder:
+        adapters = [Adapter.open(source, device=operation.device) for source in sources]
+        notes = _check_compatible(adapters)
+        names = sorted({name for adapter in adapters for name in adapter.places}, key=natural_key)
+        layers = [_weighted_sum(name, adapters, weights, operation.dtype) for name in names]
+        with prefix_errors(", ".join(adapter.label for adapter in adapters)):
+            truncated = truncate_layers(layers, operation)
+        whole, dropped = _sum_whole_tensors(adapters, weights)
+        tensors = whole | _sum_factor_biases(names, adapters, weights)
+        for layer in layers:
+            factors = factor_tensors(layer.name, truncated.factors[layer.name], layer.place)
+            tensors |= {key: LazyTensor.of(factor) for key, factor in factors.items()}
+        ranks = {change.name: change.rank_after or 1 for change in truncated.changes}
+        write_peft_folder(folder, _config(adapters, ranks, tensors, dropped), tensors, operation.file_metadata())
         copy_tokenizer(adapters[0].store.path, folder)
-        return write_record(
+        return operation.write_record(
             folder,
-            operation,
-            out,
-            found.changes,
+            truncated.changes,
             inputs=tuple(adapter.label for adapter in adapters),
             weights=tuple(weights),
-            command=command,
-            choice="exact" if choice is None else str(choice),
             carried=tuple(whole),
-            skipped=tuple(SkippedItem(key, "the same in all: the base's own comes back") for key in dropped),
-            notes=(*notes, *found.notes, *zero_layer_notes(found.changes)),
+            skipped=tuple(SkippedItem(key, "equal in all adapters, so the base's own returns") for key in dropped),
+            notes=(*notes, *truncated.notes, *zero_layer_notes(truncated.changes)),
         )
 
 
-def _check_alike(adapters: Sequence[Adapter]) -> list[str]:
-    """Refuse what cannot be added; notes on what two adapters do not share."""
+def _check_compatible(adapters: Sequence[Adapter]) -> list[str]:
+    """Notes on what the adapters do not share.
+
+    Raises:
+        FormatError: they cannot be added.
+    """
     notes = []
     first = adapters[0]
     for adapter in adapters:
@@ -169,20 +207,22 @@ def _check_alike(adapters: Sequence[Adapter]) -> list[str]:
             raise FormatError(
                 f"{adapter.label}: calls {ours!r} of {first.label} {theirs!r}; save both from the same class of model"
             )
-        bases = [one.config.get("base_model_name_or_path") for one in (first, adapter)]
+        bases = [each.config.get("base_model_name_or_path") for each in (first, adapter)]
         if None not in bases and bases[0] != bases[1]:
             notes.append(f"{adapter.label} was trained on {bases[1]}, {first.label} on {bases[0]}")
         lone = [name for name in adapter.places if any(name not in other.places for other in adapters)]
         if lone:
             notes.append(
-                f"{adapter.label}: {format_count(len(lone), 'layer')} that another adapter leaves alone: "
+                f"{adapter.label}: {format_count(len(lone), 'layer')} that another adapter does not have: "
                 f"{examples(lone)}"
             )
         notes += [f"{adapter.label}: {note}" for note in adapter.store.notes]
     return notes
 
 
-def _layer(name: str, adapters: Sequence[Adapter], weights: Sequence[float], dtype: torch.dtype | None) -> LayerUpdate:
+def _weighted_sum(
+    name: str, adapters: Sequence[Adapter], weights: Sequence[float], dtype: torch.dtype | None
+) -> LayerUpdate:
     """The weighted sum of one layer over the adapters that have it."""
     holders = [(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True) if name in adapter.places]
     first = holders[0][0]
@@ -197,7 +237,7 @@ def _layer(name: str, adapters: Sequence[Adapter], weights: Sequence[float], dty
 
     def read() -> LowRank:
         total = reduce(lambda a, b: a + b, (adapter.update(name) * weight for adapter, weight in holders))
-        return _by_group(total, ranks, place.groups) if place.groups > 1 else total
+        return _group_directions(total, ranks, place.groups) if place.groups > 1 else total
 
     return LayerUpdate(
         name=name,
@@ -210,50 +250,53 @@ def _layer(name: str, adapters: Sequence[Adapter], weights: Sequence[float], dty
     )
 
 
-def _by_group(update: LowRank, ranks: Sequence[int], groups: int) -> LowRank:
-    """The same sum with the directions of each group of a convolution side by side, as PEFT stores them."""
+def _group_directions(update: LowRank, ranks: Sequence[int], groups: int) -> LowRank:
+    """The same sum, B (out, r) and A (r, in), with the r directions sorted by group of the convolution, as in PEFT."""
     ends = accumulate(ranks)
     parts = [torch.arange(end - rank, end).reshape(groups, -1) for rank, end in zip(ranks, ends, strict=True)]
     order = torch.cat(parts, dim=1).flatten().to(update.device)
     return LowRank(update.B[:, order], update.A[order], update.scale)
 
 
-def _whole(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[dict[str, LazyTensor], list[str]]:
-    """Sums of what was trained whole, where they do not need the base; and what falls out of the sum.
+def _sum_whole_tensors(
+    adapters: Sequence[Adapter], weights: Sequence[float]
+) -> tuple[dict[str, LazyTensor], list[str]]:
+    """Sums of what was trained whole, where they do not need the base; and the keys for which the sum is the base.
 
-    base + Σ wᵢ(pᵢ − base) is Σ wᵢpᵢ where the weights add up to 1, and the base where they add up to 0 and all pᵢ
+    base + Σ wᵢ(pᵢ − base) is Σ wᵢpᵢ where the weights add up to 1. It is the base where they add up to 0 and all pᵢ
     are equal.
 
     Raises:
         FormatError: a sum that the base would be needed for.
     """
-    found: dict[str, LazyTensor] = {}
+    sums: dict[str, LazyTensor] = {}
     dropped = []
     total = math.fsum(weights)
     for key in sorted({key for adapter in adapters for key in adapter.whole}, key=natural_key):
         holders = [adapter for adapter in adapters if key in adapter.whole]
         everywhere = len(holders) == len(adapters)
-        if key.endswith(".base_layer.weight") and _equal(key, holders):
-            found[key] = holders[0].lazy_tensor(holders[0].whole[key])
+        if key.endswith(".base_layer.weight") and _is_equal_in_all(key, holders):
+            sums[key] = holders[0].lazy_tensor(holders[0].whole[key])
         elif everywhere and abs(total - 1) < RELATIVE_TOLERANCE:
-            found[key] = _mean(key, adapters, weights)
-        elif everywhere and abs(total) < RELATIVE_TOLERANCE and _equal(key, holders):
+            sums[key] = _lazy_mean(key, adapters, weights)
+        elif everywhere and abs(total) < RELATIVE_TOLERANCE and _is_equal_in_all(key, holders):
             dropped.append(key)
         else:
             raise FormatError(
                 f"{holders[0].label}: {strip_peft_prefix(key)} was trained whole, so its sum needs the base; "
                 "merge the adapters into their base instead"
             )
-    return found, dropped
+    return sums, dropped
 
 
-def _equal(key: str, holders: Sequence[Adapter]) -> bool:
+def _is_equal_in_all(key: str, holders: Sequence[Adapter]) -> bool:
     first, *others = (holder.file.read(holder.whole[key]) for holder in holders)
-    alike = all(one.shape == first.shape and one.is_complex() == first.is_complex() for one in others)
-    return alike and all(torch.equal(first, other.to(first.dtype)) for other in others)
+    same_kind = all(other.shape == first.shape and other.is_complex() == first.is_complex() for other in others)
+    return same_kind and all(torch.equal(first, other.to(first.dtype)) for other in others)
 
 
-def _mean(key: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> LazyTensor:
+def _lazy_mean(key: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> LazyTensor:
+    """Σ wᵢpᵢ of one tensor that every adapter trained whole, computed when it is written."""
     infos = [adapter.file.infos[adapter.whole[key]] for adapter in adapters]
     if len({info.shape for info in infos}) > 1:
         shapes = ", ".join(str(info.shape) for info in infos)
@@ -269,13 +312,13 @@ def _mean(key: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> La
     return LazyTensor(TensorInfo(infos[0].shape, dtype), read)
 
 
-def _factor_biases(
+def _sum_factor_biases(
     names: Sequence[str], adapters: Sequence[Adapter], weights: Sequence[float]
 ) -> dict[str, LazyTensor]:
-    """Sums of ``lora_B.bias``; zeros where no adapter has one, since PEFT gives all layers one or none."""
+    """Sums of ``lora_B.bias``, (out,); zeros where no adapter has one, since PEFT gives all layers one or none."""
     if not any(adapter.factor_biases for adapter in adapters):
         return {}
-    found = {}
+    sums = {}
     for name in names:
         holders = [(a, w) for a, w in zip(adapters, weights, strict=True) if name in a.places]
         first = holders[0][0]
@@ -283,13 +326,14 @@ def _factor_biases(
         size = first.info(name).shape[0]
         total = reduce(torch.add, parts) if parts else torch.zeros(size, dtype=first.dtype(name))
         check_finite(total, f"{name}: the sum of lora_B.bias")
-        found[factor_bias_key(name)] = LazyTensor.of(total)
-    return found
+        sums[factor_bias_key(name)] = LazyTensor.of(total)
+    return sums
 
 
 def _config(
     adapters: Sequence[Adapter], ranks: dict[str, int], tensors: dict[str, LazyTensor], dropped: Sequence[str]
 ) -> dict[str, Any]:
+    """The configuration of the sum; ``dropped``: keys of tensors that only the base holds."""
     configs = [adapter.config for adapter in adapters]
     gone = {strip_peft_prefix(key).rpartition(".")[0] for key in dropped}
     saved = dict.fromkeys(name for config in configs for name in config.get("modules_to_save") or ())

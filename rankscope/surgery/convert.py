@@ -1,4 +1,4 @@
-"""``convert``: the same updates in the layout of another tool."""
+"""``convert``: the same updates in the format of another tool."""
 
 from __future__ import annotations
 
@@ -17,16 +17,9 @@ from rankscope.formats.peft_write import write_peft_folder
 from rankscope.formats.streaming import LazyTensor, write_streamed
 from rankscope.surgery.adapter import AdapterSource
 from rankscope.surgery.gather import gather_layers, read_base_names, read_names
-from rankscope.surgery.output_folder import (
-    build_result,
-    copy_tokenizer,
-    create_output_folder,
-    file_metadata,
-    free_output_path,
-    write_record,
-)
-from rankscope.surgery.surgery_result import LayerChange, SurgeryResult, error_over_norm
-from rankscope.surgery.truncate_layers import Track
+from rankscope.surgery.operation import Operation, Track
+from rankscope.surgery.output_folder import copy_tokenizer, free_output_path
+from rankscope.surgery.surgery_result import LayerChange, SurgeryResult, error_over_norm, format_count
 from rankscope.updates import LowRank
 
 TargetFormat = Literal["peft", "kohya", "diffusers"]
@@ -48,76 +41,78 @@ def convert(
 ) -> SurgeryResult:
     """Write the layers of an adapter in another format. Factors are neither multiplied out nor decomposed.
 
-    To PEFT and kohya the factors go as they are, with the α that gives their scale; to diffusers the scale goes into B,
-    since its older versions read no α. DoRA's magnitude goes along. What the format has no place for is listed.
+    For PEFT and kohya the factors stay as they are, with the α that gives their scale; for diffusers the scale is
+    multiplied into B, since its older versions read no α. DoRA's magnitude is copied. Layers that the format cannot
+    hold are listed in ``skipped``.
 
     Args:
-        adapter: in any format that is read.
-        to: "peft" (a folder), "kohya" or "diffusers" (a folder with one file, or the file where ``out`` ends so).
-        out: place to be made.
+        adapter: an adapter in any format that can be read.
+        to: "peft" (a folder), "kohya" or "diffusers" (a folder with one file, or that file if ``out`` ends in
+            .safetensors).
+        out: the folder or file to be made.
         alpha: α where the adapter's file has none.
-        component: the part of a pipeline that is meant (unet, transformer, text_encoder …): which is kept, or, where
-            the adapter names none, what its layers are written as.
-        base: the model, whose dotted names kohya's are looked up among; a PEFT configuration names it.
-        names: a file of dotted names, one a line, for the same.
-        device: where factors are brought on the way.
-        track: wraps the list of layers and may show progress.
-        command: what the record names as the command line.
+        component: the part of a pipeline (unet, transformer, text_encoder …) that is kept; where the adapter names
+            none, the part that its layers are written for.
+        base: the model, among whose dotted names those of kohya are looked up; a PEFT configuration names it.
+        names: a file of dotted names, one a line, for the same look-up.
+        device: where the factors are read to.
+        track: wraps the list of layers and may show progress, as ``tqdm.tqdm`` does.
+        command: the command line that the record names.
 
     Raises:
-        RankscopeError: an adapter that cannot be read, is in that format already or holds nothing that it can hold,
-            names that are not known, or ``out`` is taken.
+        RankscopeError: the adapter cannot be read, is in that format already or has no layer that the format can hold,
+            its names are not known, or ``out`` exists.
     """
     if to not in get_args(TargetFormat):
         raise ConfigError(f"to = {to!r}: convert to one of {', '.join(get_args(TargetFormat))}")
-    place = free_output_path(out)
-    if to == "peft" and place.suffix == SUFFIX:
+    path = free_output_path(out)
+    if to == "peft" and path.suffix == SUFFIX:
         raise ConfigError(f"{out}: PEFT's format is a folder; give a name without {SUFFIX}")
     known = [*(read_base_names(base) if base is not None else ()), *(read_names(names) if names is not None else ())]
+    operation = Operation(name="convert", out=out, device=device, track=track, command=command)
     source = gather_layers(adapter, alpha=alpha, device=device, names=known)
     if source.kind == to:
         raise ConfigError(f"{source.label}: is in the format {to} already")
     source.choose(component, to == "peft")
-    pieces, left = _placeable(source.read(track), to)
+    pieces, skipped = _split_by_format(source.read(track), to)
     with prefix_errors(source.label):
         written = _to_format(pieces, to, base, [module for _, module in known])
     fields = {
         "inputs": (source.label,),
-        "command": command,
         "choice": f"{source.kind} → {to}",
         "carried": (),
-        "skipped": (*source.skipped, *left),
+        "skipped": (*source.skipped, *skipped),
         "notes": (*source.notes, *_notes(pieces, to)),
     }
-    changes = tuple(_change(*pair) for pair in zip(pieces, written.updates, strict=True))
+    changes = tuple(_layer_change(*pair) for pair in zip(pieces, written.updates, strict=True))
     tokenizer = source.folder if source.kind == "peft" else None
-    return _put(written, to, out, place, changes, fields, tokenizer)
+    return _write_output(path, written, to, operation, changes, fields, tokenizer)
 
 
-def _put(
+def _write_output(
+    path: Path,
     written: AdapterContents,
     to: TargetFormat,
-    out: str | os.PathLike[str],
-    place: Path,
+    operation: Operation,
     changes: tuple[LayerChange, ...],
     fields: dict[str, Any],
     tokenizer: Path | None,
 ) -> SurgeryResult:
-    """Write the folder, or the one file."""
+    """Write the folder, or the one file; ``tokenizer`` is the folder that one is copied from."""
     tensors = {key: LazyTensor.of(tensor.contiguous()) for key, tensor in written.tensors.items()}
-    metadata = {**file_metadata("convert", fields["command"]), **written.metadata}
-    if place.suffix == SUFFIX:
-        write_streamed(place, tensors, metadata)
-        return build_result("convert", out, changes, **fields)
-    with create_output_folder(out) as folder:
+    metadata = {**operation.file_metadata(), **written.metadata}
+    if path.suffix == SUFFIX:
+        write_streamed(path, tensors, metadata)
+        return operation.make_result(changes, **fields)
+    with operation.create_folder() as folder:
         if written.config is not None:
             write_peft_folder(folder, written.config, tensors, metadata)
         else:
-            name = DIFFUSERS_WEIGHTS_NAME if to == "diffusers" else f"{place.name}{SUFFIX}"
+            name = DIFFUSERS_WEIGHTS_NAME if to == "diffusers" else f"{path.name}{SUFFIX}"
             write_streamed(folder / name, tensors, metadata)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, folder)
-        return write_record(folder, "convert", out, changes, **fields)
+        return operation.write_record(folder, changes, **fields)
 
 
 def _to_format(
@@ -130,43 +125,41 @@ def _to_format(
     return to_kohya(pieces) if to == "kohya" else to_diffusers(pieces)
 
 
-def _placeable(pieces: Sequence[LayerFactors], to: TargetFormat) -> tuple[list[LayerFactors], list[SkippedItem]]:
-    """What the format has a place for, and the rest with the reason.
+def _split_by_format(pieces: Sequence[LayerFactors], to: TargetFormat) -> tuple[list[LayerFactors], list[SkippedItem]]:
+    """The layers that the format can hold, and the others with the reason.
 
     Raises:
-        FormatError: nothing is left.
+        FormatError: it can hold none.
     """
-    left = []
-    if to != "peft":
-        for piece in pieces:
-            if piece.place.kind == "embedding":
-                left.append(SkippedItem(piece.name, f"factors of an embedding, for which {to} has no layout"))
-            elif piece.place.groups > 1:
-                left.append(
-                    SkippedItem(piece.name, "a convolution with groups, whose factors only PEFT stores like this")
-                )
-    out = {one.name for one in left}
-    kept = [piece for piece in pieces if piece.name not in out]
+    kept, skipped = [], []
+    for piece in pieces:
+        if to != "peft" and piece.place.kind == "embedding":
+            skipped.append(SkippedItem(piece.name, f"factors of an embedding, for which {to} has no layout"))
+        elif to != "peft" and piece.place.groups > 1:
+            reason = "a convolution with groups, whose factors only PEFT stores like this"
+            skipped.append(SkippedItem(piece.name, reason))
+        else:
+            kept.append(piece)
     if not kept:
-        raise FormatError(f"nothing of it can be in the format {to}; {left[0].name}: {left[0].reason}")
-    return kept, left
+        raise FormatError(f"the format {to} can hold no layer of it; {skipped[0].name}: {skipped[0].reason}")
+    return kept, skipped
 
 
 def _notes(pieces: Sequence[LayerFactors], to: TargetFormat) -> list[str]:
     notes = []
     if to != "peft" and any(not piece.component for piece in pieces):
         notes.append(
-            "the adapter does not say which part of a pipeline it is of; written as "
-            f"{pipeline_component(pieces[0], pieces)} (--component says otherwise)"
+            "the adapter does not say which part of a pipeline it is for; it is written for "
+            f"{pipeline_component(pieces[0], pieces)} (choose another with --component)"
         )
     dora = sum(piece.magnitude is not None for piece in pieces)
     if dora:
-        notes.append(f"DoRA in {dora} layers: the magnitudes went along")
+        notes.append(f"DoRA in {format_count(dora, 'layer')}: the magnitudes are copied")
     return notes
 
 
-def _change(piece: LayerFactors, after: LowRank) -> LayerChange:
-    """The record of one layer; the error is that of rounding, zero where factors and scale are the same."""
+def _layer_change(piece: LayerFactors, after: LowRank) -> LayerChange:
+    """The record of one layer; the error is that of rounding, zero where factors and scale are unchanged."""
     before = piece.update
     same = after.B.dtype == before.B.dtype and after.scale == before.scale and torch.equal(after.B, before.B)
     error = 0.0 if same else (before + after * -1.0).norm

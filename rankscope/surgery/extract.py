@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -16,10 +16,11 @@ from rankscope.formats.peft_write import FactorLayout, exact_targets, factor_ten
 from rankscope.formats.streaming import LazyTensor
 from rankscope.surgery.full_finetune import FullFinetune
 from rankscope.surgery.modules_to_save import ModulesToSave, find_modules_to_save
-from rankscope.surgery.output_folder import copy_tokenizer, create_output_folder, file_metadata, write_record
-from rankscope.surgery.surgery_result import LayerChange, SurgeryResult
+from rankscope.surgery.operation import Operation, Track
+from rankscope.surgery.output_folder import copy_tokenizer
+from rankscope.surgery.surgery_result import SurgeryResult
 from rankscope.surgery.truncate import RankChoice
-from rankscope.surgery.truncate_layers import LayerUpdate, Track, truncate_layers
+from rankscope.surgery.truncate_layers import LayerUpdate, TruncatedLayers, truncate_layers
 from rankscope.surgery.tying import HEAD_WEIGHT, TIED_EMBEDDING, has_head, is_tied
 from rankscope.updates import LowRank
 
@@ -41,54 +42,50 @@ def extract(
 ) -> SurgeryResult:
     """Write the LoRA adapter whose every layer is the best approximation of its rank to tuned − base.
 
-    What cannot be low-rank goes along whole where PEFT can load it (norms, biases, new modules, embeddings of another
-    size); the rest is listed in ``skipped``. Layers that did not change are left out. One pair of tensors is in memory
-    at a time; each is decomposed in float32.
+    What cannot be low-rank is copied whole where PEFT can load it (norms, biases, new modules, embeddings of another
+    size); the rest is listed in ``skipped``. Layers that did not change are left out. One pair of tensors at a time is
+    in memory; each is decomposed in float32.
 
     Args:
         tuned: full weights, or a file of updates such as a study's run of full fine-tuning has.
-        choice: which singular values are kept, with energies relative to the exact energy of the update.
-        out: folder to be made.
-        base: the checkpoint that was tuned; required for full weights. Without it, what changed of a file of updates
-            and is no matrix is left out.
-        embeddings: "whole" saves embeddings that changed as they are; "low-rank" treats them as any other matrix.
-        dtype: of the written factors.
+        choice: which singular values are kept; energies are relative to the exact energy of the update.
+        out: the folder to be made.
+        base: the checkpoint that was tuned; required for full weights. Without it, changes in a file of updates that
+            are no matrices are left out.
+        embeddings: "whole" saves embeddings that changed as they are; "low-rank" treats them like any other matrix.
+        dtype: dtype of the written factors.
         device: where the decompositions run.
-        track: wraps the list of layers and may show progress.
-        command: what the record names as the command line.
+        track: wraps the list of layers and may show progress, as ``tqdm.tqdm`` does.
+        command: the command line that the record names.
 
     Raises:
-        RankscopeError: files that cannot be read, a base that does not fit, no matrix that changed, ``out`` is taken.
+        RankscopeError: files cannot be read, the base does not fit, no matrix changed, or ``out`` exists.
     """
-    with create_output_folder(out) as folder:
+    operation = Operation(
+        name="extract", out=out, choice=choice, dtype=dtype, device=device, track=track, command=command
+    )
+    with operation.create_folder() as folder:
         source = FullFinetune.open(tuned, base, device)
-        layers, kept = _layers(source, embeddings, dtype)
+        layers, kept_whole = _layer_updates(source, embeddings, dtype)
         with prefix_errors(tuned):
-            found = truncate_layers(layers, choice, track, zeros=False)
-            if not found.factors:
+            truncated = truncate_layers(layers, operation, keep_zeros=False)
+            if not truncated.factors:
                 raise FormatError(f"no matrix that can be low-rank differs from the base{_name_suffix(base)}")
-        unchanged = {layer.name for layer in layers} - found.factors.keys()
-        parts = _add_tied_head(source, find_modules_to_save(source, found.factors, unchanged))
-        factors, changes, places = _with_head(source, found.factors, found.changes, layers)
-        tensors = dict(parts.tensors)
-        for name, update in factors.items():
-            stored = factor_tensors(source.model_path(name), update, places[name])
-            tensors |= {key: LazyTensor.of(factor) for key, factor in stored.items()}
-        ranks = {source.model_path(name): update.nominal_rank for name, update in factors.items()}
-        write_peft_folder(folder, _config(source, ranks, parts, base), tensors, file_metadata("extract", command))
+        unchanged = {layer.name for layer in layers} - truncated.factors.keys()
+        saved = _save_tied_head(source, find_modules_to_save(source, truncated.factors, unchanged))
+        truncated, places = _truncate_tied_head(source, truncated, {layer.name: layer.place for layer in layers})
+        tensors = saved.tensors | _factor_tensors(source, truncated.factors, places)
+        ranks = {source.model_path(name): update.nominal_rank for name, update in truncated.factors.items()}
+        write_peft_folder(folder, _config(source, ranks, saved, base), tensors, operation.file_metadata())
         copy_tokenizer(source.store.path if source.store.path.is_dir() else source.store.path.parent, folder)
-        return write_record(
+        return operation.write_record(
             folder,
-            "extract",
-            out,
-            changes,
+            truncated.changes,
             inputs=(str(tuned),),
             base=None if base is None else str(base),
-            command=command,
-            choice=str(choice),
-            carried=tuple(parts.tensors),
-            skipped=tuple(_list_skipped(source, parts, kept)),
-            notes=(*_notes(source, parts), *found.notes),
+            carried=tuple(saved.tensors),
+            skipped=tuple(_list_skipped(source, saved, kept_whole)),
+            notes=(*_notes(source, saved), *truncated.notes),
         )
 
 
@@ -96,72 +93,87 @@ def _name_suffix(base: object) -> str:
     return "" if base is None else f" {base}"
 
 
-def _layers(
+def _layer_updates(
     source: FullFinetune, embeddings: EmbeddingMode, dtype: torch.dtype
 ) -> tuple[list[LayerUpdate], list[SkippedItem]]:
-    """The matrices to be made low-rank, and those that are not although they could be read, with the reason."""
-    layers, kept = [], []
+    """The matrices that become low-rank, and those that do not although they can be read, with the reason."""
+    layers, kept_whole = [], []
     for name in source.store.names():
         reason = source.skip_reason(name)
         if reason is None and source.place(name).kind == "embedding" and embeddings == "whole":
             reason = "an embedding, saved whole"
         if reason is None:
-            layers.append(_layer(source, name, dtype))
+            layers.append(_layer_update(source, name, dtype))
         else:
-            kept.append(SkippedItem(name, reason))
-    return layers, kept
+            kept_whole.append(SkippedItem(name, reason))
+    return layers, kept_whole
 
 
-def _layer(source: FullFinetune, name: str, dtype: torch.dtype) -> LayerUpdate:
+def _layer_update(source: FullFinetune, name: str, dtype: torch.dtype) -> LayerUpdate:
     shape = source.store.info(name).shape
     size = shape[0] * shape[1]
     return LayerUpdate(name, shape, source.place(name), dtype, lambda: source.store[name], parameters=size, rank=None)
 
 
-def _add_tied_head(source: FullFinetune, parts: ModulesToSave) -> ModulesToSave:
-    """With the output layer too, where it is an embedding that goes along whole: PEFT would leave it at the base's."""
-    moved = [key for key in parts.tensors if TIED_EMBEDDING.search(strip_peft_prefix(key))]
-    if not moved or not _ties(source):
-        return parts
-    tensors = {**parts.tensors, PEFT_PREFIX + HEAD_WEIGHT: parts.tensors[moved[0]]}
-    return parts._replace(tensors=tensors, modules=[*parts.modules, HEAD_MODULE])
+def _factor_tensors(
+    source: FullFinetune, factors: Mapping[str, LowRank], places: Mapping[str, FactorLayout]
+) -> dict[str, LazyTensor]:
+    """The factors of all layers by PEFT's key."""
+    return {
+        key: LazyTensor.of(factor)
+        for name, update in factors.items()
+        for key, factor in factor_tensors(source.model_path(name), update, places[name]).items()
+    }
 
 
-def _with_head(
-    source: FullFinetune, factors: dict[str, LowRank], changes: tuple[LayerChange, ...], layers: Sequence[LayerUpdate]
-) -> tuple[dict[str, LowRank], tuple[LayerChange, ...], dict[str, FactorLayout]]:
-    """With the output layer too, where it is an embedding that was made low-rank."""
-    places = {layer.name: layer.place for layer in layers}
-    moved = [
-        change for change in changes if change.kind == "embedding" and TIED_EMBEDDING.search(f"{change.name}.weight")
+def _save_tied_head(source: FullFinetune, saved: ModulesToSave) -> ModulesToSave:
+    """Save the output layer too, where it is tied to an embedding that is saved: PEFT would keep the base's weight."""
+    embeddings = [key for key in saved.tensors if TIED_EMBEDDING.search(strip_peft_prefix(key))]
+    if not embeddings or not _ties_head(source):
+        return saved
+    tensors = {**saved.tensors, PEFT_PREFIX + HEAD_WEIGHT: saved.tensors[embeddings[0]]}
+    return saved._replace(tensors=tensors, modules=[*saved.modules, HEAD_MODULE])
+
+
+def _truncate_tied_head(
+    source: FullFinetune, truncated: TruncatedLayers, places: dict[str, FactorLayout]
+) -> tuple[TruncatedLayers, dict[str, FactorLayout]]:
+    """Give the output layer the same factors, where it is tied to an embedding that was made low-rank."""
+    embeddings = [
+        change
+        for change in truncated.changes
+        if change.kind == "embedding" and TIED_EMBEDDING.search(f"{change.name}.weight")
     ]
-    if not moved or not _ties(source):
-        return factors, changes, places
-    head = msgspec.structs.replace(moved[0], name=HEAD_MODULE, kind="linear")
-    return {**factors, HEAD_MODULE: factors[moved[0].name]}, (*changes, head), {**places, HEAD_MODULE: FactorLayout()}
+    if not embeddings or not _ties_head(source):
+        return truncated, places
+    head = msgspec.structs.replace(embeddings[0], name=HEAD_MODULE, kind="linear")
+    factors = {**truncated.factors, HEAD_MODULE: truncated.factors[embeddings[0].name]}
+    changes = (*truncated.changes, head)
+    return truncated._replace(factors=factors, changes=changes), {**places, HEAD_MODULE: FactorLayout()}
 
 
-def _ties(source: FullFinetune) -> bool:
+def _ties_head(source: FullFinetune) -> bool:
+    """Whether the model's output layer is its embedding and has no weight of its own in the checkpoint."""
     return has_head(source.config) and is_tied(source.config, source.infos) and HEAD_WEIGHT not in source.infos
 
 
-def _list_skipped(source: FullFinetune, parts: ModulesToSave, kept: Sequence[SkippedItem]) -> list[SkippedItem]:
-    """What changed and the output lacks. Without a base nothing can go along whole."""
-    return parts.skipped + (
-        [] if source.infos else [SkippedItem(one.name, f"{one.reason}; give --base") for one in kept]
-    )
+def _list_skipped(source: FullFinetune, saved: ModulesToSave, kept_whole: Sequence[SkippedItem]) -> list[SkippedItem]:
+    """What changed and is not in the output. Without a base no tensor can be saved whole."""
+    if source.infos:
+        return saved.skipped
+    return saved.skipped + [SkippedItem(item.name, f"{item.reason}; give --base") for item in kept_whole]
 
 
-def _notes(source: FullFinetune, parts: ModulesToSave) -> list[str]:
-    grown = [(module, source.row_mismatch(module)) for module in parts.modules]
+def _notes(source: FullFinetune, saved: ModulesToSave) -> list[str]:
+    mismatches = [(module, source.row_mismatch(module)) for module in saved.modules]
     return [
         f"{module} has {rows[0]} rows, {rows[1]} in the base: resize the base's embeddings before loading the adapter"
-        for module, rows in grown
+        for module, rows in mismatches
         if rows
     ]
 
 
-def _config(source: FullFinetune, ranks: dict[str, int], parts: ModulesToSave, base: object) -> dict[str, Any]:
+def _config(source: FullFinetune, ranks: dict[str, int], saved: ModulesToSave, base: object) -> dict[str, Any]:
     classes = source.config.get("architectures") or [""]
     causal = isinstance(classes, list) and str(classes[0]).endswith(("CausalLM", "LMHeadModel"))
     paths = {source.model_path(name.rpartition(".")[0]) for name in source.infos} | ranks.keys()
@@ -174,8 +186,8 @@ def _config(source: FullFinetune, ranks: dict[str, int], parts: ModulesToSave, b
         "lora_dropout": 0.0,
         "target_modules": exact_targets(list(ranks), paths),
         "use_dora": False,
-        "bias": "all" if parts.biases else "none",
+        "bias": "all" if saved.biases else "none",
         "fan_in_fan_out": any(source.is_conv1d(name) for name in ranks),
         "init_lora_weights": True,
-        "modules_to_save": [source.model_path(module) for module in parts.modules] or None,
+        "modules_to_save": [source.model_path(module) for module in saved.modules] or None,
     }

@@ -16,13 +16,13 @@ from rankscope.formats.abstract_store import examples
 from rankscope.formats.checkpoint import CONV1D_NAME, Checkpoint, non_matrix_reason
 from rankscope.formats.file_io import TensorInfo
 from rankscope.formats.names import WEIGHT_SUFFIX, Pairing, natural_key, pair_names
-from rankscope.formats.peft_keys import strip_peft_prefix
+from rankscope.formats.peft_folder import model_tensor_name
 from rankscope.formats.peft_lora import WHOLE_SUFFIX
 from rankscope.formats.streaming import LazyTensor
 from rankscope.surgery.adapter import Adapter
 from rankscope.surgery.addition import Rounding, add_and_round, in_float64
+from rankscope.surgery.operation import Track
 from rankscope.surgery.surgery_result import LayerChange, error_over_norm
-from rankscope.surgery.truncate_layers import Track
 from rankscope.surgery.tying import HEAD_WEIGHT, TIED_EMBEDDING, find_tied_embedding, has_head, is_tied, untie_config
 from rankscope.updates import Update, check_finite
 
@@ -224,11 +224,11 @@ class MergePlan:
         stored = self.checkpoint.infos[change.stored]
         return TensorInfo(whole[0].shape, stored.dtype) if whole else stored
 
-    def replaced_tensors(self) -> dict[str, LazyTensor]:
+    def replacement_tensors(self) -> dict[str, LazyTensor]:
         """What takes the place of tensors of the checkpoint."""
         return {name: self._lazy_tensor(name, change) for name, change in self.changed.items()}
 
-    def added_tensors(self) -> dict[str, LazyTensor]:
+    def new_tensors(self) -> dict[str, LazyTensor]:
         """Tensors that the checkpoint does not have."""
         return {name: self._lazy_tensor(name, change) for name, change in self.added.items()}
 
@@ -273,11 +273,6 @@ class MergePlan:
         changes = {name: change for name, change in (self.changed | self.added).items() if change.layer is not None}
         found = [_record(change, self._rounding[name], unmerged) for name, change in changes.items()]
         return tuple(sorted(found, key=lambda layer: natural_key(layer.name)))
-
-
-def model_tensor_name(key: str) -> str:
-    """The name in the model of a tensor that an adapter holds whole."""
-    return strip_peft_prefix(key).replace(".base_layer.", ".")
 
 
 def _checkpoint_name(tensor: str, pairing: Pairing) -> str:

@@ -9,11 +9,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from rankscope.errors import ConfigError, FormatError, RankscopeError
-from rankscope.formats.file_io import as_text, umask, write_json
-from rankscope.surgery.surgery_result import SCHEMAS, LayerChange, SurgeryResult, SurgeryTotal
+from rankscope.formats.file_io import umask
 
 RECORD_NAME = "rankscope.json"
 # What goes with a model or an adapter besides weights and configuration.
@@ -38,7 +36,7 @@ EXCLUDED_PATTERNS = (*WEIGHT_PATTERNS, "README.md", RECORD_NAME, ".*")
 
 @contextmanager
 def create_output_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary neighbour of ``out`` that takes its place at the end; on any error nothing is left.
+    """A temporary folder beside ``out`` that is renamed to ``out`` at the end; after an error nothing is left.
 
     Raises:
         ConfigError: ``out`` exists and is not an empty folder.
@@ -46,7 +44,7 @@ def create_output_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     """
     place = free_output_path(out)
     try:
-        with _parents(place), _neighbour(place, out) as made:
+        with _make_parents(place), _make_neighbour(place, out) as made:
             yield made
             os.chmod(made, 0o777 & ~umask())
             _check_free(place, out)
@@ -58,8 +56,8 @@ def create_output_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def _parents(place: Path) -> Iterator[None]:
-    """Make the folders above ``place``; on any error those that were made go again."""
+def _make_parents(place: Path) -> Iterator[None]:
+    """Make the folders above ``place``; after an error those that were made are removed."""
     made = [folder for folder in place.parents if not folder.exists()]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -72,8 +70,8 @@ def _parents(place: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _neighbour(place: Path, out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder beside ``place``, gone at the end; errors that name it name ``out`` instead."""
+def _make_neighbour(place: Path, out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside ``place``, removed at the end; errors that name it name ``out`` instead."""
     made = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.", suffix=".tmp"))
     try:
         yield made
@@ -86,11 +84,11 @@ def _neighbour(place: Path, out: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def free_output_path(out: str | os.PathLike[str]) -> Path:
-    """Where the output goes.
+    """The absolute path of the output.
 
     Raises:
         ConfigError: ``out`` exists and is not an empty folder.
-        FormatError: it cannot be looked at.
+        FormatError: the file system does not say what is there.
     """
     place = Path(os.path.realpath(Path(out).expanduser()))
     _check_free(place, out)
@@ -109,7 +107,7 @@ def _check_free(place: Path, out: str | os.PathLike[str]) -> None:
 def copy_files(
     source: Path, folder: Path, patterns: Iterable[str] = ("*",), but: Iterable[str] = EXCLUDED_PATTERNS
 ) -> None:
-    """Copy the files of a folder that fit a pattern and none of ``but``; links are followed, folders left out.
+    """Copy the files of a folder that match a pattern and none of ``but``; links are followed, folders left out.
 
     Raises:
         FormatError: a file cannot be read or written.
@@ -127,36 +125,3 @@ def copy_files(
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the tokenizer that lies beside an adapter, where one does."""
     copy_files(source, folder, TOKENIZER_PATTERNS)
-
-
-def file_metadata(operation: str, command: str | None) -> dict[str, str]:
-    """Metadata of the safetensors files that an operation wrote."""
-    return {"rankscope": operation, **({"rankscope_command": as_text(command)} if command else {})}
-
-
-def write_record(
-    folder: Path, operation: str, out: str | os.PathLike[str], layers: tuple[LayerChange, ...], **fields: Any
-) -> SurgeryResult:
-    """What was done, also written beside the weights.
-
-    Args:
-        fields: the others of ``Surgery``.
-    """
-    result = build_result(operation, out, layers, **fields)
-    write_json(folder / RECORD_NAME, result.to_json())
-    return result
-
-
-def build_result(
-    operation: str, out: str | os.PathLike[str], layers: tuple[LayerChange, ...], **fields: Any
-) -> SurgeryResult:
-    """What was done; ``fields`` are the others of ``Surgery``."""
-    texts = {name: _texts(value) for name, value in {"output": str(out), **fields}.items()}
-    return SurgeryResult(schema=SCHEMAS[operation], layers=layers, total=SurgeryTotal.of(layers), **texts)
-
-
-def _texts(value: Any) -> Any:
-    """A field of the record, whose paths and names may be no text."""
-    if isinstance(value, tuple):
-        return tuple(_texts(one) for one in value)
-    return as_text(value) if isinstance(value, str) else value

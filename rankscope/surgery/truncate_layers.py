@@ -1,11 +1,11 @@
-"""Truncates many updates by one choice: what resize, extract and the algebra of adapters have in common."""
+"""Truncates many updates by one choice of ranks: what resize, extract and the sums of adapters have in common."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +13,7 @@ from rankscope.errors import prefix_errors
 from rankscope.formats.peft_write import FactorLayout
 from rankscope.spectra import Spectrum
 from rankscope.surgery.budget import allocate_ranks
+from rankscope.surgery.operation import Operation, Track
 from rankscope.surgery.surgery_result import LayerChange, error_over_norm
 from rankscope.surgery.truncate import (
     Budget,
@@ -29,13 +30,20 @@ from rankscope.surgery.truncate import (
 )
 from rankscope.updates import LowRank, Update
 
-Track = Callable[[list[Any]], Iterable[Any]]
-"""Hands on the items of a list one by one and may show how far it is: ``iter``, or ``tqdm.tqdm``."""
-
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """One update to be stored as factors. ``before``: parameters and rank (None: full) of what it came from."""
+    """One update that is to be stored as factors.
+
+    Attributes:
+        name: path of the module.
+        shape: (out, in) of the update.
+        place: how PEFT stores the factors.
+        dtype: dtype of the written factors.
+        read: reads the update.
+        parameters: how many numbers hold the update in the input.
+        rank: its rank in the input; None: a full matrix.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -46,82 +54,84 @@ class LayerUpdate:
     rank: int | None
 
     @property
-    def whole(self) -> bool:
-        """Whether the factors can only go along as they are: a truncation would mix the groups of a convolution."""
+    def keeps_factors(self) -> bool:
+        """Whether the factors can only be copied: a truncation would mix the groups of a convolution."""
         return self.place.groups > 1
 
 
 class TruncatedLayers(NamedTuple):
-    """The factors of each layer, scale 1, and what that changed."""
+    """``factors`` of each layer, (out, r) and (r, in) with scale 1; ``changes``: what the truncation did to each."""
 
     factors: dict[str, LowRank]
     changes: tuple[LayerChange, ...]
     notes: list[str]
 
 
-def truncate_layers(
-    layers: Sequence[LayerUpdate], choice: RankChoice | None, track: Track = iter, zeros: bool = True
-) -> TruncatedLayers:
-    """Factors of every layer by a choice of ranks; without one the factors stay as they are, scale in B.
+def truncate_layers(layers: Sequence[LayerUpdate], operation: Operation, keep_zeros: bool = True) -> TruncatedLayers:
+    """Factors of every layer by the operation's choice of ranks; without a choice all are kept, with the scale in B.
 
-    A layer whose update is zero gets rank 1 of zeros, since PEFT knows no rank 0; without ``zeros`` it is left out.
+    A layer whose update is zero gets rank 1 of zeros, since PEFT has no rank 0; without ``keep_zeros`` it is left out.
 
-    One update is in memory at a time, and the factors that are kept. A budget reads each update twice: its ranks
-    depend on the singular values of all.
+    One update at a time is in memory, beside the factors that are kept. A budget reads each update twice, since its
+    ranks depend on the singular values of all layers.
 
     Raises:
-        RankscopeError: a layer that cannot be read, a budget below rank 1 everywhere, or noise that nothing tells.
+        RankscopeError: a layer that cannot be read, a budget below rank 1 in every layer, or a choice by noise where
+            nothing tells noise from signal.
     """
+    choice = operation.choice
     notes = [
-        f"{layer.name}: a convolution with groups, whose factors go along as they are"
+        f"{layer.name}: a convolution with groups, whose factors are kept as they are"
         for layer in layers
-        if layer.whole and choice is not None
+        if layer.keeps_factors and choice is not None
     ]
     ranks: Mapping[str, int] = {}
     if isinstance(choice, Budget):
-        ranks, more = _allocate_budget(layers, choice, track, zeros)
-        notes += more
+        ranks, budget_notes = _allocate_budget(layers, choice, operation.track, keep_zeros)
+        notes += budget_notes
     factors: dict[str, LowRank] = {}
     changes = []
-    for layer in track(list(layers)):
+    for layer in operation.track(list(layers)):
         with prefix_errors(f"layer {layer.name}"):
-            after, change = _one(layer, choice, ranks.get(layer.name))
-        if change.norm or zeros:
+            after, change = _truncate_layer(layer, choice, ranks.get(layer.name))
+        if change.norm or keep_zeros:
             factors[layer.name] = after
             changes.append(change)
     return TruncatedLayers(factors, tuple(changes), notes)
 
 
 def _allocate_budget(
-    layers: Sequence[LayerUpdate], choice: Budget, track: Track, zeros: bool
+    layers: Sequence[LayerUpdate], choice: Budget, track: Track, keep_zeros: bool
 ) -> tuple[dict[str, int], list[str]]:
-    fixed = sum(layer.parameters for layer in layers if layer.whole)
-    free, energies = [], []
-    for layer in track([layer for layer in layers if not layer.whole]):
+    """The rank of each layer that can be truncated, and a note where the ranks are not proven to be the best."""
+    fixed = sum(layer.parameters for layer in layers if layer.keeps_factors)
+    truncatable, energies = [], []
+    for layer in track([layer for layer in layers if not layer.keeps_factors]):
         with prefix_errors(f"layer {layer.name}"):
             update = layer.read()
-            found = signal_energies(update, Spectrum.of(update))
-        if zeros or len(found):
-            free.append(layer)
-            energies.append(found)
-    costs = [layer.place.parameters(layer.shape, 1) for layer in free]
-    allotted = allocate_ranks(energies, costs, choice.parameters - fixed)
+            squares = signal_energies(update, Spectrum.of(update))
+        if keep_zeros or len(squares):
+            truncatable.append(layer)
+            energies.append(squares)
+    costs = [layer.place.parameters(layer.shape, 1) for layer in truncatable]
+    allocation = allocate_ranks(energies, costs, choice.parameters - fixed)
     notes = []
-    if allotted.above:
-        share = allotted.above / sum(float(energy.sum()) for energy in energies)
-        notes.append(f"the shares of the budget keep at most {share:.2g} of the energy less than the best there are")
-    return dict(zip((layer.name for layer in free), allotted.ranks, strict=True)), notes
+    if allocation.above:
+        share = allocation.above / sum(float(energy.sum()) for energy in energies)
+        notes.append(f"the ranks that the budget gave keep at most {share:.2g} of the energy less than the best ranks")
+    return dict(zip((layer.name for layer in truncatable), allocation.ranks, strict=True)), notes
 
 
-def _one(layer: LayerUpdate, choice: RankChoice | None, rank: int | None) -> tuple[LowRank, LayerChange]:
+def _truncate_layer(layer: LayerUpdate, choice: RankChoice | None, rank: int | None) -> tuple[LowRank, LayerChange]:
+    """The factors of one layer, of ``rank`` where a budget gave one, and what that did to the update."""
     update = layer.read()
     svd = decompose(update, choice.r if isinstance(choice, Rank) else rank)
     spectrum = Spectrum.from_values(update, svd.s)
     if is_zero(update, spectrum):
-        return _zero(layer, update)
+        return _zero_factors(layer, update)
     if isinstance(choice, LayerChoice):
         rank = choice.rank(update, spectrum)
-    if isinstance(update, LowRank) and (layer.whole or rank is None):
+    if isinstance(update, LowRank) and (layer.keeps_factors or rank is None):
         after = fold_scale_and_round(update, layer.dtype)
     else:
         after = truncate_svd(svd, rank or 1, layer.dtype)
@@ -129,8 +139,8 @@ def _one(layer: LayerUpdate, choice: RankChoice | None, rank: int | None) -> tup
     return after, _change(layer, after, norm, error, retained_energy(spectrum, after.nominal_rank))
 
 
-def _zero(layer: LayerUpdate, update: Update) -> tuple[LowRank, LayerChange]:
-    """The least factors of a layer that does not change: rank 1, or 1 for each group of a convolution."""
+def _zero_factors(layer: LayerUpdate, update: Update) -> tuple[LowRank, LayerChange]:
+    """The smallest factors of a layer that does not change: rank 1, or rank 1 for each group of a convolution."""
     r, device = layer.place.groups, update.device
     B = torch.zeros(layer.shape[0], r, dtype=layer.dtype, device=device)
     after = LowRank(B, torch.zeros(r, layer.shape[1], dtype=layer.dtype, device=device))
