@@ -2,7 +2,7 @@
 
 The commands of the program are functions: ``spectrum``, ``compare`` (``compare_all`` for more than two), ``resize``,
 ``extract``, ``merge`` (``merge_adapters`` for ``merge --as-adapter``), ``unmerge``, ``convert``, ``average``,
-``subtract``, ``calibrate``, ``run_study`` for ``train``, and ``hypothesis`` for ``report``, as those two are subpackages.
+``subtract``, ``calibrate``, ``run_study`` for ``train``, and ``hypothesis`` for ``report``, which are subpackages.
 Each is loaded when it is first used.
 """
 
