@@ -19,7 +19,8 @@ from torch import Tensor
 
 import rankscope
 from rankscope.analysis import worker_threads as workers
-from rankscope.cli import common, main
+from rankscope.cli import main, output
+from rankscope.table import format_p_value
 from rankscope.train.config import StudyConfig
 from rankscope.train.study import run_study
 
@@ -311,7 +312,7 @@ def test_names_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(("p", "shown"), [(0.0, "<1e-12"), (9e-13, "<1e-12"), (3.21e-5, "3.2e-05"), (0.25, "0.25")])
 def test_probabilities(p: float, shown: str) -> None:
-    assert common.format_p_value(p) == shown
+    assert format_p_value(p) == shown
 
 
 class Terminal(io.StringIO):
@@ -324,7 +325,7 @@ def test_a_narrow_terminal_loses_no_number(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("COLUMNS", "40")
     rows = [["model.layers.0.self_attn.q_proj", "12.345", "0.001 (0.002)"], ["median", "3", ""]]
-    common.print_rows(["layer", "k90", "overlap (chance)"], rows, totals=1)
+    output.print_rows(["layer", "k90", "overlap (chance)"], rows, totals=1)
     header, first, rule, last = screen.getvalue().splitlines()
     assert "layer" in header
     assert first == "…elf_attn.q_proj  12.345     0.001 (0.002)"
@@ -335,16 +336,16 @@ def test_a_narrow_terminal_loses_no_number(monkeypatch: pytest.MonkeyPatch) -> N
 def test_progress_shows_on_a_slow_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    assert list(common.progress_tracker(quiet=False, what="fast")([1, 2])) == [1, 2]
+    assert list(output.progress_tracker(quiet=False, what="fast")([1, 2])) == [1, 2]
     assert "fast" not in screen.getvalue()
-    monkeypatch.setattr(common, "PROGRESS_DELAY", -1.0)
-    assert list(common.progress_tracker(quiet=True, what="quiet")([1, 2])) == [1, 2]
+    monkeypatch.setattr(output, "PROGRESS_DELAY", -1.0)
+    assert list(output.progress_tracker(quiet=True, what="quiet")([1, 2])) == [1, 2]
     assert "quiet" not in screen.getvalue()
-    assert list(common.progress_tracker(quiet=False, what="layers")([1, 2])) == [1, 2]
+    assert list(output.progress_tracker(quiet=False, what="layers")([1, 2])) == [1, 2]
     assert "layers" in screen.getvalue()
     pipe = io.StringIO()
     monkeypatch.setattr(sys, "stderr", pipe)
-    assert list(common.progress_tracker(quiet=False, what="layers")([1, 2])) == [1, 2]
+    assert list(output.progress_tracker(quiet=False, what="layers")([1, 2])) == [1, 2]
     assert pipe.getvalue() == ""
 
 
@@ -359,6 +360,7 @@ HEAVY = {"torch", "scipy", "matplotlib", "transformers", "numpy", "rich", "safet
         "from rankscope.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
         "from rankscope.cli import main\ntry: main(['spectrum', '--help'])\nexcept SystemExit: pass",
         "from rankscope.cli import main\ntry: main(['compare', '--help'])\nexcept SystemExit: pass",
+        "from rankscope.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass",
     ],
 )
 def test_what_is_not_used_is_not_loaded(code: str) -> None:

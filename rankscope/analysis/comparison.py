@@ -25,9 +25,10 @@ from rankscope.analysis.layer_comparison import (
 from rankscope.analysis.matching import MatchedSources, Renames, match_layers
 from rankscope.analysis.sources import Readable, Source, Track, matches_any, pattern_list
 from rankscope.analysis.worker_threads import compute_items
-from rankscope.errors import ConfigError, RankscopeError, ShapeError, prefix_errors
+from rankscope.errors import RankscopeError, ShapeError, prefix_errors
 from rankscope.formats.abstract_store import SkippedItem, examples
 from rankscope.formats.names import Pairing
+from rankscope.formats.opening import Opening
 from rankscope.result import Result
 from rankscope.updates import Update
 
@@ -178,11 +179,28 @@ def compare(
         RankscopeError: no layer in common, none that can be compared, or one that holds NaN or infinity.
     """
     check_comparison(top, of)
+    openings = Opening(base, alpha, device=device).for_sources(initial, 2)
+    return compare_sources([a, b], openings, layers, top, of, track, rename, workers)
+
+
+def compare_sources(
+    sources: Sequence[Readable],
+    openings: Sequence[Opening],
+    layers: str | Iterable[str] | None = None,
+    top: int | None = None,
+    of: MatrixKind = "update",
+    track: Track = iter,
+    rename: Renames = (),
+    workers: int | None = None,
+) -> CompareResult:
+    """``compare`` of two sources, with the settings of how each is opened as one value.
+
+    Raises:
+        RankscopeError: as for ``compare``.
+    """
+    check_comparison(top, of)
     patterns = pattern_list(layers)
-    if len(initial) > 2:
-        raise ConfigError(f"{len(initial)} initial adapters were given for 2 sources")
-    starts = (*initial, None, None)
-    left, right = Source.of(a, base, device, "a", alpha, starts[0]), Source.of(b, base, device, "b", alpha, starts[1])
+    left, right = (Source.of(*source) for source in zip(sources, openings, "ab", strict=True))
     matched = match_layers(left, right, rename)
     pairing = _select_pairs(matched, patterns)
     found, skipped = _compare_pairs(matched.a, matched.b, pairing.pairs, top, of, track, workers)

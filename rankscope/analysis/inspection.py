@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,14 +24,13 @@ from rankscope.formats.hub import local_path
 from rankscope.formats.kohya import MODULE_KEY
 from rankscope.formats.loralib import NoAlphaError
 from rankscope.formats.names import layer_kind
+from rankscope.formats.opening import Opening
 from rankscope.formats.peft_config import resolve_pattern
-from rankscope.formats.peft_folder import AdapterStore, weights_file
-from rankscope.formats.peft_keys import CONFIG_NAME
 from rankscope.formats.peft_lora import PeftStore
+from rankscope.formats.peft_store import AdapterStore
 from rankscope.formats.pickle_file import open_tensors
 from rankscope.formats.recipes import element_count
-from rankscope.formats.store import NoBaseError
-from rankscope.formats.store import open as open_store
+from rankscope.formats.store import NoBaseError, open_source
 from rankscope.result import Result
 
 SCHEMA = "rankscope.inspect/1"
@@ -117,16 +117,25 @@ def inspect(
     Raises:
         FormatError: nothing there, nothing that is known, or damaged.
     """
+    return describe_source(path, Opening(base, alpha))
+
+
+def describe_source(path: str | os.PathLike[str], opening: Opening) -> Inspection:
+    """``inspect`` with the settings of how the path is opened as one value.
+
+    Raises:
+        FormatError: as for ``inspect``.
+    """
     place = local_path(path)
     if (place / STUDY).is_file():
         return _study(place, str(path))
     notes: list[str] = []
     try:
-        store = open_store(place, base, alpha=alpha)
+        store = open_source(place, opening)
     except NoBaseError:
         return _weights(Checkpoint(place), place, str(path))
     except NoAlphaError:
-        store = open_store(place, base, alpha=1.0)
+        store = open_source(place, replace(opening, alpha=1.0))
         store.notes.clear()
         notes.append("the file gives no α, so neither scale nor size of its updates is known; give it (--alpha)")
     found = _source(store, known=not notes)
@@ -223,7 +232,7 @@ def _base(store: Store) -> str | None:
     """The base that the source itself names."""
     named: Sequence[object] = ()
     if isinstance(store, AdapterStore):
-        named = (read_json(store.path / CONFIG_NAME).get("base_model_name_or_path"),)
+        named = (store.folder.config.get("base_model_name_or_path"),)
     elif isinstance(store, DiffusersStore):
         components = {split_component(name)[0] for name in store.layers}
         named = [
@@ -238,8 +247,7 @@ def _files(store: Store) -> _Files:
     if isinstance(store, FileStore):
         return _Files(store.file.infos, (store.file.path,))
     if isinstance(store, AdapterStore):
-        file = open_tensors(weights_file(store.path))
-        return _Files(file.infos, (file.path,))
+        return _Files(store.folder.file.infos, (store.folder.file.path,))
     if isinstance(store, CheckpointStore):
         checkpoint = Checkpoint(store.path)
         return _Files(checkpoint.infos, checkpoint.paths)

@@ -16,6 +16,7 @@ from rankscope.analysis.sources import Readable, Source, Track, select_layers
 from rankscope.analysis.worker_threads import compute_items
 from rankscope.errors import ConfigError, prefix_errors
 from rankscope.formats.abstract_store import SkippedItem
+from rankscope.formats.opening import Opening
 from rankscope.result import Result
 from rankscope.sketch import AGREEMENT_TOLERANCE, Bounds, resolve_bounds, sketch_update
 from rankscope.spectra import (
@@ -173,11 +174,28 @@ def spectrum(
     Raises:
         RankscopeError: nothing to read, nothing that fits ``layers``, or a layer that holds NaN or infinity.
     """
+    return measure_spectra(source, Opening(base, alpha, initial, device), layers, top, track, workers, sketch)
+
+
+def measure_spectra(
+    source: Readable,
+    opening: Opening,
+    layers: str | Iterable[str] | None = None,
+    top: int | None = None,
+    track: Track = iter,
+    workers: int | None = None,
+    sketch: int | None = None,
+) -> SpectrumResult:
+    """``spectrum`` with the settings of how the source is opened as one value.
+
+    Raises:
+        RankscopeError: as for ``spectrum``.
+    """
     if sketch is not None and sketch < 1:
         raise ConfigError(f"sketch = {sketch}: find at least one singular value")
     if top is not None and top < 1:
         raise ConfigError(f"top = {top}: keep at least one singular value")
-    opened = Source.of(source, base, device, alpha=alpha, initial=initial)
+    opened = Source.of(source, opening)
     names = select_layers(opened.names(), layers, opened.label)
 
     def one(name: str, updates: Sequence[Update]) -> LayerSpectrum:

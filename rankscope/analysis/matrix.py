@@ -32,6 +32,7 @@ from rankscope.analysis.sources import Readable, Source, Track, matches_any, pat
 from rankscope.analysis.worker_threads import compute_items
 from rankscope.errors import ConfigError, RankscopeError, ShapeError, prefix_errors
 from rankscope.formats.abstract_store import SkippedItem, examples
+from rankscope.formats.opening import Opening
 from rankscope.inference import holm
 from rankscope.linalg import transpose_matmul
 from rankscope.noise import Array
@@ -175,12 +176,29 @@ def compare_all(
     if isinstance(sources, str | os.PathLike) or len(sources) < 2:
         raise ConfigError("a matrix of comparisons needs a list of at least two sources")
     check_comparison(top, of)
-    if len(initial) > len(sources):
-        raise ConfigError(f"{len(initial)} initial adapters were given for {len(sources)} sources")
-    starts = [*initial, *[None] * (len(sources) - len(initial))]
+    openings = Opening(base, alpha, device=device).for_sources(initial, len(sources))
+    return compare_each_with_each(sources, openings, layers, top, of, track, rename, workers)
+
+
+def compare_each_with_each(
+    sources: Sequence[Readable],
+    openings: Sequence[Opening],
+    layers: str | Iterable[str] | None = None,
+    top: int | None = None,
+    of: MatrixKind = "update",
+    track: Track = iter,
+    rename: Renames = (),
+    workers: int | None = None,
+) -> MatrixResult:
+    """``compare_all``, with the settings of how each source is opened as one value.
+
+    Raises:
+        RankscopeError: as for ``compare_all``.
+    """
+    check_comparison(top, of)
     opened = [
-        Source.of(source, base, device, f"source {i + 1}", alpha, start)
-        for i, (source, start) in enumerate(zip(sources, starts, strict=True))
+        Source.of(source, opening, f"source {number}")
+        for number, (source, opening) in enumerate(zip(sources, openings, strict=True), 1)
     ]
     patterns = pattern_list(layers)
     shared = _select_layers(find_common_layers(opened, rename), patterns)

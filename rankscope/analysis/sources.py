@@ -15,7 +15,8 @@ import torch
 from rankscope.errors import ConfigError, RankscopeError, prefix_errors
 from rankscope.formats.abstract_store import SkippedItem, Store, UpdateInfo, check_device, examples
 from rankscope.formats.names import natural_key
-from rankscope.formats.store import open as open_store
+from rankscope.formats.opening import Opening
+from rankscope.formats.store import open_source
 from rankscope.linalg import krylov_columns, sketch_is_cheaper
 from rankscope.updates import Update
 
@@ -39,13 +40,10 @@ class Source:
     def of(
         cls,
         readable: Readable,
-        base: str | os.PathLike[str] | None = None,
-        device: torch.device | str = "cpu",
+        opening: Opening = Opening(),  # noqa: B008 (frozen)
         label: str = "updates",
-        alpha: float | None = None,
-        initial: str | os.PathLike[str] | None = None,
     ) -> Source:
-        """Open a path, or take what is open already (``base`` and ``alpha`` then have no say); reads no tensor.
+        """Open a path, or take an open store or a mapping, of which ``opening`` only says the device; reads no tensor.
 
         Raises:
             FormatError: the path holds nothing that is known.
@@ -53,11 +51,11 @@ class Source:
         """
         if isinstance(readable, str | os.PathLike):
             label = str(readable)
-            readable = open_store(readable, base, device, initial, alpha)
+            readable = open_source(readable, opening)
             return cls._of_store(readable, readable.device, label)
-        if initial is not None:
-            raise ConfigError(f"an initial adapter ({initial}) is taken with the path of an adapter only")
-        place = check_device(device)
+        if opening.initial is not None:
+            raise ConfigError(f"an initial adapter ({opening.initial}) is taken with the path of an adapter only")
+        place = check_device(opening.device)
         if isinstance(readable, Store):
             return cls._of_store(readable, place, str(readable.path))
         if not isinstance(readable, Mapping):

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rankscope.cli.common import print_json, print_rows, workers_option
+from rankscope.cli.options import debug_option, device_option, json_option, workers_option
+from rankscope.cli.output import print_json, print_rows
 
 if TYPE_CHECKING:
     from rankscope.analysis.benchmark import BenchResult
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
     metavar="L",
     help="Layers of Llama 3 8B, seven matrices each.",
 )
-@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to compute: cpu, cuda …")
+@device_option
 @workers_option
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@json_option
+@debug_option
 def command(rank: int, layers: int, device: str, workers: int | None, as_json: bool, debug: bool) -> None:
     """How fast this machine is, and how close the analysis comes.
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rankscope.cli.common import format_number, print_json, print_rows, progress_tracker
+from rankscope.cli.output import print_json, print_rows, progress_tracker
+from rankscope.table import format_number
 
 if TYPE_CHECKING:
     from rankscope.evidence.calibration import Calibration, CalibrationCase

@@ -8,28 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from rankscope.cli import matrix_output as matrix
-from rankscope.cli.common import (
-    OutputOptions,
-    format_count,
-    format_number,
-    format_p_value,
-    initial_option,
-    output_options,
-    print_rows,
-    progress_tracker,
-    reading_options,
-    skipped_lines,
-    workers_option,
-)
+from rankscope.cli.options import initial_option, output_options, reading_options, workers_option
+from rankscope.cli.output import OutputOptions, format_count, print_rows, progress_tracker, skipped_lines
 from rankscope.cli.spectrum_command import expand_studies
 from rankscope.cli.torchrun import share_analyses
-from rankscope.table import Cell, Table
+from rankscope.table import Cell, Table, format_number, format_p_value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from rankscope.analysis.comparison import CompareResult, SideSummary
     from rankscope.analysis.layer_comparison import LayerComparison, SideComparison
+    from rankscope.formats.opening import Opening
     from rankscope.report.document import Document
 
 CELL_COLUMNS = ("i", "j", "overlap", "expected", "z", "p")
@@ -60,23 +50,15 @@ DISTANCE_COLUMNS = ("projection", "geodesic", "chordal", "fubini_study", "procru
 @output_options
 def command(
     sources: tuple[str, ...],
-    base: str | None,
-    alpha: float | None,
+    opening: Opening,
     layers: tuple[str, ...],
-    device: str,
     initial: tuple[str, ...],
     top: int | None,
     of: Literal["update", "A", "B"],
     rename: tuple[str, ...],
     layer: str | None,
     workers: int | None,
-    as_json: bool,
-    as_csv: bool,
-    plot: str | None,
-    report: str | None,
-    verbose: bool,
-    quiet: bool,
-    debug: bool,
+    output: OutputOptions,
 ) -> None:
     """Overlap, angles and distance of two sets of updates, or of each with each.
 
@@ -100,21 +82,16 @@ def command(
         raise click.UsageError(f"Missing argument '{'AB'[len(paths)]}'.")
     if len(initial) > len(paths):
         raise click.UsageError(f"{len(initial)} times --initial, and {len(paths)} sources")
-    output = OutputOptions(as_json, as_csv, plot, report, verbose, quiet)
-    output.check()
-    if layer and not plot and not report:
+    if layer and not output.plot and not output.report:
         raise click.UsageError("--layer says what --plot and --report draw; give --plot FILE or --report FILE too")
     options: dict[str, Any] = {
-        "base": base,
+        "openings": opening.for_sources(initial, len(paths)),
         "layers": layers or None,
         "top": top,
         "of": of,
-        "device": device,
-        "track": progress_tracker(quiet, "layers"),
+        "track": progress_tracker(output.quiet, "layers"),
         "rename": [parse_rename(text) for text in rename],
-        "alpha": alpha,
         "workers": workers,
-        "initial": initial,
     }
     if len(paths) == 2:
         _compare_two(paths, layer, options, output)
@@ -125,10 +102,10 @@ def command(
 
 
 def _compare_two(paths: Sequence[str], layer: str | None, options: dict[str, Any], output: OutputOptions) -> None:
-    from rankscope.analysis.comparison import compare
+    from rankscope.analysis.comparison import compare_sources
 
     with share_analyses():
-        result = compare(paths[0], paths[1], **options)
+        result = compare_sources(paths, **options)
 
     def draw() -> Figure:
         from rankscope.plots import plot_overlap
@@ -152,10 +129,10 @@ def _compare_two(paths: Sequence[str], layer: str | None, options: dict[str, Any
 
 
 def _compare_all(paths: Sequence[str], options: dict[str, Any], output: OutputOptions) -> None:
-    from rankscope.analysis.matrix import compare_all
+    from rankscope.analysis.matrix import compare_each_with_each
 
     with share_analyses():
-        result = compare_all(paths, **options)
+        result = compare_each_with_each(paths, **options)
 
     def draw() -> Figure:
         from rankscope.plots import plot_matrix

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from rankscope.cli.common import alpha_option
+from rankscope.cli.options import alpha_option
 from rankscope.cli.surgery_output import surgery_command
 
 if TYPE_CHECKING:

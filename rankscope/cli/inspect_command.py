@@ -7,28 +7,23 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rankscope.cli.common import (
-    alpha_option,
-    format_count,
-    format_number,
-    print_json,
-    print_rows,
-    remove_control_characters,
-)
+from rankscope.cli.options import debug_option, inspection_options, json_option
+from rankscope.cli.output import format_count, print_json, print_rows, remove_control_characters
+from rankscope.table import format_number
 
 if TYPE_CHECKING:
     from rankscope.analysis.inspection import Inspection
     from rankscope.formats.abstract_store import SkippedItem
+    from rankscope.formats.opening import Opening
 
 
 @click.command()
 @click.argument("path", metavar="PATH")
-@click.option("--base", metavar="PATH", help="Pre-trained checkpoint, where it decides what can be read.")
-@alpha_option
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@inspection_options
+@json_option
 @click.option("-v", "--verbose", is_flag=True, help="Name every tensor that is skipped.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def command(path: str, base: str | None, alpha: float | None, as_json: bool, verbose: bool, debug: bool) -> None:
+@debug_option
+def command(path: str, opening: Opening, as_json: bool, verbose: bool, debug: bool) -> None:
     """What a file or folder is, from its headers: format, method, base, ranks, α, targets, size.
 
     PATH is an adapter in any format that is read (PEFT, kohya, LyCORIS, diffusers, loralib), full weights with or
@@ -40,9 +35,9 @@ def command(path: str, base: str | None, alpha: float | None, as_json: bool, ver
       rankscope inspect ./lora.safetensors
       rankscope inspect ./adapter --json
     """
-    from rankscope.analysis.inspection import inspect
+    from rankscope.analysis.inspection import describe_source
 
-    found = inspect(path, base, alpha)
+    found = describe_source(path, opening)
     if as_json:
         print_json(found.to_json())
         return

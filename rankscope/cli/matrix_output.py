@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rankscope.cli.common import format_count, format_number, print_rows
-from rankscope.table import Cell
+from rankscope.cli.output import format_count, print_rows
+from rankscope.table import Cell, format_number
 
 if TYPE_CHECKING:
     from rankscope.analysis.matrix import MatrixResult, SideMatrix

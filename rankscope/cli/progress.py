@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rankscope.cli.common import format_count, remove_control_characters
+from rankscope.cli.output import format_count, remove_control_characters
 from rankscope.cli.progress_state import Leader, Metric, ProgressState, format_duration, summarize_group
 from rankscope.formats.file_io import read_json
 from rankscope.train.loop import Listener, Silent

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from rankscope.cli.common import print_json, print_rows, progress_tracker
+from rankscope.cli.output import print_json, print_rows, progress_tracker
 
 if TYPE_CHECKING:
     from rankscope.evidence.hypothesis import Hypothesis

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from rankscope.cli.common import (
-    OutputOptions,
-    format_number,
-    initial_option,
-    output_options,
-    print_rows,
-    progress_tracker,
-    reading_options,
-    skipped_lines,
-    workers_option,
-)
+from rankscope.cli.options import initial_option, output_options, reading_options, workers_option
+from rankscope.cli.output import OutputOptions, print_rows, progress_tracker, skipped_lines
 from rankscope.cli.torchrun import share_analyses
-from rankscope.table import Cell, Table
+from rankscope.table import Cell, Table, format_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from rankscope.analysis.layer_spectra import LayerSpectrum, SpectrumResult
+    from rankscope.formats.opening import Opening
     from rankscope.report.document import Document
 
 COLUMNS = {
@@ -55,21 +46,13 @@ NOISE_COLUMNS = {"noise k90": "k90", "MP": "mp_count", "GD": "gd_count"}
 @output_options
 def command(
     paths: tuple[str, ...],
-    base: str | None,
-    alpha: float | None,
+    opening: Opening,
     layers: tuple[str, ...],
-    device: str,
     initial: tuple[str, ...],
     top: int | None,
     sketch: int | None,
     workers: int | None,
-    as_json: bool,
-    as_csv: bool,
-    plot: str | None,
-    report: str | None,
-    verbose: bool,
-    quiet: bool,
-    debug: bool,
+    output: OutputOptions,
 ) -> None:
     """Singular spectra and effective ranks.
 
@@ -87,31 +70,19 @@ def command(
       rankscope spectrum ./tuned --base ./base --layers "*v_proj" --plot spectra.png
       rankscope spectrum ./tuned --base ./base --sketch 64
     """
-    from rankscope.analysis.layer_spectra import spectrum
+    from rankscope.analysis.layer_spectra import measure_spectra
 
-    output = OutputOptions(as_json, as_csv, plot, report, verbose, quiet)
-    output.check()
-    if sketch and report:
+    if sketch and output.report:
         raise click.UsageError("--report shows every measure, and --sketch leaves some open; leave one of them out")
     with share_analyses():
         places, several = expand_studies(paths)
         if len(initial) > len(places):
             raise click.UsageError(f"{len(initial)} times --initial, and {len(places)} sources")
-        chosen = layers or None
         results = [
-            spectrum(
-                place,
-                base,
-                chosen,
-                top,
-                device,
-                progress_tracker(quiet, Path(place).name),
-                alpha,
-                workers,
-                sketch,
-                start,
+            measure_spectra(
+                place, own, layers or None, top, progress_tracker(output.quiet, Path(place).name), workers, sketch
             )
-            for place, start in zip_longest(places, initial)
+            for place, own in zip(places, opening.for_sources(initial, len(places)), strict=True)
         ]
     _give(results, several, output)
 

@@ -10,16 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from rankscope.cli.common import (
-    Command,
-    combine_options,
-    format_count,
-    print_json,
-    print_notes,
-    print_table,
-    progress_tracker,
-    skipped_lines,
-)
+from rankscope.cli.options import Command, combine_options
+from rankscope.cli.output import format_count, print_json, print_notes, print_table, progress_tracker, skipped_lines
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rankscope.formats.file_io import TensorFile, read_json
 from rankscope.formats.hub import local_path
 from rankscope.formats.kohya import KohyaStore, is_kohya
 from rankscope.formats.loralib import LoralibStore, is_loralib
+from rankscope.formats.opening import Opening
 from rankscope.formats.peft_config import peft_type
 from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, PEFT_PREFIX, WEIGHTS_NAME, parse_key
 from rankscope.formats.peft_lora import PeftStore
@@ -29,6 +30,7 @@ from rankscope.formats.pickle_file import PICKLE_SUFFIXES, PickledFile, open_ten
 
 __all__ = [
     "CheckpointStore",
+    "Opening",
     "PeftStore",
     "SkippedItem",
     "Store",
@@ -36,6 +38,7 @@ __all__ = [
     "UpdateInfo",
     "UpdateStore",
     "open",
+    "open_source",
     "write_updates",
 ]
 
@@ -48,16 +51,6 @@ LOOKED_FOR = (
 
 class NoBaseError(FormatError):
     """Full weights, whose update is not known without their base."""
-
-
-@dataclass(frozen=True)
-class _OpenOptions:
-    """What ``open`` was asked for beside the path."""
-
-    base: Path | None
-    device: torch.device | str
-    initial: Path | None
-    alpha: float | None
 
 
 def open(
@@ -86,69 +79,78 @@ def open(
         FormatError: nothing there, nothing that is known, damaged, or full weights without a base.
         ConfigError: the device cannot be used, α is not finite, or ``initial`` for something else than a LoRA adapter.
     """
-    place = local_path(path)
-    start = Path(initial).expanduser() if initial is not None else None
+    return open_source(path, Opening(base, alpha, initial, device))
+
+
+def open_source(path: str | os.PathLike[str], opening: Opening) -> Store:
+    """``open`` with its settings as one value.
+
+    Raises:
+        FormatError, ConfigError: as for ``open``.
+    """
+    place, alpha = local_path(path), opening.alpha
     if alpha is not None and not math.isfinite(alpha):
         raise ConfigError(f"alpha = {alpha}: α is a finite number")
-    asked = _OpenOptions(local_path(base) if base is not None else None, device, start, alpha)
     try:
-        found = _open_folder(place, asked) if place.is_dir() else _open_file(place, asked)
+        store = _open_folder(place, opening) if place.is_dir() else _open_file(place, opening)
     except OSError as error:  # no permission to look; a name too long
         raise FormatError(f"{place}: cannot be read ({error.strerror or error})") from error
-    if start is not None and not isinstance(found, PeftStore):
-        raise ConfigError(f"{place}: is no LoRA adapter, so an initial adapter ({start}) means nothing for it")
-    if alpha is not None and not (isinstance(found, FileStore) and found.given):
-        found.notes.append(f"its scale is known from the file; the given α = {alpha:g} is not used")
-    return found
+    if opening.initial is not None and not isinstance(store, PeftStore):
+        raise ConfigError(
+            f"{place}: is no LoRA adapter, so an initial adapter ({opening.initial_path}) means nothing for it"
+        )
+    if alpha is not None and not (isinstance(store, FileStore) and store.given):
+        store.notes.append(f"its scale is known from the file; the given α = {alpha:g} is not used")
+    return store
 
 
-def _open_folder(folder: Path, asked: _OpenOptions) -> Store:
+def _open_folder(folder: Path, opening: Opening) -> Store:
     for adapter in (folder, folder / ADAPTER_FOLDER):
         if (adapter / CONFIG_NAME).exists():
-            return _open_adapter(adapter, asked)
+            return _open_adapter(adapter, opening)
     if (folder / UPDATES_NAME).exists():
-        return UpdateStore(folder / UPDATES_NAME, asked.base, asked.device)
+        return UpdateStore(folder / UPDATES_NAME, opening.base_path, opening.device)
     for weights in (folder / WEIGHTS_NAME, folder / OLD_WEIGHTS_NAME):
         if weights.exists() and adapter_store_class(open_tensors(weights)) is None:
             raise FormatError(f"{folder}: has an adapter's weights but no {CONFIG_NAME}, which holds its scale; add it")
         if weights.exists():
-            return _open_file(weights, asked)
+            return _open_file(weights, opening)
     if (folder / "study.json").exists():
         raise FormatError(f"{folder}: is a study; give one of its runs, such as {_first_run(folder)}")
     if has_checkpoint(folder):
-        return _open_weights(folder, checkpoint_file(folder), asked)
+        return _open_weights(folder, checkpoint_file(folder), opening)
     if not any(folder.iterdir()):
         raise FormatError(f"{folder}: is empty; {LOOKED_FOR}")
     raise FormatError(f"{folder}: holds nothing that is known; {LOOKED_FOR}")
 
 
-def _open_file(file: Path, asked: _OpenOptions) -> Store:
+def _open_file(file: Path, opening: Opening) -> Store:
     if not file.exists():
         raise FormatError(f"{file}: no such file or folder")
     names = (WEIGHTS_NAME, OLD_WEIGHTS_NAME, CONFIG_NAME)
     if file.name in names and (file.parent / CONFIG_NAME).exists():
-        return _open_adapter(file.parent, asked)
+        return _open_adapter(file.parent, opening)
     if file.suffix in (".safetensors", *PICKLE_SUFFIXES) or file.name.endswith(INDEX_SUFFIX):
-        return _open_weights(file, file, asked)
+        return _open_weights(file, file, opening)
     raise FormatError(f"{file}: not a kind of file that is read; give an adapter's folder or .safetensors weights")
 
 
-def _open_weights(path: Path, file: Path, asked: _OpenOptions) -> Store:
+def _open_weights(path: Path, file: Path, opening: Opening) -> Store:
     """A file of tensors by what they are called."""
     if file.name.endswith(INDEX_SUFFIX):
-        return _minus_base(path, asked)
+        return _minus_base(path, opening)
     header = open_tensors(file)
     if isinstance(header, TensorFile) and is_updates(header):
-        return UpdateStore(file, asked.base, asked.device)
+        return UpdateStore(file, opening.base_path, opening.device)
     kind = adapter_store_class(header)
     if kind is not None:
-        return kind(path, header, asked.base, asked.device, asked.alpha)
+        return kind(path, header, opening.base_path, opening.device, opening.alpha)
     if any(key.startswith(PEFT_PREFIX) or parse_key(key) for key in header.infos):
         raise FormatError(
             f"{file}: holds the factors of an adapter, but not its scale; name it {WEIGHTS_NAME} and put its "
             f"{CONFIG_NAME} beside it"
         )
-    return _minus_base(path, asked)
+    return _minus_base(path, opening)
 
 
 def adapter_store_class(header: TensorFile | PickledFile) -> type[FileStore] | None:
@@ -160,27 +162,27 @@ def adapter_store_class(header: TensorFile | PickledFile) -> type[FileStore] | N
     return LoralibStore if is_loralib(header.infos) else None
 
 
-def _open_adapter(folder: Path, asked: _OpenOptions) -> Store:
+def _open_adapter(folder: Path, opening: Opening) -> Store:
     """A PEFT adapter, with the base that its configuration names where none was given and it lies on disk."""
     config = read_json(folder / CONFIG_NAME)
     named = config.get("base_model_name_or_path")
     own = Path(named).expanduser() if isinstance(named, str) and named else None
     ours = (folder.parent / "run.json").is_file()  # a run's base is its study's, wherever this is called
-    if asked.base is not None or own is None or ours or not _is_folder(own):
-        return _peft_store(folder, config, asked)
+    if opening.base_path is not None or own is None or ours or not _is_folder(own):
+        return _peft_store(folder, config, opening)
     try:
-        found = _peft_store(folder, config, replace(asked, base=own))
+        found = _peft_store(folder, config, replace(opening, base=own))
         found.notes.append(f"its base was found where its configuration says: {own}")
     except RankscopeError as error:
-        found = _peft_store(folder, config, asked)
+        found = _peft_store(folder, config, opening)
         found.notes.append(f"its base, {own}, could not be used ({error})")
     return found
 
 
-def _peft_store(folder: Path, config: Mapping[str, Any], asked: _OpenOptions) -> Store:
+def _peft_store(folder: Path, config: Mapping[str, Any], opening: Opening) -> Store:
     if peft_type(folder / CONFIG_NAME, config) == "LORA":
-        return PeftStore(folder, asked.base, asked.device, asked.initial)
-    return PeftMethodStore(folder, asked.base, asked.device)
+        return PeftStore(folder, opening.base_path, opening.device, opening.initial_path)
+    return PeftMethodStore(folder, opening.base_path, opening.device)
 
 
 def _is_folder(path: Path) -> bool:
@@ -190,10 +192,10 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def _minus_base(path: Path, asked: _OpenOptions) -> Store:
-    if asked.base is None:
+def _minus_base(path: Path, opening: Opening) -> Store:
+    if opening.base_path is None:
         raise NoBaseError(f"{path}: holds full weights; say with --base which model they were tuned from")
-    return CheckpointStore(path, asked.base, asked.device)
+    return CheckpointStore(path, opening.base_path, opening.device)
 
 
 def _first_run(study: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What the commands that read updates share: options, tables, CSV, JSON, progress, notes."""
+"""How the commands write to stdout and stderr: tables, CSV, JSON, notes, progress, and the files that are asked for."""
 
 from __future__ import annotations
 
@@ -9,90 +9,15 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import click
 
 from rankscope.cli.torchrun import is_first_process
 from rankscope.table import Table
-from rankscope.table import format_number as format_number
-from rankscope.table import format_p_value as format_p_value
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 MIN_NAME_WIDTH = 16
 PROGRESS_DELAY = 2.0  # seconds after which a bar is shown
-
-
-def combine_options(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
-    """Several options as one decorator, shown in the order given."""
-
-    def apply(function: Command) -> Command:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
-
-
-def _plot_path(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Refuse a suffix that cannot be drawn before any work is done."""
-    if value is not None:
-        from rankscope.errors import ConfigError
-        from rankscope.plots import check_suffix
-
-        try:
-            check_suffix(value)
-        except ConfigError as error:
-            raise click.BadParameter(str(error), context, parameter) from error
-    return value
-
-
-def _page_path(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Refuse what cannot be a page before any work is done."""
-    if value is not None and Path(value).suffix.lower() != ".html":
-        raise click.BadParameter(f"{value}: a page is written as .html", context, parameter)
-    if value is not None and Path(value).expanduser().is_dir():
-        raise click.BadParameter(f"{value}: is a folder; give the page a name of its own", context, parameter)
-    return value
-
-
-alpha_option = click.option("--alpha", type=float, metavar="α", help="LoRA's α where the file has none (loralib).")
-reading_options = combine_options(
-    click.option("--base", metavar="PATH", help="Pre-trained checkpoint that full weights were tuned from."),
-    alpha_option,
-    click.option(
-        "--layers",
-        multiple=True,
-        metavar="PATTERN",
-        help="Only these: a glob of the whole name ('*v_proj'), or dotted parts of it (q_proj, layers.0). Repeatable.",
-    ),
-    click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where to compute: cpu, cuda …"),
-)
-initial_option = click.option(
-    "--initial",
-    multiple=True,
-    metavar="PATH",
-    help="A LoRA adapter as it was before training, where that moved the base (PiSSA and others). Repeatable: for the "
-    "first source, the second …",
-)
-workers_option = click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Threads that adapters' layers are shared out over [the cores]; the numbers are the same.",
-)
-output_options = combine_options(
-    click.option("--json", "as_json", is_flag=True, help="Print everything as JSON."),
-    click.option("--csv", "as_csv", is_flag=True, help="Print one row a layer as CSV."),
-    click.option("--plot", metavar="FILE", callback=_plot_path, help="Draw to a .png, .svg or .pdf file."),
-    click.option(
-        "--report", metavar="FILE.html", callback=_page_path, help="Write it all as one page that needs nothing else."
-    ),
-    click.option("-v", "--verbose", is_flag=True, help="List what was skipped, each with its reason."),
-    click.option("--quiet", is_flag=True, help="No notes and no progress."),
-    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
-)
 
 
 def print_json(value: Any) -> None:
