@@ -36,7 +36,7 @@ class Measure:
     ``rankscope.spectra.Spectrum``, which raises RankscopeError where a truncated one does not determine it.
     ``definition``: the formula, for legends. ``label``: of an axis. ``shown``: its places, each with its position among
     the measures there. ``mark``: the marker in the plot of spectra. ``bound``: the rule of its bounds in a sketch;
-    without one they are 0 and the number of singular values, as for any rank. ``is_count``: whether it is a whole number.
+    without one they are 0 and the number of singular values, as for any rank. ``is_count``: whether it is whole.
     """
 
     name: str
