@@ -63,7 +63,7 @@ SEEDING = {"manual_seed", "manual_seed_all", "seed", "seed_all"}
 # What is still to be mended.
 UPWARD_IMPORTS = {"rankscope.train.study imports rankscope.evidence.hypothesis"}
 IN_CIRCLES = "rankscope.train.study"
-COMPUTED_IMPORTS = {"evidence/hypothesis.py", "evidence/page.py"}
+COMPUTED_IMPORTS = {"evidence/hypothesis.py", "evidence/page.py", "train/methods.py"}
 PARTICIPLES = {"planned", "started", "stepped", "evaluated", "ended", "noted", "chosen", "expected"}
 NAMESAKE_MODULES = {"page"}
 PRINTING = {"print", "breakpoint"}

@@ -360,6 +360,7 @@ HEAVY = {"torch", "scipy", "matplotlib", "transformers", "numpy", "rich", "safet
         "from rankscope.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
         "from rankscope.cli import main\ntry: main(['spectrum', '--help'])\nexcept SystemExit: pass",
         "from rankscope.cli import main\ntry: main(['compare', '--help'])\nexcept SystemExit: pass",
+        "from rankscope.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass",
     ],
 )
 def test_what_is_not_used_is_not_loaded(code: str) -> None:

@@ -92,9 +92,9 @@ def test_stores_and_results_on_the_device(tmp_path: Path) -> None:
 def test_layers_of_one_shape_go_to_the_device_together(r: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some of them with factors that only a QR on the device serves."""
     together: list[int] = []
-    square = analysis_workers.square_together
+    square = analysis_workers.cache_gram_matrices
     monkeypatch.setattr(
-        analysis_workers, "square_together", lambda updates: together.append(len(updates)) or square(updates)
+        analysis_workers, "cache_gram_matrices", lambda updates: together.append(len(updates)) or square(updates)
     )
 
     def made(seed: int) -> dict[str, Update]:

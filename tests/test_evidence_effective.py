@@ -207,7 +207,7 @@ def test_noise_is_of_the_layers_that_the_adapter_has() -> None:
         RunResult(RunRecord(run=Run(method=method, seed=0), status="done", steps=1), 0.0, 0.0, {}, spectra, None)
         for method, spectra in (("full", whole), ("lora", thin))
     )
-    material = SimpleNamespace(best=lambda method: [full])
+    material = SimpleNamespace(best_rows=lambda method: [full])
     expected = noise_measures((40, 40))
     assert _noise(material, adapter) == {name: expected[name] for name in SHOWN_MEASURES}  # type: ignore[arg-type]
 

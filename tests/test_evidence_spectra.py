@@ -46,10 +46,10 @@ class Stand(Material):
         methods = [*([full] if full else []), *lora.values()]
         self.layers = list(methods[0][0]) if methods else []  # in place of the property
 
-    def full(self) -> list[RunResult]:
+    def full_rows(self) -> list[RunResult]:
         return self._or_missing(self._full)
 
-    def lora(self) -> list[RunResult]:
+    def lora_rows(self) -> list[RunResult]:
         return self._or_missing(self._lora)
 
     @staticmethod

@@ -85,10 +85,10 @@ class Planted:
             if (rank is None) == full
         ]
 
-    def lora(self) -> list[Any]:
+    def lora_rows(self) -> list[Any]:
         return self._rows(full=False)
 
-    def best(self, method: str) -> list[Any]:
+    def best_rows(self, method: str) -> list[Any]:
         assert method == "full"
         return self._rows(full=True)
 

@@ -75,7 +75,7 @@ def test_the_product_is_that_of_the_matrix(rows: int, columns: int) -> None:
     z, y = normal(columns, seed=1), normal(rows, seed=2)
     assert P.shape == (rows, columns)
     np.testing.assert_allclose(fastfood(z).numpy(), P @ z.numpy(), atol=1e-13)
-    np.testing.assert_allclose(fastfood.transposed(y).numpy(), P.T @ y.numpy(), atol=1e-13)
+    np.testing.assert_allclose(fastfood.transposed_product(y).numpy(), P.T @ y.numpy(), atol=1e-13)
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -132,7 +132,7 @@ def test_a_product_costs_d_log_d_sums(rows: int, columns: int) -> None:
     stages = int(np.log2(fastfood.size))
     padded = fastfood.size * fastfood.blocks
     assert padded < rows + fastfood.size
-    for run in (lambda: fastfood.product(z), lambda: fastfood.transposed(torch.zeros(rows))):
+    for run in (lambda: fastfood.product(z), lambda: fastfood.transposed_product(torch.zeros(rows))):
         with Work() as work:
             run()
         assert work.calls == 2 * 2 * stages

@@ -91,7 +91,7 @@ def test_evaluations_are_before_during_and_after() -> None:
 def test_weight_decay_spares_vectors() -> None:
     weights = {"matrix": torch.nn.Parameter(torch.ones(2, 2)), "bias": torch.nn.Parameter(torch.ones(2))}
     run = Run(method="full", seed=0, lr=0.1)
-    trained = TrainableWeights(make_task(small()), run)
+    trained = TrainableWeights(make_task(small()), small(), [run])
     optimizer = make_optimizer(trained, 0, weights, run, small(weight_decay=0.5), torch.device("cpu"))
     for weight in weights.values():
         weight.grad = torch.zeros_like(weight)
@@ -368,5 +368,5 @@ def test_tied_weights_are_one_update(tmp_path: Path) -> None:
             model.again.weight = model.get_submodule("first").weight  # type: ignore[assignment]
             return model
 
-    trained = TrainableWeights(Tied(2, 0.1, 64), Run(method="full", seed=0, lr=0.1))
+    trained = TrainableWeights(Tied(2, 0.1, 64), small(), [Run(method="full", seed=0, lr=0.1)])
     assert set(trained.updates()) == {"first", "second"}

@@ -19,6 +19,7 @@ from rankscope.formats.file_io import read_tensors
 from rankscope.train.config import StudyConfig, make_study_config
 from rankscope.train.docs import DocsTask
 from rankscope.train.loop import InterruptedTrainingError, Silent, evaluate_splits
+from rankscope.train.method_table import find_method
 from rankscope.train.methods import TrainableSubspace, make_trainable
 from rankscope.train.planted import PlantedTask
 from rankscope.train.random_subspace import RandomSubspace, count_parameters_and_modules
@@ -117,7 +118,7 @@ def test_gradients_are_those_of_the_weights_projected(layered: bool) -> None:
     plain(TOKENS).square().sum().backward()
     gradients = [plain.get_parameter(name).grad.flatten() for name in NAMES]
     scaled = torch.cat([scale * g for scale, g in zip(factors(subspace), gradients, strict=True)])
-    torch.testing.assert_close(subspace.z.grad, subspace.product.transposed(scaled))
+    torch.testing.assert_close(subspace.z.grad, subspace.product.transposed_product(scaled))
     if subspace.scales is not None:
         first, weight, bias, last = (part @ g for part, g in zip(flat.split(SIZES), gradients, strict=True))
         torch.testing.assert_close(subspace.scales.grad, torch.stack([first, weight + bias, last]))
@@ -159,7 +160,7 @@ def test_recomputing_activations_sees_the_same_weights() -> None:
     batch = task.batch(0, 0, 2)
     gradients = []
     for checkpointing in (False, True):
-        trained = TrainableSubspace(task, Run(method="subspace", seed=0, dim=8))
+        trained = TrainableSubspace(task, StudyConfig(), [Run(method="subspace", seed=0, dim=8)])
         if checkpointing:
             task.checkpoint(trained.model)
         nn.init.ones_(trained.subspace.z)
@@ -209,7 +210,7 @@ def test_the_grid_has_each_dimension_that_fits() -> None:
     assert [run.rank for run in runs] == [None] * 5
     assert (runs[0].name, runs[0].label) == ("subspace-d2-lr0.1-s0", "subspace d = 2")
     with pytest.raises(ConfigError, match="said needs some from 3 to 12288"):
-        feasible_dims((1, 2, 20000), make_task(config), "said")
+        feasible_dims((1, 2, 20000), make_task(config), find_method("said"))
 
 
 def test_rates_stand_beside_those_of_full_fine_tuning() -> None:
@@ -291,7 +292,7 @@ def test_seeds_dimensions_and_methods_have_subspaces_of_their_own_and_rates_shar
         Run(method="subspace", seed=0, dim=31, lr=0.1),
         Run(method="said", seed=0, dim=34, lr=0.1),
     ]
-    made = [TrainableSubspace(task, run).subspace for run in runs]
+    made = [TrainableSubspace(task, StudyConfig(), [run]).subspace for run in runs]
     first, same, *others = (subspace.product(torch.ones_like(subspace.z)).detach() for subspace in made)
     assert torch.equal(first, same)
     for other in others:

@@ -15,6 +15,7 @@ import msgspec
 from rankscope.cli.cost_table import cost_entries, cost_legend, cost_rows
 from rankscope.measures import measures_shown
 from rankscope.train.latency import Latency
+from rankscope.train.method_table import find_method
 from rankscope.train.results import DEFAULT_MEASURE, RunResult, baseline_score
 from rankscope.train.runs import Run
 from rankscope.train.serving import ServingLatency
@@ -27,19 +28,6 @@ RANKS = {measure.title: measure.name for measure in measures_shown("study")}
 RUNS_HEADER = ("method", "lr", "seed", "trainable", "validation", "test", *RANKS, "s/step")
 SERVING_HEADER = ("examples in a pass", "base", "merged", "unmerged")
 LABELS_HEADER = ("method", "lr", "seeds", "validation", "test", *RANKS, "lost")
-SERIES = {
-    "lora": "LoRA",
-    "rslora": "rsLoRA",
-    "lora+": "LoRA+",
-    "frozen-a": "LoRA, A frozen",
-    "pissa": "PiSSA",
-    "bias": "biases only",
-    "head": "head only",
-    "subspace": "random subspace",
-    "said": "random subspace with layer factors",
-    "full": "full fine-tuning",
-}
-"""What plots call a method."""
 
 
 def print_study(
@@ -220,5 +208,5 @@ def _point(row: RunResult) -> PerformancePoint:
 
 def series_name(run: Run) -> str:
     """What the line of a run is called: its method, and its targets where the study names them."""
-    name = SERIES.get(run.method, run.method)
+    name = find_method(run.method).title
     return name if run.targets is None else f"{name} on {run.targets}"

@@ -9,6 +9,7 @@ import click
 
 from rankscope.cli.options import combine_options
 from rankscope.cli.torchrun import is_first_process
+from rankscope.train.method_table import selectable_methods
 
 
 class CommaSeparated(click.ParamType[tuple[Any, ...]]):
@@ -46,7 +47,7 @@ grid_options = combine_options(
         "--methods",
         "--method",
         type=CommaSeparated(str),
-        help="lora, rslora, lora+, frozen-a, pissa, bias, head, subspace, said [lora].",
+        help=f"{', '.join(selectable_methods())} [lora].",
     ),
     click.option("--ranks", type=CommaSeparated(int), help="LoRA ranks [1,2,4,8,16,64]."),
     click.option(

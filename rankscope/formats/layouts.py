@@ -26,7 +26,7 @@ _UNET = re.compile(r"(?:^|\.)(?:down_blocks|up_blocks|mid_block)(?:\.|$)")
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """One layer: ``name`` in its source, the ``pipeline_component`` of a pipeline ("" for a model of its own), the dotted path
+    """One layer: ``name`` in its source, the ``component`` of a pipeline ("" for a model of its own), the dotted path
     ``module`` within that, scale·B·A with the factors as they are stored, how they are stored, and DoRA's (out,)."""
 
     name: str

@@ -16,7 +16,7 @@ from rankscope.formats.abstract_store import examples
 from rankscope.formats.checkpoint import CONV1D_NAME, Checkpoint, non_matrix_reason
 from rankscope.formats.file_io import TensorInfo
 from rankscope.formats.names import WEIGHT_SUFFIX, Pairing, natural_key, pair_names
-from rankscope.formats.peft_keys import strip_peft_prefix
+from rankscope.formats.peft_folder import model_tensor_name
 from rankscope.formats.peft_lora import WHOLE_SUFFIX
 from rankscope.formats.streaming import LazyTensor
 from rankscope.surgery.adapter import Adapter
@@ -273,11 +273,6 @@ class MergePlan:
         changes = {name: change for name, change in (self.changed | self.added).items() if change.layer is not None}
         found = [_record(change, self._rounding[name], unmerged) for name, change in changes.items()]
         return tuple(sorted(found, key=lambda layer: natural_key(layer.name)))
-
-
-def model_tensor_name(key: str) -> str:
-    """The name in the model of a tensor that an adapter holds whole."""
-    return strip_peft_prefix(key).replace(".base_layer.", ".")
 
 
 def _checkpoint_name(tensor: str, pairing: Pairing) -> str:

@@ -16,10 +16,8 @@ import torch
 
 from rankscope.errors import ConfigError
 from rankscope.formats.abstract_store import check_device
+from rankscope.train.method_table import methods_of, selectable_methods
 
-TrainingMethod = Literal["lora", "rslora", "lora+", "frozen-a", "pissa", "bias", "head", "subspace", "said", "full"]
-SUBSPACE_METHODS: tuple[TrainingMethod, ...] = ("subspace", "said")
-"""The methods that train in a random subspace."""
 PlantedSpectrum = Literal["even", "flat", "decaying"]
 
 
@@ -46,7 +44,7 @@ class StudyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     planted_noise: float = 0.5
     planted_spectrum: PlantedSpectrum = "even"
 
-    methods: tuple[TrainingMethod, ...] = ("lora",)
+    methods: tuple[str, ...] = ("lora",)
     targets: tuple[str, ...] = ()
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 64)
     budget: int | None = None
@@ -115,11 +113,13 @@ def find_invalid_settings(config: StudyConfig) -> list[tuple[str, str]]:
     for key in ("lrs", "full_lrs"):
         require(key, all(0 < lr < math.inf for lr in getattr(config, key)), "rates above 0")
     require("seeds", len(config.seeds) > 0, "at least one seed")
-    subspaces = any(method in SUBSPACE_METHODS for method in config.methods)
+    subspaces = not set(methods_of("subspace")).isdisjoint(config.methods)
     require("dims", bool(config.dims) or not subspaces, "at least one dimension of the random subspaces")
     some = bool(config.methods) and bool(config.ranks or config.budget or subspaces)
     require("ranks", some or config.full, "at least one rank, or full fine-tuning")
     require("methods", "full" not in config.methods, "methods besides full fine-tuning, which full = true asks for")
+    known = selectable_methods()
+    require("methods", set(config.methods) <= set(known), f"some of {', '.join(known)}")
     for key in ("batch", "accumulate", "budget", "tokens", "steps"):
         value = getattr(config, key)
         require(key, value is None or value > 0, "at least 1")

@@ -99,4 +99,4 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.fastfood.transposed(gradient), None
+        return ctx.fastfood.transposed_product(gradient), None

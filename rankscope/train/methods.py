@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from rankscope.formats.store import write_updates
 from rankscope.lora import AdapterSpec, Bank
 from rankscope.train.config import StudyConfig, make_generator
 from rankscope.train.costs import total_bytes
+from rankscope.train.method_table import TrainingMethod, find_method
 from rankscope.train.process_group import SINGLE_PROCESS, TrainingProcesses, gather_tensor
 from rankscope.train.random_subspace import MODULE_NAME, RandomSubspace
 from rankscope.train.runs import Run, base_parameter_names, is_trained
@@ -32,6 +33,9 @@ class TrainableModel(ABC):
     base_size: int
     """Numbers that the base has."""
     team: TrainingProcesses = SINGLE_PROCESS
+
+    @abstractmethod
+    def __init__(self, task: Task, config: StudyConfig, runs: Sequence[Run]) -> None: ...
 
     @abstractmethod
     def parameters(self, i: int) -> dict[str, Tensor]:
@@ -73,29 +77,6 @@ class TrainableModel(ABC):
         """Write what run i starts from, where it is not the base."""
 
 
-@dataclass(frozen=True)
-class LoraVariant:
-    """How a method differs from plain LoRA.
-
-    ``ratio`` is LoRA+'s: B's rate over A's (Hayou et al. 2024). Without ``trains_a``, A stays the random projection
-    that it starts as (Zhang et al. 2023, LoRA-FA). ``init`` None is the one of the settings.
-    """
-
-    rslora: bool = False
-    plus: bool = False
-    trains_a: bool = True
-    init: str | None = None
-
-
-LORA_VARIANTS = {
-    "lora": LoraVariant(),
-    "rslora": LoraVariant(rslora=True),
-    "lora+": LoraVariant(plus=True),
-    "frozen-a": LoraVariant(trains_a=False),
-    "pissa": LoraVariant(init="pissa"),
-}
-
-
 class TrainableAdapters(TrainableModel):
     """Adapters on one frozen base, one a run, and for each run its own heads that are new to the base."""
 
@@ -118,12 +99,12 @@ class TrainableAdapters(TrainableModel):
                 self.bank.head(i, path).load_state_dict(model.get_submodule(path).state_dict())
 
     def parameters(self, i: int) -> dict[str, Tensor]:
-        variant = LORA_VARIANTS[self.runs[i].method]
+        variant = find_method(self.runs[i].method).variant
         found = self.bank.parameters(i)
         return found if variant.trains_a else {name: p for name, p in found.items() if not self._is_factor(name, "A")}
 
     def learning_rate_factor(self, i: int, name: str) -> float:
-        plus = LORA_VARIANTS[self.runs[i].method].plus and self._is_factor(name, "B")
+        plus = find_method(self.runs[i].method).variant.plus and self._is_factor(name, "B")
         return self.config.lora_plus_ratio if plus else 1.0
 
     def _is_factor(self, name: str, which: str) -> bool:
@@ -175,7 +156,7 @@ def make_lora_spec(task: Task, config: StudyConfig, run: Run, model: nn.Module) 
     """The adapter of one run of the grid."""
     if run.rank is None or run.alpha is None:
         raise ValueError(f"{run.name} is not a LoRA run")
-    variant = LORA_VARIANTS[run.method]
+    variant = find_method(run.method).variant
     targets = run.targets if run.targets is not None else ",".join(task.targets)
     return AdapterSpec(
         rank=run.rank,
@@ -192,12 +173,13 @@ def make_lora_spec(task: Task, config: StudyConfig, run: Run, model: nn.Module) 
 class TrainableWeights(TrainableModel):
     """Weights of the base itself: all, its biases, or its head. The float32 update of each is the result."""
 
-    def __init__(self, task: Task, run: Run) -> None:
+    def __init__(self, task: Task, config: StudyConfig, runs: Sequence[Run]) -> None:
+        (run,) = runs
         self.task, self.run = task, run
         self.model = task.model(run.seed)
         self.base_size = sum(weight.numel() for weight in self.model.parameters())
         for name, weight in self.model.named_parameters():
-            weight.requires_grad_(is_trained(run.method, task, name))
+            weight.requires_grad_(is_trained(find_method(run.method), task, name))
 
     def parameters(self, i: int) -> dict[str, Tensor]:
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
@@ -236,14 +218,15 @@ def changes_by_layer(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[st
 class TrainableSubspace(TrainableWeights):
     """A random subspace of all weights of the base, new heads whole; P·z is saved as the update of each weight."""
 
-    def __init__(self, task: Task, run: Run) -> None:
-        super().__init__(task, run)
+    def __init__(self, task: Task, config: StudyConfig, runs: Sequence[Run]) -> None:
+        super().__init__(task, config, runs)
+        run = self.run
         if run.dim is None:
             raise ValueError(f"{run.name} is not a run in a subspace")
         # As with LoRA's initial factors the rates of a run share one subspace, and nothing else does.
         source = make_generator(run.seed, run.method, run.dim)
         chosen = base_parameter_names(self.model, task)
-        self.subspace = RandomSubspace(self.model, chosen, run.dim, source, layered=run.method == "said")
+        self.subspace = RandomSubspace(self.model, chosen, run.dim, source, layered=find_method(run.method).layered)
 
     def learning_rate_factor(self, i: int, name: str) -> float:
         return self.subspace.learning_rate_factor if name == f"{MODULE_NAME}.z" else 1.0
@@ -254,10 +237,13 @@ class TrainableSubspace(TrainableWeights):
         return {**changes_by_layer(self.model, changes), **super().updates()}
 
 
+def load_trainer(method: TrainingMethod) -> type[TrainableModel]:
+    """The class that trains runs of a method."""
+    module, _, name = method.trainer.partition(":")
+    trainer: type[TrainableModel] = getattr(import_module(module), name)
+    return trainer
+
+
 def make_trainable(task: Task, config: StudyConfig, runs: Sequence[Run]) -> TrainableModel:
-    """The base made ready for these runs: any number with adapters, or one of another method."""
-    if runs[0].is_lora:
-        return TrainableAdapters(task, config, runs)
-    if runs[0].is_subspace:
-        return TrainableSubspace(task, runs[0])
-    return TrainableWeights(task, runs[0])
+    """The base made ready for these runs, which are of one family: any number with adapters, else one."""
+    return load_trainer(find_method(runs[0].method))(task, config, runs)

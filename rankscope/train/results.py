@@ -9,6 +9,7 @@ from typing import Any
 
 from rankscope.analysis.layer_spectra import SpectrumResult, spectrum
 from rankscope.spectra import MEASURES
+from rankscope.train.method_table import find_method
 from rankscope.train.runs import Run, RunRecord
 from rankscope.train.study import LearningRateChoice, Study
 
@@ -77,7 +78,7 @@ def _row(study: Study, record: RunRecord, choice: LearningRateChoice | None, lay
 
 def has_matrices(run: Run) -> bool:
     """Whether a run learns matrices of the base, which have a spectrum; in a random subspace it is that of noise."""
-    return run.is_lora or run.method == "full"
+    return run.is_lora or find_method(run.method).has_spectrum
 
 
 def adapted_layers(study: Study) -> set[str]:

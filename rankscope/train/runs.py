@@ -14,18 +14,13 @@ from torch import nn
 from rankscope.errors import ConfigError, FormatError
 from rankscope.formats.file_io import write_json
 from rankscope.lora.targets import is_within
-from rankscope.train.config import SUBSPACE_METHODS, StudyConfig, TrainingMethod, parse_alpha
+from rankscope.train.config import StudyConfig, parse_alpha
+from rankscope.train.method_table import TrainingMethod, find_method
 from rankscope.train.random_subspace import count_parameters_and_modules
 from rankscope.train.target_roles import expand_targets, parameters_per_rank
 from rankscope.train.task import Task
 
 RUN_SCHEMA = "rankscope.run/1"
-LORA_METHODS = ("lora", "rslora", "lora+", "frozen-a", "pissa")
-"""The methods that train adapters."""
-RSLORA_ALPHA = 16.0
-SUBSPACE_RATE_OVER_FULL = 3.0
-"""The best rate in a random subspace over that of full fine-tuning, about, where a step moves the weights as far: with
-16 to 16 384 numbers of the embedded base it was 1 to 3 times as high (60 steps, factors of 3)."""
 Status = Literal["done", "diverged", "stopped"]
 
 
@@ -34,15 +29,21 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     ``rank``, ``alpha`` and ``targets`` are LoRA's; ``targets`` None is the task's own. ``dim`` is the number of trained
     numbers of a random subspace.
+
+    Raises:
+        ConfigError: the table of methods has none of this name.
     """
 
-    method: Literal["base"] | TrainingMethod
+    method: str
     seed: int
     targets: str | None = None
     rank: int | None = None
     alpha: float | None = None
     dim: int | None = None
     lr: float | None = None
+
+    def __post_init__(self) -> None:
+        find_method(self.method)
 
     @property
     def name(self) -> str:
@@ -64,11 +65,11 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_lora(self) -> bool:
-        return self.method in LORA_METHODS
+        return find_method(self.method).family == "lora"
 
     @property
     def is_subspace(self) -> bool:
-        return self.method in SUBSPACE_METHODS
+        return find_method(self.method).family == "subspace"
 
 
 def slug(targets: str) -> str:
@@ -81,7 +82,7 @@ def slug(targets: str) -> str:
 
 def plan_runs(config: StudyConfig, task: Task) -> list[Run]:
     """Every run of the study in the order they are trained: the untouched base, then seed by seed each method."""
-    cells = [cell for method in config.methods for cell in _cells(config, task, method)]
+    cells = [cell for name in config.methods for cell in _cells(config, task, find_method(name))]
     runs = [Run(method="base", seed=seed) for seed in config.seeds]
     for seed in config.seeds:
         for cell in cells:
@@ -96,33 +97,37 @@ def plan_runs(config: StudyConfig, task: Task) -> list[Run]:
 
 def default_learning_rates(task: Task, run: Run) -> list[float]:
     """Rates to try of any method but full fine-tuning, where the settings name none."""
-    if not run.is_subspace:
+    factor = find_method(run.method).rate_over_full
+    if factor is None:
         return list(task.learning_rates(full=False))
-    return [float(f"{SUBSPACE_RATE_OVER_FULL * rate:.1g}") for rate in task.learning_rates(full=True)]
+    return [float(f"{factor * rate:.1g}") for rate in task.learning_rates(full=True)]
 
 
 def _cells(config: StudyConfig, task: Task, method: TrainingMethod) -> list[Run]:
     """A method at each of its target sets and ranks, or dimensions, without rate and with any seed."""
-    if method in SUBSPACE_METHODS:
-        return [Run(method=method, seed=0, dim=dim) for dim in feasible_dims(config.dims, task, method)]
-    if method not in LORA_METHODS:
+    if method.family == "subspace":
+        return [Run(method=method.name, seed=0, dim=dim) for dim in feasible_dims(config.dims, task, method)]
+    if method.family != "lora":
         if not any(is_trained(method, task, name) for name, _ in task.model(0).named_parameters()):
-            raise ConfigError(f"method {method!r}: this model has nothing of that kind to train")
-        return [Run(method=method, seed=0)]
+            raise ConfigError(f"method {method.name!r}: this model has nothing of that kind to train")
+        return [Run(method=method.name, seed=0)]
     cells = []
     for targets in config.targets or (None,):
         ranks = config.ranks if config.budget is None else (rank_for_budget(config.budget, task, targets),)
         cells += [
-            Run(method=method, seed=0, targets=targets, rank=rank, alpha=choose_alpha(config, method, rank))
+            Run(method=method.name, seed=0, targets=targets, rank=rank, alpha=choose_alpha(config, method, rank))
             for rank in ranks
         ]
     return cells
 
 
 def choose_alpha(config: StudyConfig, method: TrainingMethod, rank: int) -> float:
-    """α of a run: what the settings say, or 2r; for rsLoRA 16, since its scale α/√r is made for a fixed α."""
-    if config.alpha is None and method == "rslora":
-        return RSLORA_ALPHA
+    """α of a run: what the settings say, or the method's own, or 2r.
+
+    rsLoRA has its own, 16: its scale α/√r is made for an α that does not grow with the rank.
+    """
+    if config.alpha is None and method.alpha is not None:
+        return method.alpha
     value, multiplies = parse_alpha(config.alpha) or (2.0, True)
     return value * rank if multiplies else value
 
@@ -135,17 +140,19 @@ def rank_for_budget(budget: int, task: Task, targets: str | None) -> int:
 
 
 def feasible_dims(dims: Sequence[int], task: Task, method: TrainingMethod) -> list[int]:
-    """The dimensions that a random subspace of the base can have; ``said`` pays for a factor for each layer.
+    """The dimensions that a random subspace of the base can have; a layered one spends a number on each layer.
 
     Raises:
         ConfigError: none of them.
     """
     model = task.model(0)
     count, layers = count_parameters_and_modules(model, base_parameter_names(model, task))
-    taken = layers if method == "said" else 0
+    taken = layers if method.layered else 0
     found = [dim for dim in dims if taken < dim <= count]
     if not found:
-        raise ConfigError(f"dims = {','.join(map(str, dims))}: {method} needs some from {taken + 1} to {count} here")
+        raise ConfigError(
+            f"dims = {','.join(map(str, dims))}: {method.name} needs some from {taken + 1} to {count} here"
+        )
     return found
 
 
@@ -154,10 +161,9 @@ def base_parameter_names(model: nn.Module, task: Task) -> list[str]:
     return [name for name, _ in model.named_parameters() if not is_in_head(task, name)]
 
 
-def is_trained(method: str, task: Task, name: str) -> bool:
-    """Whether a method that trains weights of the base itself trains this one."""
-    whole = method == "full" or method in SUBSPACE_METHODS
-    return whole or is_in_head(task, name) or (method == "bias" and name.endswith("bias"))
+def is_trained(method: TrainingMethod, task: Task, name: str) -> bool:
+    """Whether a method that trains weights of the base itself trains the parameter of this name."""
+    return method.trains(name) or is_in_head(task, name)
 
 
 def is_in_head(task: Task, name: str) -> bool:
@@ -215,7 +221,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
             record = msgspec.json.decode(path.read_bytes(), type=cls)
         except FileNotFoundError as error:
             raise FormatError(f"{path}: no such file") from error
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, ConfigError) as error:
             raise FormatError(f"{path}: not a record of a run ({error})") from error
         if record.schema != RUN_SCHEMA:
             raise FormatError(f"{path}: its schema is {record.schema!r}, not {RUN_SCHEMA!r}")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,8 +21,9 @@ from rankscope.formats.abstract_store import Store
 from rankscope.formats.file_io import read_json, write_json
 from rankscope.formats.store import open as open_store
 from rankscope.train.claims import LOCK_NAME, lock_study, open_claims
-from rankscope.train.config import RESUMABLE_KEYS, StudyConfig, TrainingMethod, make_study_config, resolve_device
+from rankscope.train.config import RESUMABLE_KEYS, StudyConfig, make_study_config, resolve_device
 from rankscope.train.loop import Listener, Silent, set_precision
+from rankscope.train.method_table import METHODS, find_method
 from rankscope.train.process_group import open_process_group
 from rankscope.train.run_state import STATE_NAME
 from rankscope.train.runs import Run, RunRecord, plan_runs
@@ -169,12 +170,9 @@ class Study:
         return f"Study({str(self.folder)!r}, {len(self.records)} runs, {self.metric})"
 
 
-METHOD_ORDER = ("base", *get_args(TrainingMethod))
-
-
 def _order(record: RunRecord) -> tuple[int, str, int, float, int]:
     run = record.run
-    return METHOD_ORDER.index(run.method), run.targets or "", run.rank or run.dim or 0, run.lr or 0.0, run.seed
+    return METHODS.index(find_method(run.method)), run.targets or "", run.rank or run.dim or 0, run.lr or 0.0, run.seed
 
 
 def run_study(

@@ -12,11 +12,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rankscope.evidence.dimension.measure import SMALL_SHARE, DimensionCurve, DimensionPoint, IntrinsicDimension
 from rankscope.plots.figure import COLOURS, GREY, new_figure, style_grid
 from rankscope.plots.figure import FONT_SIZE as TYPE
+from rankscope.train.method_table import find_method
 from rankscope.verdict import GAIN_SHARE
 
 FULL = COLOURS[1]
-STYLES = {"subspace": (COLOURS[2], "s"), "said": (COLOURS[3], "^")}
-LORA = (COLOURS[0], "o")
 LOWEST, HIGHEST = -0.25, 1.25
 """Shares of the gain that the axis holds at most: intervals of two seeds would leave nothing to see."""
 
@@ -57,7 +56,8 @@ def _short(value: float) -> str:
 
 
 def _style(curve: DimensionCurve) -> tuple[str, str]:
-    return STYLES.get(curve.method, LORA)
+    method = find_method(curve.method)
+    return COLOURS[method.colour % len(COLOURS)], method.marker
 
 
 # What they gain

@@ -18,7 +18,7 @@ from rankscope.evidence.entries import gain_share, gains_by_seed, mean_of_known
 from rankscope.evidence.material import Material, group_by_rank
 from rankscope.inference import Interval, Reach, first_reaching, mean_interval
 from rankscope.spectra import noise_measures
-from rankscope.train.config import SUBSPACE_METHODS
+from rankscope.train.method_table import find_method, methods_of
 from rankscope.train.random_subspace import count_parameters_and_modules
 from rankscope.train.results import DEFAULT_MEASURE, RunResult, effective_ranks
 from rankscope.train.runs import base_parameter_names
@@ -30,7 +30,6 @@ SMALL_SHARE = 0.01
 numbers of 110 to 355 million for BERT and RoBERTa on MRPC and QQP (Aghajanyan et al. 2020, Table 1)."""
 ADVICE = "train some into this study with --methods subspace --dims 16,64,256,1024,4096,16384 (and said)"
 EDGE = "best rate lies at an end of those tried"
-NAMES = {"subspace": "random subspace", "said": "random subspace with layer factors"}
 
 
 class DimensionPoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,12 +60,12 @@ class DimensionCurve(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_random(self) -> bool:
         """Whether it trains in a random subspace; else it is LoRA."""
-        return self.method in SUBSPACE_METHODS
+        return find_method(self.method).family == "subspace"
 
     @property
     def name(self) -> str:
         """What plots and tables call it."""
-        return NAMES.get(self.method, "LoRA" if self.method == "lora" else self.method)
+        return find_method(self.method).title
 
     @property
     def size_symbol(self) -> str:
@@ -110,7 +109,7 @@ def measure_dimension(material: Material) -> IntrinsicDimension:
     Raises:
         MissingEvidenceError: no run in a random subspace, or no full fine-tuning that gained anything.
     """
-    groups = {method: group_by_dim(material.best_rows(method)) for method in SUBSPACE_METHODS}
+    groups = {method: group_by_dim(material.best_rows(method)) for method in methods_of("subspace")}
     if not any(groups.values()):
         raise MissingEvidenceError(f"no run in a random subspace is done; {ADVICE}")
     full = material.full_rows()
@@ -118,7 +117,7 @@ def measure_dimension(material: Material) -> IntrinsicDimension:
     if not gains or statistics.fmean(gains.values()) <= 0:
         raise MissingEvidenceError("full fine-tuning gained nothing that a subspace could have a share of")
     count, layers = count_parameters_and_modules(material.base, base_parameter_names(material.base, material.task))
-    curves = [_random_curve(material, method, groups[method], gains) for method in SUBSPACE_METHODS if groups[method]]
+    curves = [_random_curve(material, method, groups[method], gains) for method in groups if groups[method]]
     if adapters := _adapters(material):
         ranks = {id(row): row.ranks.get(DEFAULT_MEASURE) for row in adapters}
         curves.append(_curve(material, adapters[0].record.run.method, group_by_rank(adapters), gains, ranks))

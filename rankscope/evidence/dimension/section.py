@@ -7,6 +7,7 @@ import math
 from rankscope.evidence.dimension.figure import plot_dimension
 from rankscope.evidence.dimension.measure import DimensionCurve, IntrinsicDimension, verdicts
 from rankscope.report.document import Cell, Picture, Section, Table
+from rankscope.train.method_table import find_method
 from rankscope.verdict import GAIN_SHARE, format_interval
 
 HEADER = (
@@ -63,10 +64,12 @@ def _table(found: IntrinsicDimension) -> Table:
 def _rows(found: IntrinsicDimension) -> list[tuple[Cell, ...]]:
     rows: list[tuple[Cell, ...]] = []
     for curve in found.curves:
+        # Of adapters only plain LoRA goes by its title here: the file has always had the others' names.
+        name = curve.name if curve.is_random or curve.method == "lora" else curve.method
         for size in curve.sizes:
             part = size.trained / found.parameters
             edge = size.edge or ""
-            place = (curve.name, size.size, size.trained, part, size.seeds, size.lr, edge)
+            place = (name, size.size, size.trained, part, size.seeds, size.lr, edge)
             rows.append((*place, *size.share, size.score.value, size.rank))
     last = ("full fine-tuning", None, found.parameters, 1.0, found.full_seeds, None, found.full_edge or "")
     return [*rows, (*last, 1.0, None, None, found.full.value, found.full_rank)]
@@ -86,7 +89,7 @@ def _notes(found: IntrinsicDimension) -> list[str]:
                 f"{found.measure.replace('_', ' ')} {first.rank:.3g} (noise of these shapes: {found.noise_rank:.3g})."
             )
     said += _side_by_side(found)
-    if any(curve.method == "said" for curve in found.curves):
+    if any(find_method(curve.method).layered for curve in found.curves):
         said.append(
             f"The structure-aware form pays {found.layers} of its d numbers for a factor a layer (Aghajanyan et al. "
             "2020)."

@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from rankscope.evidence.effective.measure import EffectiveRanks, RankMeasures, RunPoint
 from rankscope.plots.figure import COLOURS, FONT_SIZE, GREY, new_figure, set_log2_axis, style_grid
+from rankscope.train.method_table import find_method
 from rankscope.train.results import DEFAULT_MEASURE
 from rankscope.verdict import format_interval
 
@@ -85,7 +86,7 @@ def _series(found: EffectiveRanks) -> list[tuple[str, str, str, list[RunPoint]]]
     styles = {key: (SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]) for i, key in enumerate(ranked)}
     return [
         (
-            " ".join(filter(None, ({"lora": "LoRA", "full": "full fine-tuning"}.get(key[0], key[0]), key[1]))),
+            " ".join(filter(None, (find_method(key[0]).title, key[1]))),
             *styles.get(key, (FULL, "D")),
             points,
         )

@@ -14,6 +14,7 @@ from rankscope.evidence.entries import Entry
 from rankscope.evidence.performance.measure import Performance
 from rankscope.inference import CONFIDENCE_LEVEL, Interval
 from rankscope.plots.figure import COLOURS, FONT_SIZE, GREY, new_figure, set_log2_axis, style_grid
+from rankscope.train.method_table import find_method
 from rankscope.verdict import GAIN_SHARE, LOW_RANK_SHARE
 
 FULL = COLOURS[1]
@@ -89,7 +90,7 @@ def _series(found: Performance) -> list[Series]:
             groups.setdefault((entry.method, entry.targets), []).append(entry)
     return [
         (
-            " ".join(filter(None, ("LoRA" if method == "lora" else method, targets))),
+            " ".join(filter(None, (find_method(method).title, targets))),
             SERIES[i % len(SERIES)],
             MARKERS[i % len(MARKERS)],
             sorted(entries, key=_rank),
@@ -164,11 +165,17 @@ def _without_rank(axes: Axes, found: Performance) -> None:
         if method == "full":
             _point(axes, entries[0], _trainable(entries[0]), FULL, "D")
         elif len(entries) > 1:
-            _draw(axes, (method, SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)], entries), _trainable)
+            _draw(
+                axes,
+                (find_method(method).title, SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)], entries),
+                _trainable,
+            )
         else:
             place = (_trainable(entries[0]), entries[0].score.value)
             _point(axes, entries[0], place[0], DARK, "D")
-            axes.annotate(method, place, (6, 0), textcoords="offset points", va="center", fontsize=FONT_SIZE)
+            axes.annotate(
+                find_method(method).title, place, (6, 0), textcoords="offset points", va="center", fontsize=FONT_SIZE
+            )
 
 
 def _limits(found: Performance) -> tuple[float, float]:
