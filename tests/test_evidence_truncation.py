@@ -28,7 +28,7 @@ from rankscope.evidence.truncation.measure import (
     measure_truncation,
     verdicts,
 )
-from rankscope.evidence.truncation.section import section
+from rankscope.evidence.truncation.section import build_section
 from rankscope.inference import Interval, Reach, first_reaching
 from rankscope.result import json_values
 from rankscope.train.config import StudyConfig, make_study_config
@@ -533,7 +533,7 @@ def test_the_figure_shows_every_curve_and_marks_enough(found: Truncation) -> Non
 
 
 def test_the_section_has_the_numbers(found: Truncation) -> None:
-    made = section(found)
+    made = build_section(found, verdicts(found))
     (picture,) = made.pictures
     assert len(picture.data.rows) == 8 + 8 + 6
     assert all(len(row) == len(picture.data.header) for row in picture.data.rows)
