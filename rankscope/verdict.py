@@ -70,26 +70,28 @@ def answer_at_most(line: float, low: float | None, high: float | None) -> Answer
 
 
 def median_over_layers(values: Sequence[float]) -> Interval:
-    """The median over layers with its interval; below ``MIN_LAYERS`` layers from the least to the largest, so that all of them
-    have to agree. One layer has no ends. Not for what chance scatters around a line: two layers are on one side of it
-    every other time.
+    """The median over layers with its interval.
+
+    Of fewer than ``MIN_LAYERS`` layers the interval reaches from the smallest value to the largest, so that all layers
+    have to agree; a single layer has none. Do not use it for values that chance scatters around a line: two of them lie
+    on the same side every other time.
 
     Raises:
         ValueError: no layer.
     """
-    found = median_interval(values)
-    return found if found.known or len(values) < 2 else Interval(found.value, min(values), max(values))
+    interval = median_interval(values)
+    return interval if interval.known or len(values) < 2 else Interval(interval.value, min(values), max(values))
 
 
-def answer_above(found: Interval, line: float) -> Answer:
+def answer_above(interval: Interval, line: float) -> Answer:
     """ "yes" where the whole interval lies above a line, "no" where it lies below; "undecided" without an interval."""
-    if found.low is None or found.high is None:
+    if interval.low is None or interval.high is None:
         return "undecided"
-    return "yes" if found.low > line else "no" if found.high < line else "undecided"
+    return "yes" if interval.low > line else "no" if interval.high < line else "undecided"
 
 
-def format_interval(found: Interval, digits: int = 3) -> str:
+def format_interval(interval: Interval, digits: int = 3) -> str:
     """``0.91 (0.88 to 0.94)``, or the number alone where there is no interval."""
-    if found.low is None or found.high is None:
-        return f"{found.value:.{digits}g}"
-    return f"{found.value:.{digits}g} ({found.low:.{digits}g} to {found.high:.{digits}g})"
+    if interval.low is None or interval.high is None:
+        return f"{interval.value:.{digits}g}"
+    return f"{interval.value:.{digits}g} ({interval.low:.{digits}g} to {interval.high:.{digits}g})"

@@ -42,13 +42,13 @@ def command(output: str | None, quick: bool, as_json: bool, quiet: bool, debug: 
 
     cases = [case for case in CASES if (case.rank, case.spectrum, case.noise) in QUICK_CASES] if quick else CASES
     with tempfile.TemporaryDirectory() if output is None else nullcontext(output) as folder:
-        found = calibrate(folder, cases, seeds=9 if quick else 24, track=progress_tracker(quiet, "cases"))
+        calibration = calibrate(folder, cases, seeds=9 if quick else 24, track=progress_tracker(quiet, "cases"))
     if as_json:
-        print_json(found.to_json())
+        print_json(calibration.to_json())
     else:
-        print_rows(HEADER, [_cells(case) for case in found.cases])
-        click.echo("\n" + "\n".join(_summary(found)))
-    if found.wrong_cases:
+        print_rows(HEADER, [_cells(case) for case in calibration.cases])
+        click.echo("\n" + "\n".join(_summary(calibration)))
+    if calibration.wrong_cases:
         raise click.exceptions.Exit(1)
 
 
@@ -68,11 +68,19 @@ def _cells(case: CalibrationCase) -> list[str]:
     ]
 
 
-def _summary(found: Calibration) -> list[str]:
-    (hits, of), (right, judged), coverage = found.recovery_counts, found.correct_counts, found.coverage
-    wrong = f"; the wrong way round: {len(found.wrong_cases)}" if found.wrong_cases else "; none the wrong way round"
+def _summary(calibration: Calibration) -> list[str]:
+    (hits, of), (right, judged), coverage = (
+        calibration.recovery_counts,
+        calibration.correct_counts,
+        calibration.coverage,
+    )
+    wrong = (
+        f"; the wrong way round: {len(calibration.wrong_cases)}"
+        if calibration.wrong_cases
+        else "; none the wrong way round"
+    )
     return [
-        f"planted ranks found within one step of the grid, by sweep and by truncation: {hits} of {of}",
+        f"planted ranks read within one step of the grid, by sweep and by truncation: {hits} of {of}",
         f"answered as planted, where the signal stands above the noise: {right} of {judged}{wrong}",
         f"t intervals of three seeds that held the mean of {coverage.seeds}: {coverage.held} of {coverage.intervals}",
     ]

@@ -72,11 +72,11 @@ def command(
     from rankscope.train.study import Study
 
     wanted = [part.strip() for part in lines.split(",") if part.strip()] if lines else None
-    found = write_study_report(Study(study), Path(output or study), wanted, of, device, quiet, cache)
+    result = write_study_report(Study(study), Path(output or study), wanted, of, device, quiet, cache)
     if as_json:
-        print_json(found.to_json())
+        print_json(result.to_json())
     else:
-        print_verdicts(found)
+        print_verdicts(result)
 
 
 def write_study_report(
@@ -97,22 +97,22 @@ def write_study_report(
     from rankscope.report.figure_files import write_figures
     from rankscope.report.page import write_page
 
-    found = hypothesis(study, lines, of, device, progress_tracker(quiet, "evidence"), cache, rows)
+    result = hypothesis(study, lines, of, device, progress_tracker(quiet, "evidence"), cache, rows)
     if cache and not quiet:
         entries, size = SVDCache(Path(cache).expanduser()).disk_usage
         click.echo(f"{cache} keeps {entries} decompositions, {size / 1e6:.1f} MB", err=True)
-    page = build_document(found, shlex.join(["rankscope", *sys.argv[1:]]))
-    write_json(folder / "results.json", found.to_json())
+    page = build_document(result, shlex.join(["rankscope", *sys.argv[1:]]))
+    write_json(folder / "results.json", result.to_json())
     write_figures(page, folder / "figures")
     written = write_page(page, folder / "report.html")
     if not quiet:
         click.echo(f"wrote {written}, results.json and figures/ beside it", err=True)
-    return found
+    return result
 
 
-def print_verdicts(found: Hypothesis) -> None:
+def print_verdicts(result: Hypothesis) -> None:
     """A row a verdict, and what is missing."""
-    rows = [[verdict.line, verdict.answer, verdict.sentence] for verdict in found.verdicts]
-    rows += [[line, "missing", reason] for line, reason in found.missing.items()]
-    print_rows(["line", "answer", "what was found"], rows, left=3)
-    click.echo(f"\n{found.sentence}")
+    rows = [[verdict.line, verdict.answer, verdict.sentence] for verdict in result.verdicts]
+    rows += [[line, "missing", reason] for line, reason in result.missing.items()]
+    print_rows(["line", "answer", "what the numbers say"], rows, left=3)
+    click.echo(f"\n{result.sentence}")

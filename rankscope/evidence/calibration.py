@@ -78,7 +78,7 @@ CASES = (
 
 
 class CalibrationCase(msgspec.Struct, frozen=True, kw_only=True):
-    """One plant and what was found.
+    """One planted update and what the instrument said of it.
 
     ``needed`` is the planted truth, ``performance`` and ``truncation`` the ranks that the sweep and the cut full update
     say reach ``GAIN``, ``counted`` the mean number of singular values of the full update above its noise edge.
@@ -120,7 +120,7 @@ class Calibration(Result, frozen=True, kw_only=True):
 
     @property
     def recovery_counts(self) -> tuple[int, int]:
-        """How many planted ranks were found within one step of the grid, by sweep and by truncation, of how many."""
+        """How many planted ranks the sweep and the truncation read within one step of the grid, and of how many."""
         within = [hit for case in self.cases if case.within is not None for hit in case.within.values()]
         return sum(within), len(within)
 
@@ -136,9 +136,9 @@ class Calibration(Result, frozen=True, kw_only=True):
         return tuple(case.plant for case in self.cases if case.answer not in ("undecided", case.expected))
 
     def __repr__(self) -> str:
-        (found, of), (right, judged) = self.recovery_counts, self.correct_counts
+        (hits, of), (right, judged) = self.recovery_counts, self.correct_counts
         return (
-            f"Calibration(planted ranks within one step of the grid: {found} of {of}; answered as planted: {right} of "
+            f"Calibration(planted ranks within one step of the grid: {hits} of {of}; answered as planted: {right} of "
             f"{judged}; intervals that held: {self.coverage.held} of {self.coverage.intervals})"
         )
 
@@ -166,8 +166,8 @@ def calibrate(
         train: makes a study of settings.
     """
     folder = Path(folder)
-    found = tuple(_case(plant, folder, lines, train) for plant in track(list(cases)))
-    return Calibration(cases=found, coverage=_coverage(folder / "coverage", seeds, train))
+    outcomes = tuple(_case(plant, folder, lines, train) for plant in track(list(cases)))
+    return Calibration(cases=outcomes, coverage=_coverage(folder / "coverage", seeds, train))
 
 
 def _case(
@@ -179,7 +179,7 @@ def _case(
     needed, visible = plant.needed_rank(), plant.is_visible(min(ROWS_PER_SPLIT, TRAINING["batch"] * TRAINING["steps"]))
     performance = said.performance.r90.rank if said.performance and said.performance.r90 else None
     truncation = said.truncation.k90.rank if said.truncation else None
-    found = {"performance": performance, "truncation": truncation}
+    ranks = {"performance": performance, "truncation": truncation}
     return CalibrationCase(
         plant=plant,
         needed=needed,
@@ -189,20 +189,20 @@ def _case(
         performance=performance,
         truncation=truncation,
         counted=_mean_count_above_noise(said),
-        within={name: is_within_one_step(rank, needed) for name, rank in found.items()} if visible else None,
+        within={name: is_within_one_step(rank, needed) for name, rank in ranks.items()} if visible else None,
         answers=_first_answers(said),
     )
 
 
-def is_within_one_step(found: int | None, needed: int) -> bool:
+def is_within_one_step(rank: int | None, needed: int) -> bool:
     """Whether a rank lies within one step of ``RANKS`` of the smallest rank there that suffices."""
-    if found is None:
+    if rank is None:
         return False
 
     def place(rank: int) -> int:
         return next((i for i, r in enumerate(RANKS) if r >= rank), len(RANKS))
 
-    return abs(place(found) - place(needed)) <= 1
+    return abs(place(rank) - place(needed)) <= 1
 
 
 def _first_answers(said: Hypothesis) -> dict[str, Answer]:
@@ -231,7 +231,7 @@ def _coverage(folder: Path, seeds: int, train: Callable[[StudyConfig, Path], Stu
     for values in scores.values():
         mean = fmean(values)
         for start in range(0, len(values) - 2, 3):
-            found = mean_interval(values[start : start + 3])
+            interval = mean_interval(values[start : start + 3])
             intervals += 1
-            held += found.low is not None and found.high is not None and found.low <= mean <= found.high
+            held += interval.low is not None and interval.high is not None and interval.low <= mean <= interval.high
     return Coverage(seeds=seeds, intervals=intervals, held=held)

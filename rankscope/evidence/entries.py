@@ -57,14 +57,14 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 def make_entry(
     material: Material,
-    found: Sequence[RunResult],
+    rows: Sequence[RunResult],
     gains: dict[int, float],
     full: dict[int, float],
     allowed: float | None,
 ) -> Entry:
-    run, choice = found[0].record.run, found[0].choice
-    scores = [row.score for row in found if row.score is not None]
-    costs = [row.record.cost for row in found if row.record.cost]
+    run, choice = rows[0].record.run, rows[0].choice
+    scores = [row.score for row in rows if row.score is not None]
+    costs = [row.record.cost for row in rows if row.record.cost]
     paired = sorted(gains.keys() & full.keys()) if run.method not in ("base", "full") else []
     differences = [gains[seed] - full[seed] for seed in paired]
     return Entry(
@@ -75,7 +75,7 @@ def make_entry(
         lr=run.lr,
         edge=choice.edge if choice else None,
         rates=len(choice.tried) if choice else 0,
-        seeds=tuple(row.record.run.seed for row in found),
+        seeds=tuple(row.record.run.seed for row in rows),
         scores=tuple(scores),
         score=mean_interval(scores),
         gain=mean_interval(list(gains.values())) if gains and run.method != "base" else None,
@@ -83,7 +83,7 @@ def make_entry(
         share=gain_share(gains, full) if paired and allowed else None,
         difference=mean_interval(differences) if paired else None,
         p=equivalence(differences, allowed) if paired and allowed else None,
-        gap=mean_of_known(_gap(material, row) for row in found),
+        gap=mean_of_known(_gap(material, row) for row in rows),
         trainable=costs[0].trainable if costs else 0,
         seconds_per_step=mean_of_known(cost.seconds_per_step for cost in costs),
         peak_memory=mean_of_known(cost.peak_memory for cost in costs),
@@ -112,18 +112,18 @@ def mean_of_known(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def group_by_label(found: Iterable[RunResult]) -> dict[str, list[RunResult]]:
+def group_by_label(rows: Iterable[RunResult]) -> dict[str, list[RunResult]]:
     """Runs by method, targets and rank."""
     labels: dict[str, list[RunResult]] = {}
-    for row in found:
+    for row in rows:
         labels.setdefault(row.record.run.label, []).append(row)
     return labels
 
 
-def gains_by_seed(material: Material, found: Iterable[RunResult]) -> dict[int, float]:
+def gains_by_seed(material: Material, rows: Iterable[RunResult]) -> dict[int, float]:
     """What runs gain over the base of the same seed; none where that base was not measured."""
     gains = {}
-    for row in found:
+    for row in rows:
         try:
             seed = row.record.run.seed
             gains[seed] = material.gain(row.score or 0.0, seed)

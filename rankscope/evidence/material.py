@@ -73,9 +73,9 @@ class Material:
 
     def best_rows(self, method: str, targets: str | None = None) -> list[RunResult]:
         """The runs of a method on these targets that are done, at the best rate of each rank: by rank, then seed."""
-        found = [row for row in self.rows if row.is_best and row.record.run.method == method]
-        found = [row for row in found if row.record.run.targets == targets]
-        return sorted(found, key=lambda row: (row.record.run.rank or 0, row.record.run.seed))
+        rows = [row for row in self.rows if row.is_best and row.record.run.method == method]
+        rows = [row for row in rows if row.record.run.targets == targets]
+        return sorted(rows, key=lambda row: (row.record.run.rank or 0, row.record.run.seed))
 
     def lora_rows(self) -> list[RunResult]:
         """The adapters that stand for LoRA, as ``best`` gives them: of the first adapter method of the study that has
@@ -97,10 +97,10 @@ class Material:
         Raises:
             MissingEvidenceError: there is none.
         """
-        found = self.best_rows("full")
-        if not found:
+        rows = self.best_rows("full")
+        if not rows:
             raise MissingEvidenceError("no full fine-tuning is done; train it beside LoRA (without --no-full)")
-        return found
+        return rows
 
     def base_score(self, seed: int) -> float:
         """The study's metric of the untouched base of this seed on the test split.
@@ -139,24 +139,24 @@ class Material:
         """
         return self.study.store(self.require_weights([row])[0].record.run)
 
-    def require_weights(self, found: Sequence[RunResult]) -> Sequence[RunResult]:
+    def require_weights(self, rows: Sequence[RunResult]) -> Sequence[RunResult]:
         """The same runs, all of them with what they learned.
 
         Raises:
             MissingEvidenceError: the weights of one were deleted.
         """
-        gone = [row.record.run.name for row in found if not self.study.has_weights(row.record.run)]
+        gone = [row.record.run.name for row in rows if not self.study.has_weights(row.record.run)]
         if gone:
             more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
             raise MissingEvidenceError(f"the weights of {gone[0]}{more} are gone; put them back, or train it again")
-        return found
+        return rows
 
     @cached_property
     def task(self) -> Task:
         """The study's base and data.
 
         Raises:
-            MissingEvidenceError: they are not where the study found them, or have changed.
+            MissingEvidenceError: they are not where the study left them, or have changed.
         """
         try:
             task = make_task(self.study.config)
@@ -175,7 +175,7 @@ class Material:
         return weight_matrix(self.base, name).to(self.device)
 
     def copy_base(self, run: Run) -> nn.Module:
-        """A copy of the base as this run found it, on the device."""
+        """A copy of the base that this run started from, on the device."""
         return self.task.model(run.seed).to(self.device)
 
     @torch.no_grad()
@@ -194,10 +194,10 @@ def sort_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=natural_key)
 
 
-def group_by_rank(found: Sequence[RunResult]) -> dict[int, list[RunResult]]:
+def group_by_rank(rows: Sequence[RunResult]) -> dict[int, list[RunResult]]:
     """Adapters by their rank, ascending."""
     ranks: dict[int, list[RunResult]] = {}
-    for row in sorted(found, key=lambda row: (row.record.run.rank or 0, row.record.run.seed)):
+    for row in sorted(rows, key=lambda row: (row.record.run.rank or 0, row.record.run.seed)):
         if row.record.run.rank is not None:
             ranks.setdefault(row.record.run.rank, []).append(row)
     return ranks

@@ -13,30 +13,30 @@ from rankscope.report.document import Document, Section
 from rankscope.verdict import GAIN_SHARE, LOW_RANK_SHARE, MARGIN
 
 
-def build_document(found: Hypothesis, command: str = "") -> Document:
+def build_document(result: Hypothesis, command: str = "") -> Document:
     """The page of a study.
 
     Args:
         command: what made this report, for the end of the page.
     """
     return Document(
-        title=f"Is the update low-rank? {found.study}",
-        lead=found.sentence,
-        sections=[*_sections(found), _method()],
-        facts=_facts(found),
-        provenance={"report": command, "rankscope": rankscope.__version__, **found.made_by},
+        title=f"Is the update low-rank? {result.study}",
+        lead=result.sentence,
+        sections=[*_sections(result), _method()],
+        facts=_facts(result),
+        provenance={"report": command, "rankscope": rankscope.__version__, **result.made_by},
     )
 
 
-def _sections(found: Hypothesis) -> list[Section]:
+def _sections(hypothesis: Hypothesis) -> list[Section]:
     sections: list[Section] = []
     for line in table.LINES:
-        result = found.results.get(line.name)
+        result = hypothesis.results.get(line.name)
         if result is not None:
-            section = line.section(result, found.verdicts_of(line.name))
+            section = line.section(result, hypothesis.verdicts_of(line.name))
             sections.append(replace(section, key=line.name, title=line.title))
-        elif line.name in found.missing:
-            sections.append(Section(key=line.name, title=line.title, lead="", missing=found.missing[line.name]))
+        elif line.name in hypothesis.missing:
+            sections.append(Section(key=line.name, title=line.title, lead="", missing=hypothesis.missing[line.name]))
     return sections
 
 
@@ -64,14 +64,14 @@ def _join(names: list[str]) -> str:
     return " and ".join([*filter(None, [", ".join(names[:-1])]), *names[-1:]])
 
 
-def _facts(found: Hypothesis) -> Mapping[str, str]:
-    settings: Mapping[str, Any] = found.made_by.get("config", {})
-    prints: Mapping[str, Any] = found.made_by.get("fingerprint", {})
-    way = "higher" if found.higher_is_better else "lower"
+def _facts(result: Hypothesis) -> Mapping[str, str]:
+    settings: Mapping[str, Any] = result.made_by.get("config", {})
+    prints: Mapping[str, Any] = result.made_by.get("fingerprint", {})
+    way = "higher" if result.higher_is_better else "lower"
     return {
         "Task": str(settings.get("task", "")),
         "Base": str(prints.get("base", settings.get("model", ""))),
-        "Metric": f"{found.metric} ({way} is better), test split",
-        "Runs": ", ".join(f"{count} {status}" for status, count in found.runs.items()),
+        "Metric": f"{result.metric} ({way} is better), test split",
+        "Runs": ", ".join(f"{count} {status}" for status, count in result.runs.items()),
         "Seeds": ", ".join(str(seed) for seed in settings.get("seeds", ())),
     }

@@ -29,14 +29,14 @@ class LineStyle(NamedTuple):
     marker: str = ""
 
 
-def plot_agreement(found: Agreement, figure: Figure | None = None) -> Figure:
+def plot_agreement(result: Agreement, figure: Figure | None = None) -> Figure:
     """Relative error, cosine, efficiency and captured energy against r; bars are 95 % intervals.
 
     Error and cosine are of all layers together with intervals over seeds, efficiency and captured energy medians over
     layers with intervals over layers. "Another full fine-tuning" is the full update of another seed cut to rank r.
 
     Args:
-        found: from ``evidence.agreement``.
+        result: from ``measure_agreement``.
         figure: an empty one to draw on; None makes one.
     """
     figure = figure or new_figure(9, 6.8)
@@ -44,27 +44,29 @@ def plot_agreement(found: Agreement, figure: Figure | None = None) -> Figure:
     panels: list[Axes] = list(chain.from_iterable(grid))
     for panel, draw in zip(panels, (_errors, _cosines, _efficiencies, _draw_captured), strict=True):
         style_grid(panel)
-        draw(panel, found)
+        draw(panel, result)
         panel.legend(fontsize=FONT_SIZE, loc="best", edgecolor="none", framealpha=0.85)
     set_log2_axis(panels[0])
-    panels[0].set_xticks([one.rank for one in found.ranks])
+    panels[0].set_xticks([one.rank for one in result.ranks])
     for panel in panels[2:]:
         panel.set_xlabel("nominal rank r", fontsize=FONT_SIZE + 1)
     return figure
 
 
-def _errors(axes: Axes, found: Agreement) -> None:
+def _errors(axes: Axes, result: Agreement) -> None:
     axes.set_yscale("log")
-    _line(axes, found.ranks, [one.total.achieved for one in found.ranks], LineStyle("LoRA, as it is", LORA, "--", "s"))
     _line(
-        axes, found.ranks, [one.total.scaled for one in found.ranks], LineStyle("LoRA, best multiple", LORA, "-", "o")
+        axes, result.ranks, [one.total.achieved for one in result.ranks], LineStyle("LoRA, as it is", LORA, "--", "s")
     )
-    again = [one.total.scaled for one in found.repeat]
-    _line(axes, found.repeat, again, LineStyle("another full fine-tuning, best multiple", FULL, "-.", "^"))
+    _line(
+        axes, result.ranks, [one.total.scaled for one in result.ranks], LineStyle("LoRA, best multiple", LORA, "-", "o")
+    )
+    again = [one.total.scaled for one in result.repeat]
+    _line(axes, result.repeat, again, LineStyle("another full fine-tuning, best multiple", FULL, "-.", "^"))
     _line(
         axes,
-        found.ranks,
-        [one.total.floor for one in found.ranks],
+        result.ranks,
+        [one.total.floor for one in result.ranks],
         LineStyle("floor: best of this rank", BEST, "-", "D"),
     )
     axes.axhline(1, color=GREY, linewidth=1, linestyle=":", label="no update at all")
@@ -76,25 +78,25 @@ def _errors(axes: Axes, found: Agreement) -> None:
     axes.set_ylabel("distance to the full update over its norm\n(lower is closer)", fontsize=FONT_SIZE)
 
 
-def _cosines(axes: Axes, found: Agreement) -> None:
+def _cosines(axes: Axes, result: Agreement) -> None:
     _line(
         axes,
-        found.ranks,
-        [_best(one.total.floor) for one in found.ranks],
+        result.ranks,
+        [_best(one.total.floor) for one in result.ranks],
         LineStyle("best of this rank", BEST, "-", "D"),
     )
-    again = [one.total.cosine for one in found.repeat]
-    _line(axes, found.repeat, again, LineStyle("another full fine-tuning", FULL, "-.", "^"))
-    _line(axes, found.ranks, [one.total.cosine for one in found.ranks], LineStyle("LoRA", LORA, "-", "o"))
+    again = [one.total.cosine for one in result.repeat]
+    _line(axes, result.repeat, again, LineStyle("another full fine-tuning", FULL, "-.", "^"))
+    _line(axes, result.ranks, [one.total.cosine for one in result.ranks], LineStyle("LoRA", LORA, "-", "o"))
     axes.axhline(0, color=GREY, linewidth=1, linestyle=":", label="by chance")
     axes.set_ylim(min(0.0, axes.get_ylim()[0]) - 0.03, 1.03)
     axes.set_ylabel("cosine to the full update\n(higher is closer)", fontsize=FONT_SIZE)
 
 
-def _efficiencies(axes: Axes, found: Agreement) -> None:
-    again = [one.efficiency for one in found.repeat]
-    _line(axes, found.repeat, again, LineStyle("another full fine-tuning", FULL, "-.", "^"))
-    _line(axes, found.ranks, [one.efficiency for one in found.ranks], LineStyle("LoRA", LORA, "-", "o"))
+def _efficiencies(axes: Axes, result: Agreement) -> None:
+    again = [one.efficiency for one in result.repeat]
+    _line(axes, result.repeat, again, LineStyle("another full fine-tuning", FULL, "-.", "^"))
+    _line(axes, result.ranks, [one.efficiency for one in result.ranks], LineStyle("LoRA", LORA, "-", "o"))
     axes.axhline(
         EFFICIENCY_THRESHOLD,
         color="#444444",
@@ -107,21 +109,21 @@ def _efficiencies(axes: Axes, found: Agreement) -> None:
     axes.set_ylabel("explained, of what rank r could\n(higher is closer)", fontsize=FONT_SIZE)
 
 
-def _draw_captured(axes: Axes, found: Agreement) -> None:
+def _draw_captured(axes: Axes, result: Agreement) -> None:
     sides = (
-        ("output space (left)", [(one.left, one.left_chance) for one in found.ranks], LineStyle("", LORA, "-", "o")),
+        ("output space (left)", [(one.left, one.left_chance) for one in result.ranks], LineStyle("", LORA, "-", "o")),
         (
             "input space (right)",
-            [(one.right, one.right_chance) for one in found.ranks],
+            [(one.right, one.right_chance) for one in result.ranks],
             LineStyle("", RIGHT, "--", "v"),
         ),
     )
-    best = [_best_captured_share(one.total.floor) for one in found.ranks]
-    _line(axes, found.ranks, best, LineStyle("best of this rank", BEST, "-", "D"))
+    best = [_best_captured_share(one.total.floor) for one in result.ranks]
+    _line(axes, result.ranks, best, LineStyle("best of this rank", BEST, "-", "D"))
     for name, values, line in sides:
-        _line(axes, found.ranks, [value for value, _ in values], line._replace(label=f"LoRA's {name}"))
+        _line(axes, result.ranks, [value for value, _ in values], line._replace(label=f"LoRA's {name}"))
         chance = [Interval(level) for _, level in values]
-        _line(axes, found.ranks, chance, LineStyle(f"random {name}", line.colour, ":"))
+        _line(axes, result.ranks, chance, LineStyle(f"random {name}", line.colour, ":"))
     axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel("share of the full update's energy inside\n(higher is closer)", fontsize=FONT_SIZE)
 

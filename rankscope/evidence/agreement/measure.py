@@ -167,11 +167,11 @@ def _measure(
             skipped.add(f"{name}: not every run changes it")
             continue
         try:
-            found = list(_layer(material, name, tuned, adapters))
+            layer_rows = list(_layer(material, name, tuned, adapters))
         except ShapeError as error:
             skipped.add(f"{name}: {error}")
             continue
-        for into, rank, seed, row in found:
+        for into, rank, seed, row in layer_rows:
             (lora if into == "lora" else repeat)[rank][seed].append(row)
     return lora, repeat, skipped
 
@@ -243,10 +243,10 @@ def _summary(rank: int, by_seed: Rows, edge: bool) -> RankAgreement:
 def _over_seeds(same: Sequence[LayerRow]) -> LayerRow:
     """One layer: the mean of each number over seeds, the largest of each p."""
     numbers = [name for name in LayerRow.__struct_fields__ if name not in ("layer", "shape")]
-    found = {
+    combined = {
         name: (max if name in MAX_FIELDS else statistics.fmean)(getattr(row, name) for row in same) for name in numbers
     }
-    return msgspec.structs.replace(same[0], **found)
+    return msgspec.structs.replace(same[0], **combined)
 
 
 def _correct_p_values(rows: Sequence[LayerRow]) -> list[LayerRow]:
@@ -272,23 +272,24 @@ def _total(rows: Sequence[LayerRow]) -> dict[str, float]:
     }
 
 
-def verdicts(found: Agreement) -> list[Verdict]:
+def verdicts(result: Agreement) -> list[Verdict]:
     """Whether LoRA's update at the rank nearest ``TYPICAL_RANK`` is the low-rank part of the full one.
 
-    "yes": it explains at least ``EFFICIENCY_THRESHOLD`` of what its rank could for sure, and the top directions of most layers overlap
-    beyond chance. "no": it explains less for sure, and surely less than another full fine-tuning does. Where full
-    fine-tuning does not agree with itself, there is no update of which LoRA's could be a part.
+    "yes": the interval of what it explains, of what its rank could, lies above ``EFFICIENCY_THRESHOLD``, and the top
+    directions of most layers overlap beyond chance. "no": the interval lies below that, and below what another full
+    fine-tuning explains. Where full fine-tuning does not agree with itself, LoRA's update can be no part of it.
     """
-    one = min(found.ranks, key=lambda rank: (abs(rank.rank - TYPICAL_RANK), rank.rank))
-    again = next((other for other in found.repeat if other.rank == one.rank), None)
+    one = min(result.ranks, key=lambda rank: (abs(rank.rank - TYPICAL_RANK), rank.rank))
+    again = next((other for other in result.repeat if other.rank == one.rank), None)
     return [
         Verdict(
             line="agreement",
             claim="LoRA's update is the low-rank part of the one that full fine-tuning makes.",
             answer=_answer(one, again),
-            sentence=_sentence(found, one, again),
+            sentence=_sentence(result, one, again),
             refuted_by=(
-                f"Less than {EFFICIENCY_THRESHOLD:g} explained for sure of what the rank could, and less than the full update of "
+                f"Less than {EFFICIENCY_THRESHOLD:g} explained for sure of what the rank could, and less than the "
+                "full update of "
                 "another seed explains, cut to that rank."
             ),
         ).with_value(one.efficiency)
@@ -304,18 +305,22 @@ def _answer(one: RankAgreement, again: RankAgreement | None) -> Answer:
     return "no" if answer_above(one.efficiency, again.efficiency.low) == "no" else "undecided"
 
 
-def _sentence(found: Agreement, one: RankAgreement, again: RankAgreement | None) -> str:
+def _sentence(result: Agreement, one: RankAgreement, again: RankAgreement | None) -> str:
     layers, seeds = len(one.rows), len(one.seeds)
     over = f"median of {layers} layers, {seeds} seed{'s' if seeds > 1 else ''}"
     said = [
-        f"At r = {one.rank} LoRA's update, scaled as well as can be, explains {format_interval(one.efficiency)} of the energy "
-        f"of the full update that its rank could ({over}; the line was drawn at {EFFICIENCY_THRESHOLD:g}), with a cosine of "
+        f"At r = {one.rank} LoRA's update, scaled as well as can be, explains {format_interval(one.efficiency)} of "
+        "the energy "
+        f"of the full update that its rank could ({over}; the line was drawn at {EFFICIENCY_THRESHOLD:g}), with a "
+        "cosine of "
         f"{format_interval(one.cosine)}.",
-        f"The first left directions overlap by {format_interval(one.top_left)}, by chance {one.top_left_chance:.2g}; top "
-        f"directions do beyond chance in {one.significant_left} of {layers} layers (corrected p < {MAX_CORRECTED_P:g}).",
+        f"The first left directions overlap by {format_interval(one.top_left)}, by chance "
+        f"{one.top_left_chance:.2g}; top "
+        f"directions do beyond chance in {one.significant_left} of {layers} layers (corrected p < "
+        f"{MAX_CORRECTED_P:g}).",
     ]
-    if len(found.ranks) > 1:
-        ends = [f"{end.efficiency.value:.2g} at r = {end.rank}" for end in (found.ranks[0], found.ranks[-1])]
+    if len(result.ranks) > 1:
+        ends = [f"{end.efficiency.value:.2g} at r = {end.rank}" for end in (result.ranks[0], result.ranks[-1])]
         said.append(f"It explains {' and '.join(ends)}.")
     if again is None:
         said.append("Not enough seeds to tell how far full fine-tuning agrees with itself.")

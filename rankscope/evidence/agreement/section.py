@@ -12,7 +12,7 @@ from rankscope.verdict import MAX_CORRECTED_P, Verdict
 LORA, FULL = "LoRA", "another full fine-tuning, cut"
 
 
-def build_section(found: Agreement, verdicts: Sequence[Verdict]) -> Section:
+def build_section(result: Agreement, verdicts: Sequence[Verdict]) -> Section:
     """LoRA against full fine-tuning, as evidence on whether both look for the same update."""
     return Section(
         lead=(
@@ -20,25 +20,25 @@ def build_section(found: Agreement, verdicts: Sequence[Verdict]) -> Section:
             "update is set beside the best approximation of that rank, and beside full fine-tuning with another seed."
         ),
         verdicts=verdicts,
-        pictures=(_picture(found),),
-        tables=(_summary(found), _layers(found)),
-        notes=tuple(_notes(found)),
+        pictures=(_picture(result),),
+        tables=(_summary(result), _layers(result)),
+        notes=tuple(_notes(result)),
     )
 
 
-def _series(found: Agreement) -> list[tuple[str, RankAgreement]]:
-    return [(LORA, one) for one in found.ranks] + [(FULL, one) for one in found.repeat]
+def _series(result: Agreement) -> list[tuple[str, RankAgreement]]:
+    return [(LORA, one) for one in result.ranks] + [(FULL, one) for one in result.repeat]
 
 
-def _picture(found: Agreement) -> Picture:
+def _picture(result: Agreement) -> Picture:
     return Picture(
         name="agreement",
         caption=(
             "Errors and cosines of all layers together, mean over seeds; the other two are medians over layers. Bars "
             "are 95 % intervals. “Another full fine-tuning” is the full update of another seed, cut to rank r."
         ),
-        alt=_alt(found),
-        draw=lambda: plot_agreement(found),
+        alt=_alt(result),
+        draw=lambda: plot_agreement(result),
         data=Table(
             name="agreement",
             caption="What the figure shows.",
@@ -52,22 +52,22 @@ def _picture(found: Agreement) -> Picture:
                     *(one.total.cosine.value, *one.efficiency, one.left.value, one.left_chance),
                     *(one.right.value, one.right_chance),
                 )
-                for name, one in _series(found)
+                for name, one in _series(result)
             ],
         ),
     )
 
 
-def _alt(found: Agreement) -> str:
-    first, last = found.ranks[0], found.ranks[-1]
+def _alt(result: Agreement) -> str:
+    first, last = result.ranks[0], result.ranks[-1]
     values = {
         "the least possible error goes": (first.total.floor, last.total.floor),
         "LoRA's with the best multiple": (first.total.scaled, last.total.scaled),
         "its cosine": (first.total.cosine, last.total.cosine),
         "what it explains of what the rank could": (first.efficiency, last.efficiency),
     }
-    if found.repeat:
-        values["what another full fine-tuning explains"] = found.repeat[0].efficiency, found.repeat[-1].efficiency
+    if result.repeat:
+        values["what another full fine-tuning explains"] = result.repeat[0].efficiency, result.repeat[-1].efficiency
     ends = [f"{name} from {one.value:.2g} to {other.value:.2g}" for name, (one, other) in values.items()]
     return (
         f"From r = {first.rank} to r = {last.rank} {', '.join(ends)}. At r = {last.rank} LoRA's output space holds "
@@ -76,7 +76,7 @@ def _alt(found: Agreement) -> str:
     )
 
 
-def _summary(found: Agreement) -> Table:
+def _summary(result: Agreement) -> Table:
     return Table(
         name="agreement-ranks",
         caption=(
@@ -88,7 +88,7 @@ def _summary(found: Agreement) -> Table:
             *("explained", "from", "to", "left", "right", "both", "left, right, both by chance"),
             *("φ(1, 1) left", "φ(1, 1) right", "layers", "left beyond chance", "right beyond chance"),
         ),
-        rows=[_summary_row(name, one) for name, one in _series(found)],
+        rows=[_summary_row(name, one) for name, one in _series(result)],
         digits=3,
     )
 
@@ -103,7 +103,7 @@ def _summary_row(name: str, one: RankAgreement) -> tuple[Cell, ...]:
     )
 
 
-def _layers(found: Agreement) -> Table:
+def _layers(result: Agreement) -> Table:
     return Table(
         name="agreement-layers",
         caption="Each layer at each rank, means over seeds; p is corrected for the grid, all layers and sides.",
@@ -123,7 +123,7 @@ def _layers(found: Agreement) -> Table:
             *("left", "left by chance", "right", "right by chance", "both", "both by chance"),
             *("φ(1, 1) left", "its chance", "p left", "φ(1, 1) right", "chance of it", "p right"),
         ),
-        rows=[_layer_row(one.rank, row) for one in found.ranks for row in one.rows],
+        rows=[_layer_row(one.rank, row) for one in result.ranks for row in one.rows],
         digits=3,
     )
 
@@ -138,7 +138,7 @@ def _layer_row(rank: int, row: LayerRow) -> tuple[Cell, ...]:
     )
 
 
-def _notes(found: Agreement) -> Iterator[str]:
+def _notes(result: Agreement) -> Iterator[str]:
     yield (
         "The least error of rank r is √Σσ² of the full update beyond σ_r, over its norm (Eckart & Young). The best "
         "multiple of LoRA's update is not below zero: one that points the other way explains nothing."
@@ -147,5 +147,5 @@ def _notes(found: Agreement) -> Iterator[str]:
         "LoRA saw the batches of the full fine-tuning that it is compared with; another full fine-tuning saw others, "
         "from the same base."
     )
-    if found.skipped:
-        yield f"Left out: {'; '.join(found.skipped)}."
+    if result.skipped:
+        yield f"Left out: {'; '.join(result.skipped)}."

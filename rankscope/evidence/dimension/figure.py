@@ -20,7 +20,7 @@ LOWEST, HIGHEST = -0.25, 1.25
 """Shares of the gain that the axis holds at most: intervals of two seeds would leave nothing to see."""
 
 
-def plot_dimension(found: IntrinsicDimension) -> Figure:
+def plot_dimension(result: IntrinsicDimension) -> Figure:
     """Random subspaces, LoRA and full fine-tuning on one axis of trained numbers: what they gain, what rank they use.
 
     Bars are 95 % intervals over seeds. A size whose best rate lies at an end of those tried is hollow.
@@ -29,22 +29,22 @@ def plot_dimension(found: IntrinsicDimension) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     for axes in (left, right):
         style_grid(axes)
-        _numbers_axis(axes, found)
-    _gain(left, found)
-    _rank(right, found)
+        _numbers_axis(axes, result)
+    _gain(left, result)
+    _rank(right, result)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=TYPE, frameon=False)
     return figure
 
 
-def _numbers_axis(axes: Axes, found: IntrinsicDimension) -> None:
+def _numbers_axis(axes: Axes, result: IntrinsicDimension) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(10, numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("numbers trained", fontsize=TYPE + 1)
-    least = min(size.trained for curve in found.curves for size in curve.sizes)
-    axes.set_xlim(least / 1.8, found.parameters * 1.8)
+    least = min(size.trained for curve in result.curves for size in curve.sizes)
+    axes.set_xlim(least / 1.8, result.parameters * 1.8)
 
 
 def _short(value: float) -> str:
@@ -63,30 +63,30 @@ def _style(curve: DimensionCurve) -> tuple[str, str]:
 # What they gain
 
 
-def _gain(axes: Axes, found: IntrinsicDimension) -> None:
+def _gain(axes: Axes, result: IntrinsicDimension) -> None:
     axes.set_title("gain over the base", fontsize=TYPE + 2)
     axes.set_ylabel("share of full fine-tuning's gain", fontsize=TYPE + 1)
-    way = "higher" if found.higher_is_better else "lower"
-    functions: Any = (found.score_at, found.share_at)
+    way = "higher" if result.higher_is_better else "lower"
+    functions: Any = (result.score_at, result.share_at)
     other = axes.secondary_yaxis("right", functions=functions)
-    other.set_ylabel(f"{found.metric} ({way} is better)", fontsize=TYPE + 1)
+    other.set_ylabel(f"{result.metric} ({way} is better)", fontsize=TYPE + 1)
     other.tick_params(labelsize=TYPE)
     axes.axhline(0, color="#222222", linestyle=":", linewidth=1.1, label="untouched base")
     axes.axhline(GAIN_SHARE, color=GREY, linestyle="--", linewidth=1, label=f"{GAIN_SHARE:.0%} of the gain")
     axes.axvline(
-        SMALL_SHARE * found.parameters,
+        SMALL_SHARE * result.parameters,
         color=GREY,
         linestyle=":",
         linewidth=1,
         label=f"{SMALL_SHARE:.0%} of all numbers",
     )
-    if found.full.low is not None and found.full.high is not None:
-        ends = sorted(found.share_at(end) for end in (found.full.low, found.full.high))
+    if result.full.low is not None and result.full.high is not None:
+        ends = sorted(result.share_at(end) for end in (result.full.low, result.full.high))
         axes.axhspan(max(ends[0], LOWEST), min(ends[1], HIGHEST), color=FULL, alpha=0.15, linewidth=0)
-    axes.plot([found.parameters], [1], "D", color=FULL, markersize=6, label="full fine-tuning")
-    for curve in found.curves:
+    axes.plot([result.parameters], [1], "D", color=FULL, markersize=6, label="full fine-tuning")
+    for curve in result.curves:
         _shares(axes, curve)
-    shares = [size.share.value for curve in found.curves for size in curve.sizes]
+    shares = [size.share.value for curve in result.curves for size in curve.sizes]
     axes.set_ylim(max(LOWEST, min(-0.06, *shares) - 0.04), min(HIGHEST, max(1.0, *shares) + 0.15))
 
 
@@ -127,29 +127,29 @@ def _name_ends(axes: Axes, curve: DimensionCurve, y: Sequence[float]) -> None:
 # What rank they use
 
 
-def _rank(axes: Axes, found: IntrinsicDimension) -> None:
+def _rank(axes: Axes, result: IntrinsicDimension) -> None:
     axes.set_title("rank of the update", fontsize=TYPE + 2)
-    axes.set_ylabel(f"{found.measure.replace('_', ' ')}, median over layers", fontsize=TYPE + 1)
+    axes.set_ylabel(f"{result.measure.replace('_', ' ')}, median over layers", fontsize=TYPE + 1)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.axhline(found.noise_rank, color=GREY, linestyle="--", linewidth=1)
+    axes.axhline(result.noise_rank, color=GREY, linestyle="--", linewidth=1)
     axes.annotate(
-        f"noise of these shapes: {found.noise_rank:.0f}",
-        (0.02, found.noise_rank),
+        f"noise of these shapes: {result.noise_rank:.0f}",
+        (0.02, result.noise_rank),
         xycoords=("axes fraction", "data"),
         xytext=(0, 4),
         textcoords="offset points",
         fontsize=TYPE,
         color="#555555",
     )
-    if found.full_rank is not None:
-        axes.plot([found.parameters], [found.full_rank], "D", color=FULL, markersize=6)
-    for curve in found.curves:
+    if result.full_rank is not None:
+        axes.plot([result.parameters], [result.full_rank], "D", color=FULL, markersize=6)
+    for curve in result.curves:
         colour, marker = _style(curve)
         known = [(size.trained, size.rank) for size in curve.sizes if size.rank is not None]
         if known:
             axes.plot(*zip(*known, strict=True), f"-{marker}", color=colour, linewidth=1.2, markersize=4.5)
             _hollow(axes, curve, [size.rank for size in curve.sizes])
-    ranks = [size.rank for curve in found.curves for size in curve.sizes if size.rank] + [found.full_rank or 1.0]
-    axes.set_ylim(min(ranks) / 1.5, 2 * found.noise_rank)
+    ranks = [size.rank for curve in result.curves for size in curve.sizes if size.rank] + [result.full_rank or 1.0]
+    axes.set_ylim(min(ranks) / 1.5, 2 * result.noise_rank)

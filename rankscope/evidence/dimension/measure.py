@@ -121,8 +121,8 @@ def measure_dimension(material: Material) -> IntrinsicDimension:
     if adapters := _adapters(material):
         ranks = {id(row): row.ranks.get(DEFAULT_MEASURE) for row in adapters}
         curves.append(_curve(material, adapters[0].record.run.method, group_by_rank(adapters), gains, ranks))
-    found = tuple(curve for curve in curves if curve.sizes)
-    if not any(curve.is_random for curve in found):
+    known_curves = tuple(curve for curve in curves if curve.sizes)
+    if not any(curve.is_random for curve in known_curves):
         raise MissingEvidenceError(f"no run in a random subspace has a seed of full fine-tuning's; {ADVICE}")
     return IntrinsicDimension(
         metric=material.study.metric,
@@ -136,14 +136,14 @@ def measure_dimension(material: Material) -> IntrinsicDimension:
         full_seeds=len(full),
         full_rank=mean_of_known(row.ranks.get(DEFAULT_MEASURE) for row in full),
         noise_rank=_noise_rank(full[0], material.layers),
-        curves=found,
+        curves=known_curves,
     )
 
 
-def group_by_dim(found: Iterable[RunResult]) -> dict[int, list[RunResult]]:
+def group_by_dim(rows: Iterable[RunResult]) -> dict[int, list[RunResult]]:
     """Runs in random subspaces by their dimension, ascending."""
     dims: dict[int, list[RunResult]] = {}
-    for row in sorted(found, key=lambda row: (row.record.run.dim or 0, row.record.run.seed)):
+    for row in sorted(rows, key=lambda row: (row.record.run.dim or 0, row.record.run.seed)):
         dims.setdefault(row.record.run.dim or 0, []).append(row)
     return dims
 
@@ -159,7 +159,7 @@ def _random_curve(
     material: Material, method: str, dims: dict[int, list[RunResult]], gains: dict[int, float]
 ) -> DimensionCurve:
     """With the effective rank of each update, which a study's rows do not carry for random subspaces."""
-    rows = [row for found in dims.values() for row in found]
+    rows = [row for same_dim in dims.values() for row in same_dim]
     ranks: dict[int, float | None] = {}
     for row in material.track(rows):
         ranks[id(row)] = effective_ranks(spectrum(material.store(row)), material.layers).get(DEFAULT_MEASURE)
@@ -177,8 +177,8 @@ def _curve(
     heads -= count_parameters_and_modules(material.base, base_parameter_names(material.base, material.task))[0]
     paired = {size: [row for row in rows if row.record.run.seed in gains] for size, rows in groups.items()}
     shares = {size: gain_share(gains_by_seed(material, rows), gains) for size, rows in paired.items()}
-    found = [_size(size, rows, share, heads, ranks) for size, rows in paired.items() if (share := shares[size])]
-    ordered = tuple(sorted(found, key=lambda size: size.trained))
+    points = [_size(size, rows, share, heads, ranks) for size, rows in paired.items() if (share := shares[size])]
+    ordered = tuple(sorted(points, key=lambda size: size.trained))
     return DimensionCurve(
         method=method, sizes=ordered, d90=first_reaching([(size.trained, size.share) for size in ordered], GAIN_SHARE)
     )
@@ -209,40 +209,40 @@ def _noise_rank(row: RunResult, layers: Sequence[str]) -> float:
 # Verdicts
 
 
-def verdicts(found: IntrinsicDimension) -> list[Verdict]:
+def verdicts(result: IntrinsicDimension) -> list[Verdict]:
     """One of each kind of random subspace: whether few numbers are enough."""
-    return [_verdict(found, curve) for curve in found.curves if curve.is_random]
+    return [_verdict(result, curve) for curve in result.curves if curve.is_random]
 
 
-def _verdict(found: IntrinsicDimension, curve: DimensionCurve) -> Verdict:
-    answer, reason = _answer(found, curve)
+def _verdict(result: IntrinsicDimension, curve: DimensionCurve) -> Verdict:
+    answer, reason = _answer(result, curve)
     seeds = sorted({size.seeds for size in curve.sizes})
     over = f"{'–'.join(str(count) for count in dict.fromkeys((seeds[0], seeds[-1])))} seed{'s' if seeds != [1] else ''}"
-    line = (
-        f"A d is small up to {SMALL_SHARE * found.parameters:,.0f}, {SMALL_SHARE:g} of {found.parameters:,} parameters."
-    )
+    line = f"A d is small up to {SMALL_SHARE * result.parameters:,.0f}, {SMALL_SHARE:g} of {result.parameters:,} "
+    "parameters."
     known = any(size.share.known for size in curve.sizes)
     return Verdict(
         line="dimension",
         claim=f"Few numbers are enough: d90 ({curve.name}) is small against the parameters.",
         answer=answer,
-        sentence=f"{reason} ({found.metric}, {over}). {line}",
-        refuted_by=f"A share of the gain below {GAIN_SHARE:g} for sure (upper end of the interval) at a d above the line.",
+        sentence=f"{reason} ({result.metric}, {over}). {line}",
+        refuted_by=f"A share of the gain below {GAIN_SHARE:g} for sure (upper end of the interval) at a d above "
+        "the line.",
         value=curve.d90.rank,
         low=curve.d90.low if known else None,
         high=curve.d90.high if known else None,
     )
 
 
-def _answer(found: IntrinsicDimension, curve: DimensionCurve) -> tuple[Answer, str]:
+def _answer(result: IntrinsicDimension, curve: DimensionCurve) -> tuple[Answer, str]:
     """What a larger subspace could do is no less. So a d below the line that surely reaches the share says yes, and one
     above it that surely does not says no, unless a rate that was not tried could change that."""
-    line = SMALL_SHARE * found.parameters
+    line = SMALL_SHARE * result.parameters
     enough = [s for s in curve.sizes if s.trained <= line and s.share.low is not None and s.share.low >= GAIN_SHARE]
     missed = [s for s in curve.sizes if s.trained >= line and s.share.high is not None and s.share.high < GAIN_SHARE]
     if enough:
         said = _describe_point(enough[0])
-        return ("yes", said) if found.full_edge is None else ("undecided", f"{said}, whose {EDGE}")
+        return ("yes", said) if result.full_edge is None else ("undecided", f"{said}, whose {EDGE}")
     if missed:
         kept = [size for size in missed if size.edge is None]
         return (

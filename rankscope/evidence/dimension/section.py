@@ -25,94 +25,95 @@ HEADER = (
 )
 
 
-def build_section(found: IntrinsicDimension, verdicts: Sequence[Verdict]) -> Section:
+def build_section(result: IntrinsicDimension, verdicts: Sequence[Verdict]) -> Section:
     """The section of this line of evidence."""
     return Section(
         lead=(
-            f"How many numbers does the task need, if they move all {found.parameters:,} parameters along random "
+            f"How many numbers does the task need, if they move all {result.parameters:,} parameters along random "
             f"directions? d90 is the smallest number tried that reaches {GAIN_SHARE:.0%} of full fine-tuning's gain."
         ),
         verdicts=verdicts,
-        pictures=[_picture(found)],
-        notes=_notes(found),
+        pictures=[_picture(result)],
+        notes=_notes(result),
     )
 
 
-def _picture(found: IntrinsicDimension) -> Picture:
+def _picture(result: IntrinsicDimension) -> Picture:
     """Gain and rank against trained numbers."""
     return Picture(
         name="dimension",
         caption=(
             "Left: share of full fine-tuning's gain by how many numbers are trained, each size at its own best rate, "
             "with 95 % intervals over seeds; hollow where that rate lies at an end of those tried. Right: the "
-            f"effective rank ({found.measure.replace('_', ' ')}) of the same updates."
+            f"effective rank ({result.measure.replace('_', ' ')}) of the same updates."
         ),
-        alt=" ".join(_describe_curve(found, curve) for curve in found.curves),
-        draw=lambda: plot_dimension(found),
-        data=_table(found),
+        alt=" ".join(_describe_curve(result, curve) for curve in result.curves),
+        draw=lambda: plot_dimension(result),
+        data=_table(result),
     )
 
 
-def _table(found: IntrinsicDimension) -> Table:
+def _table(result: IntrinsicDimension) -> Table:
     """The numbers of the picture."""
-    rank = found.measure.replace("_", " ")
-    header = (*HEADER, found.metric, rank)
-    return Table("dimension", "Random subspaces and LoRA by their trained numbers", header, _rows(found))
+    rank = result.measure.replace("_", " ")
+    header = (*HEADER, result.metric, rank)
+    return Table("dimension", "Random subspaces and LoRA by their trained numbers", header, _rows(result))
 
 
-def _rows(found: IntrinsicDimension) -> list[tuple[Cell, ...]]:
+def _rows(result: IntrinsicDimension) -> list[tuple[Cell, ...]]:
     rows: list[tuple[Cell, ...]] = []
-    for curve in found.curves:
+    for curve in result.curves:
         # Of adapters only plain LoRA goes by its title here: the file has always had the others' names.
         name = curve.name if curve.is_random or curve.method == "lora" else curve.method
         for size in curve.sizes:
-            part = size.trained / found.parameters
+            part = size.trained / result.parameters
             edge = size.edge or ""
             place = (name, size.size, size.trained, part, size.seeds, size.lr, edge)
             rows.append((*place, *size.share, size.score.value, size.rank))
-    last = ("full fine-tuning", None, found.parameters, 1.0, found.full_seeds, None, found.full_edge or "")
-    return [*rows, (*last, 1.0, None, None, found.full.value, found.full_rank)]
+    last = ("full fine-tuning", None, result.parameters, 1.0, result.full_seeds, None, result.full_edge or "")
+    return [*rows, (*last, 1.0, None, None, result.full.value, result.full_rank)]
 
 
-def _notes(found: IntrinsicDimension) -> list[str]:
+def _notes(result: IntrinsicDimension) -> list[str]:
     """Why dimension and rank are not one thing, in this study's numbers."""
     said = [
         "Dimension is not rank. A rank-1 update of a 768 × 768 matrix has 1 536 numbers; a step along one random "
         "direction has one, and the rank of noise. The two curves share an axis and are never equated."
     ]
-    for curve in found.curves:
+    for curve in result.curves:
         first = curve.sizes[0]
         if first.rank is not None:
             said.append(
                 f"{curve.name}, {curve.size_symbol} = {first.size}: {first.trained:,} numbers, an update of "
-                f"{found.measure.replace('_', ' ')} {first.rank:.3g} (noise of these shapes: {found.noise_rank:.3g})."
+                f"{result.measure.replace('_', ' ')} {first.rank:.3g} (noise of these shapes: {result.noise_rank:.3g})."
             )
-    said += _side_by_side(found)
-    if any(find_method(curve.method).layered for curve in found.curves):
+    said += _side_by_side(result)
+    if any(find_method(curve.method).layered for curve in result.curves):
         said.append(
-            f"The structure-aware form pays {found.layers} of its d numbers for a factor a layer (Aghajanyan et al. "
+            f"The structure-aware form pays {result.layers} of its d numbers for a factor a layer (Aghajanyan et al. "
             "2020)."
         )
     return said
 
 
-def _side_by_side(found: IntrinsicDimension) -> list[str]:
+def _side_by_side(result: IntrinsicDimension) -> list[str]:
     """LoRA at its lowest rank beside each kind of random subspace of about as many numbers."""
-    lora = next((curve.sizes[0] for curve in found.curves if not curve.is_random), None)
+    lora = next((curve.sizes[0] for curve in result.curves if not curve.is_random), None)
     if lora is None:
         return []
     said = []
-    for curve in found.curves:
+    for curve in result.curves:
         if curve.is_random:
             near = min(curve.sizes, key=lambda size: abs(math.log(size.trained / lora.trained)))
             said.append(
-                f"LoRA with {lora.trained:,} numbers has {format_interval(lora.share)} of the gain, the {curve.name} nearest "
+                f"LoRA with {lora.trained:,} numbers has {format_interval(lora.share)} of the gain, the "
+                f"{curve.name} nearest "
                 f"in size, of {near.trained:,}, {format_interval(near.share)}."
             )
     return said
 
 
-def _describe_curve(found: IntrinsicDimension, curve: DimensionCurve) -> str:
+def _describe_curve(result: IntrinsicDimension, curve: DimensionCurve) -> str:
     last, d90 = curve.sizes[-1], curve.d90.rank
     reached = (
         f"reaches {GAIN_SHARE:.0%} of the gain with {d90:,} numbers"

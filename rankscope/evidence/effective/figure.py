@@ -24,7 +24,7 @@ WORSE = 0.35
 """Scores that are worse than the base and the best runs by more than this share of their range stand on the edge."""
 
 
-def plot_effective(found: EffectiveRanks) -> Figure:
+def plot_effective(result: EffectiveRanks) -> Figure:
     """Score against entropy rank, and stable rank against r.
 
     Left: strong, the runs at the best rate of their label, joined through the means of each rank; faint, those at other
@@ -33,8 +33,8 @@ def plot_effective(found: EffectiveRanks) -> Figure:
     """
     figure = new_figure(9, 4.3)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    _scores(left, found)
-    _growth(right, found)
+    _scores(left, result)
+    _growth(right, result)
     handles, labels = [], []
     for axes in (left, right):
         own = axes.get_legend_handles_labels()
@@ -44,43 +44,43 @@ def plot_effective(found: EffectiveRanks) -> Figure:
     return figure
 
 
-def _scores(axes: Axes, found: EffectiveRanks) -> None:
+def _scores(axes: Axes, result: EffectiveRanks) -> None:
     style_grid(axes)
     set_log2_axis(axes)
     axes.set_xlabel(f"effective rank of the update ({DEFAULT_MEASURE.replace('_', ' ')})")
-    axes.set_ylabel(f"{found.metric} ({'higher' if found.higher_is_better else 'lower'} is better)")
-    low, high = _limits(found)
+    axes.set_ylabel(f"{result.metric} ({'higher' if result.higher_is_better else 'lower'} is better)")
+    low, high = _limits(result)
     axes.set_ylim(low, high)
-    if found.base is not None:
-        axes.axhline(found.base, color=DARK, linestyle=":", linewidth=1.2, label="untouched base")
-    for name, colour, marker, points in _series(found):
+    if result.base is not None:
+        axes.axhline(result.base, color=DARK, linestyle=":", linewidth=1.2, label="untouched base")
+    for name, colour, marker, points in _series(result):
         _runs(axes, name, colour, marker, points)
-    others = [point for point in found.points if not point.best]
+    others = [point for point in result.points if not point.best]
     if any(low <= point.score <= high for point in others):
         axes.plot([], [], "o", color=GREY, markersize=FAINT, alpha=0.5, label="a run at another rate")
     if beyond := [point for point in others if not low <= point.score <= high]:
-        edge = low if found.higher_is_better else high
+        edge = low if result.higher_is_better else high
         axes.plot(
             [point.ranks[DEFAULT_MEASURE] for point in beyond],
             [edge] * len(beyond),
-            "v" if found.higher_is_better else "^",
+            "v" if result.higher_is_better else "^",
             color=GREY,
             markersize=MARKER,
             clip_on=False,
             label=f"worse than shown ({len(beyond)} runs)",
         )
-    if any(point.best and point.edge for point in found.points):
+    if any(point.best and point.edge for point in result.points):
         axes.plot([], [], "o", color=GREY, markerfacecolor="white", markersize=MARKER, label="best rate on the edge")
-    if found.noise:
+    if result.noise:
         axes.axvline(
-            found.noise[DEFAULT_MEASURE], color=FULL, linestyle="--", linewidth=1.1, label="noise of the same shapes"
+            result.noise[DEFAULT_MEASURE], color=FULL, linestyle="--", linewidth=1.1, label="noise of the same shapes"
         )
 
 
-def _series(found: EffectiveRanks) -> list[tuple[str, str, str, list[RunPoint]]]:
+def _series(result: EffectiveRanks) -> list[tuple[str, str, str, list[RunPoint]]]:
     """Name, colour, marker and runs of each method, LoRA's curve first."""
-    groups: dict[tuple[str, str | None], list[RunPoint]] = {(found.method, found.targets): []}
-    for point in found.points:
+    groups: dict[tuple[str, str | None], list[RunPoint]] = {(result.method, result.targets): []}
+    for point in result.points:
         groups.setdefault((point.method, point.targets), []).append(point)
     ranked = [key for key in groups if key[0] != "full"]
     styles = {key: (SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]) for i, key in enumerate(ranked)}
@@ -111,18 +111,18 @@ def _runs(axes: Axes, name: str, colour: str, marker: str, points: Sequence[RunP
     axes.plot([], [], form, color=colour, linewidth=1.2, markersize=MARKER, label=name)
 
 
-def _limits(found: EffectiveRanks) -> tuple[float, float]:
+def _limits(result: EffectiveRanks) -> tuple[float, float]:
     """Around the best runs and the base: a rate that was much too high would leave no room for them."""
-    scores = [point.score for point in found.points if point.best]
-    scores += [] if found.base is None else [found.base]
+    scores = [point.score for point in result.points if point.best]
+    scores += [] if result.base is None else [result.base]
     low, high = min(scores), max(scores)
     spread = high - low or abs(high) or 1.0
-    everything = [point.score for point in found.points] + scores
+    everything = [point.score for point in result.points] + scores
     low, high = max(min(everything), low - WORSE * spread), min(max(everything), high + WORSE * spread)
     return low - 0.05 * spread, high + 0.05 * spread
 
 
-def _growth(axes: Axes, found: EffectiveRanks) -> None:
+def _growth(axes: Axes, result: EffectiveRanks) -> None:
     style_grid(axes)
     set_log2_axis(axes)
     axes.set_yscale("log", base=2)
@@ -130,34 +130,34 @@ def _growth(axes: Axes, found: EffectiveRanks) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("nominal rank r, each at its best rate")
     axes.set_ylabel("stable rank of the update")
-    ranks = [one.rank for one in found.curve]
+    ranks = [one.rank for one in result.curve]
     axes.set_xticks(ranks)
     ends = [min(ranks), max(ranks)]
     axes.plot(ends, ends, color=DARK, linewidth=1, linestyle="-.", label="stable rank = r")
     axes.plot(
         ranks,
-        [one.random["stable_rank"] for one in found.curve],
+        [one.random["stable_rank"] for one in result.curve],
         color=GREY,
         linewidth=1.1,
         linestyle="--",
         label="random factors",
     )
-    for one in found.curve:
-        _stable(axes, found, one)
-    if growth := found.growth:
+    for one in result.curve:
+        _stable(axes, result, one)
+    if growth := result.growth:
         fitted = [growth.factor * rank**growth.beta.value for rank in growth.ranks]
         axes.plot(
             growth.ranks, fitted, color=SERIES[0], linewidth=1.3, label=f"fit: β = {format_interval(growth.beta, 2)}"
         )
 
 
-def _stable(axes: Axes, found: EffectiveRanks, one: RankMeasures) -> None:
+def _stable(axes: Axes, result: EffectiveRanks, one: RankMeasures) -> None:
     """The runs of a rank; hollow where it is no part of the fit."""
-    fitted = found.growth is not None and one.rank in found.growth.ranks
+    fitted = result.growth is not None and one.rank in result.growth.ranks
     values = [
         point.ranks["stable_rank"]
-        for point in found.points
-        if point.best and point.rank == one.rank and (point.method, point.targets) == (found.method, found.targets)
+        for point in result.points
+        if point.best and point.rank == one.rank and (point.method, point.targets) == (result.method, result.targets)
     ]
     fill = SERIES[0] if fitted else "white"
     axes.plot([one.rank] * len(values), values, "o", color=SERIES[0], markerfacecolor=fill, markersize=MARKER)

@@ -118,27 +118,27 @@ def measure_effective(material: Material) -> EffectiveRanks:
     Raises:
         MissingEvidenceError: no LoRA run is done, or the weights of one at a best rate are gone.
     """
-    found = material.measure_once(measure_performance)
+    performance = material.measure_once(measure_performance)
     best = group_by_rank(material.require_weights(material.lora_rows()))
     random = {rank: random_measures(_products(rows[0])) for rank, rows in best.items()}
     curve = tuple(
-        _rank_measures(entry, best[entry.rank], random[entry.rank]) for entry in found.lora_curve if entry.rank
+        _rank_measures(entry, best[entry.rank], random[entry.rank]) for entry in performance.lora_curve if entry.rank
     )
     points = tuple(_point(row) for row in material.rows if row.ranks and row.score is not None)
-    base = found.entry_of("base")
+    base = performance.entry_of("base")
     return EffectiveRanks(
-        metric=found.metric,
-        higher_is_better=found.higher_is_better,
-        method=found.method,
-        targets=found.targets,
-        dim=found.dim,
+        metric=performance.metric,
+        higher_is_better=performance.higher_is_better,
+        method=performance.method,
+        targets=performance.targets,
+        dim=performance.dim,
         base=base.score.value if base else None,
         points=points,
         curve=curve,
-        correlations=tuple(_correlations(found, points)),
+        correlations=tuple(_correlations(performance, points)),
         growth=_growth(best, random),
         noise=_noise(material, material.lora_rows()[0]),
-        doubt=incomparability_reason(found),
+        doubt=incomparability_reason(performance),
     )
 
 
@@ -182,13 +182,13 @@ def _point(row: RunResult) -> RunPoint:
     )
 
 
-def _rank_measures(entry: Entry, found: Sequence[RunResult], random: dict[str, float]) -> RankMeasures:
+def _rank_measures(entry: Entry, rows: Sequence[RunResult], random: dict[str, float]) -> RankMeasures:
     return RankMeasures(
         rank=entry.rank or 0,
-        seeds=len(found),
+        seeds=len(rows),
         edge=entry.edge is not None,
         share=entry.share,
-        measures={name: mean_interval([row.ranks[name] for row in found]) for name in SHOWN_MEASURES},
+        measures={name: mean_interval([row.ranks[name] for row in rows]) for name in SHOWN_MEASURES},
         random=random,
     )
 
@@ -205,15 +205,15 @@ def _noise(material: Material, adapter: RunResult) -> dict[str, float] | None:
     )
 
 
-def _correlations(found: Performance, points: Sequence[RunPoint]) -> list[Correlation]:
+def _correlations(result: Performance, points: Sequence[RunPoint]) -> list[Correlation]:
     """Among three sets of points: ranks, whose points are independent; their runs; and every run of the study."""
-    lora = [p for p in points if p.best and p.method == found.method and p.targets == found.targets]
+    lora = [p for p in points if p.best and p.method == result.method and p.targets == result.targets]
     sets = {
         "LoRA at its best rates, a point a rank": _means(lora),
         "LoRA at its best rates, a point a run": [(point.score, point.ranks) for point in lora],
         "every run of the study": [(point.score, point.ranks) for point in points],
     }
-    way = 1.0 if found.higher_is_better else -1.0
+    way = 1.0 if result.higher_is_better else -1.0
     return [
         Correlation(
             among=among,
@@ -246,11 +246,11 @@ def _rho(ranks: Sequence[float], goodness: Sequence[float]) -> Interval | None:
     return rank_correlation(ranks, goodness)
 
 
-def _growth(found: Mapping[int, Sequence[RunResult]], random: Mapping[int, Mapping[str, float]]) -> PowerLawFit | None:
+def _growth(runs: Mapping[int, Sequence[RunResult]], random: Mapping[int, Mapping[str, float]]) -> PowerLawFit | None:
     """Without updates of rank 1: their stable rank is 1 whatever was learned."""
     logs = {
         rank: statistics.fmean(math.log(row.ranks["stable_rank"]) for row in rows)
-        for rank, rows in found.items()
+        for rank, rows in runs.items()
         if any(rank > 1 for *_, rank in _products(rows[0])) and all(row.ranks["stable_rank"] > 0 for row in rows)
     }
     if len(logs) < 2:
@@ -268,31 +268,32 @@ def _growth(found: Mapping[int, Sequence[RunResult]], random: Mapping[int, Mappi
 # Verdicts
 
 
-def verdicts(found: EffectiveRanks) -> list[Verdict]:
+def verdicts(result: EffectiveRanks) -> list[Verdict]:
     """Whether what is enough has a low effective rank, and whether updates use their rank as random ones would.
 
     None rests on ρ: that the order of scores follows the effective rank says nothing of how much is gained by it.
     """
-    return [_low(found), _sublinear(found)]
+    return [_low(result), _sublinear(result)]
 
 
-def _low(found: EffectiveRanks) -> Verdict:
-    answer, sentence, value = _whether_low(found)
+def _low(result: EffectiveRanks) -> Verdict:
+    answer, sentence, value = _whether_low(result)
     return Verdict(
         line="effective",
         claim=f"An adapter with {GAIN_SHARE:.0%} of full fine-tuning's gain has a low effective rank.",
         answer=answer,
         sentence=sentence,
-        refuted_by=f"Entropy ranks surely above {LOW_RANK_SHARE * found.dim:g} of all adapters tried that may reach {GAIN_SHARE:.0%}.",
+        refuted_by=f"Entropy ranks surely above {LOW_RANK_SHARE * result.dim:g} of all adapters tried that may "
+        f"reach {GAIN_SHARE:.0%}.",
     ).with_value(value)
 
 
-def _whether_low(found: EffectiveRanks) -> tuple[Answer, str, Interval | None]:
-    if found.doubt:
-        return "undecided", found.doubt, None
-    line = LOW_RANK_SHARE * found.dim
-    sure = [one for one in found.curve if one.share and one.share.low is not None and one.share.low >= GAIN_SHARE]
-    maybe = [one for one in found.curve if not _falls_short(one)]
+def _whether_low(result: EffectiveRanks) -> tuple[Answer, str, Interval | None]:
+    if result.doubt:
+        return "undecided", result.doubt, None
+    line = LOW_RANK_SHARE * result.dim
+    sure = [one for one in result.curve if one.share and one.share.low is not None and one.share.low >= GAIN_SHARE]
+    maybe = [one for one in result.curve if not _falls_short(one)]
     if not maybe:
         return "undecided", f"No rank tried reaches {GAIN_SHARE:.0%} of the gain.", None
     surest = _least(sure, lambda entropy: entropy.high) if sure else None
@@ -302,23 +303,24 @@ def _whether_low(found: EffectiveRanks) -> tuple[Answer, str, Interval | None]:
     told += [f"{_describe_rank(least)} and may reach {GAIN_SHARE:.0%}"] if least is not surest else []
     sentence = (
         f"{'; '.join(told)} (entropy rank, the largest measure, median over layers, mean over seeds with its "
-        f"{CONFIDENCE_LEVEL:.0%} interval). Low is up to {line:g}, {LOW_RANK_SHARE:g} of {found.dim}."
+        f"{CONFIDENCE_LEVEL:.0%} interval). Low is up to {line:g}, {LOW_RANK_SHARE:g} of {result.dim}."
     )
     if surest and shown.high is not None and shown.high <= line:
         return "yes", sentence, shown
     low = least.measures[DEFAULT_MEASURE].low
     if low is None or low <= line:
         return "undecided", sentence, shown
-    least_enough = largest_insufficient_rank([(one.rank, one.share) for one in found.curve], GAIN_SHARE) + 1
+    least_enough = largest_insufficient_rank([(one.rank, one.share) for one in result.curve], GAIN_SHARE) + 1
     if least_enough <= line:  # its effective rank would be no larger
         return "undecided", f"{sentence} That no rank from {least_enough} to {line:g} is enough is not shown.", shown
-    if any(one.edge for one in found.curve):
+    if any(one.edge for one in result.curve):
         return "undecided", f"{sentence} But some rank's best rate lies on the edge of those tried.", shown
     return "no", sentence, shown
 
 
 def _describe_rank(one: RankMeasures) -> str:
-    return f"r = {one.rank} has an effective rank of {format_interval(one.measures[DEFAULT_MEASURE])} over {one.seeds} seeds"
+    return f"r = {one.rank} has an effective rank of {format_interval(one.measures[DEFAULT_MEASURE])} over "
+    f"{one.seeds} seeds"
 
 
 def _falls_short(one: RankMeasures) -> bool:
@@ -329,15 +331,15 @@ def _least(some: Sequence[RankMeasures], end: Callable[[Interval], float | None]
     """The one with the least end of its entropy rank; without ends, the value counts."""
 
     def key(one: RankMeasures) -> float:
-        found = end(one.measures[DEFAULT_MEASURE])
-        return one.measures[DEFAULT_MEASURE].value if found is None else found
+        end_value = end(one.measures[DEFAULT_MEASURE])
+        return one.measures[DEFAULT_MEASURE].value if end_value is None else end_value
 
     return min(some, key=key)
 
 
-def _sublinear(found: EffectiveRanks) -> Verdict:
-    answer, sentence = _whether_sublinear(found)
-    beta = found.growth.beta if found.growth else None
+def _sublinear(result: EffectiveRanks) -> Verdict:
+    answer, sentence = _whether_sublinear(result)
+    beta = result.growth.beta if result.growth else None
     return Verdict(
         line="effective",
         claim="Given more rank, updates use less of it than random factors: in stable rank ∝ r^β their β is lower.",
@@ -347,23 +349,24 @@ def _sublinear(found: EffectiveRanks) -> Verdict:
     ).with_value(beta)
 
 
-def _whether_sublinear(found: EffectiveRanks) -> tuple[Answer, str]:
-    growth = found.growth
+def _whether_sublinear(result: EffectiveRanks) -> tuple[Answer, str]:
+    growth = result.growth
     if growth is None:
         return "undecided", "Fewer than two ranks above 1 are done; train more with --ranks."
-    seeds = min(one.seeds for one in found.curve if one.rank in growth.ranks)
+    seeds = min(one.seeds for one in result.curve if one.rank in growth.ranks)
     sentence = (
-        f"β = {format_interval(growth.beta)} over r = {', '.join(map(str, growth.ranks))}, a point a rank (mean of {seeds} "
+        f"β = {format_interval(growth.beta)} over r = {', '.join(map(str, growth.ranks))}, a point a rank (mean of "
+        f"{seeds} "
         f"seed{'' if seeds == 1 else 's'}), {CONFIDENCE_LEVEL:.0%} interval; random factors of these shapes would have "
         f"{growth.random:.3g}, and 1 is in proportion."
     )
-    if any(one.rank == 1 for one in found.curve) and 1 not in growth.ranks:
+    if any(one.rank == 1 for one in result.curve) and 1 not in growth.ranks:
         sentence += " r = 1 is left out: its stable rank is 1 by definition."
     if growth.beta.low is None or growth.beta.high is None:
         return "undecided", f"{sentence} Two ranks give no interval; train more with --ranks."
     if seeds < 2:
         return "undecided", f"{sentence} Not enough seeds to tell; train more with --seeds."
-    if edges := [f"r = {one.rank}" for one in found.curve if one.edge and one.rank in growth.ranks]:
+    if edges := [f"r = {one.rank}" for one in result.curve if one.edge and one.rank in growth.ranks]:
         return "undecided", f"{sentence} The best rate of {', '.join(edges)} lies on the edge of those tried."
     if growth.beta.high < growth.random:
         return "yes", sentence

@@ -33,34 +33,34 @@ class ComparisonRow(NamedTuple):
         return f"across {self.across}, {one} against {other}"
 
 
-def select_comparisons(found: Overlap) -> list[ComparisonRow]:
+def select_comparisons(result: Overlap) -> list[ComparisonRow]:
     """What the figures show: a low against the highest rank, and two seeds at the highest rank with several.
 
     Raises:
         ConfigError: nothing was compared.
     """
-    beside = [ComparisonRow("ranks", found.ranks, None)] if found.ranks else []
+    beside = [ComparisonRow("ranks", result.ranks, None)] if result.ranks else []
     beside += [
-        ComparisonRow("seeds", one, other) for one, other in zip(found.seeds[-1:], found.random[-1:], strict=True)
+        ComparisonRow("seeds", one, other) for one, other in zip(result.seeds[-1:], result.random[-1:], strict=True)
     ]
     if not beside:
         raise ConfigError("nothing to plot: no runs were compared")
     return beside
 
 
-def plot_overlaps(found: Overlap, figure: Figure | None = None) -> Figure:
+def plot_overlaps(result: Overlap, figure: Figure | None = None) -> Figure:
     """Heat maps of φ(i, j), each beside what chance gives, all on the same colours; median over layers and pairs.
 
     The first row is across ranks beside the chance level max(i, j)/d, the second across seeds beside a random pair.
 
     Args:
-        found: from ``evidence.overlap``.
+        result: from ``measure_overlap``.
         figure: an empty one to draw on; None makes one.
 
     Raises:
         ConfigError: nothing was compared.
     """
-    rows = select_comparisons(found)
+    rows = select_comparisons(result)
     columns = 2 * len(rows[0].measured.sides)
     figure = figure or new_figure(9, 0.6 + 2.5 * len(rows))
     grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -72,7 +72,7 @@ def plot_overlaps(found: Overlap, figure: Figure | None = None) -> Figure:
             name, chance = _by_chance(row, side)
             images.append(_heat(pair[1], chance, name, row.measured))
     bar = figure.colorbar(images[0], ax=list(grid.flat), fraction=0.025, pad=0.015)
-    bar.set_label(f"overlap φ(i, j) of {MATRIX_SYMBOLS[found.of]}: 1 shared, 0 orthogonal", fontsize=FONT_SIZE)
+    bar.set_label(f"overlap φ(i, j) of {MATRIX_SYMBOLS[result.of]}: 1 shared, 0 orthogonal", fontsize=FONT_SIZE)
     bar.ax.tick_params(labelsize=FONT_SIZE)
     return figure
 
@@ -103,18 +103,18 @@ def _ticks(n: int) -> list[int]:
     return list(range(1, n + 1)) if step == 1 else [1, *range(step, n + 1, step)]
 
 
-def plot_directions(found: Overlap, figure: Figure | None = None) -> Figure:
+def plot_directions(result: Overlap, figure: Figure | None = None) -> Figure:
     """φ(i, i) against i with the chance level, between which 95 % of single layers lie by chance, and the factors
     before training; a panel for each side, across ranks above and across seeds below.
 
     Args:
-        found: from ``evidence.overlap``.
+        result: from ``measure_overlap``.
         figure: an empty one to draw on; None makes one.
 
     Raises:
         ConfigError: nothing was compared.
     """
-    rows = select_comparisons(found)
+    rows = select_comparisons(result)
     columns = len(rows[0].measured.sides)
     figure = figure or new_figure(9, 0.9 + 2.8 * len(rows))
     grid = figure.subplots(len(rows), columns, squeeze=False, sharey=True)
@@ -124,7 +124,7 @@ def plot_directions(found: Overlap, figure: Figure | None = None) -> Figure:
             _diagonal(panel, side, random)
             panel.set_title(f"{SPACES[side.side]}: {row.title}", fontsize=FONT_SIZE + 1)
             panel.set_xlabel("i, how many top directions of each", fontsize=FONT_SIZE + 1)
-        axes[0].set_ylabel(f"overlap φ(i, i) of {MATRIX_SYMBOLS[found.of]}", fontsize=FONT_SIZE + 1)
+        axes[0].set_ylabel(f"overlap φ(i, i) of {MATRIX_SYMBOLS[result.of]}", fontsize=FONT_SIZE + 1)
     grid[0][0].set_ylim(0, min(1.04, 1.1 * max(SHARED_OVERLAP, *map(_highest, rows))))
     _legend(figure, [panel for axes in grid for panel in axes])
     return figure

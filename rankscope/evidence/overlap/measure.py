@@ -105,17 +105,17 @@ def _gaussian(like: Update, rank: int, *parts: str) -> LowRank:
     return LowRank(B.to(like.device, torch.float32), A.to(like.device, torch.float32))
 
 
-def verdicts(found: Overlap) -> list[Verdict]:
-    """Whether the top directions are found again at another rank, and with another seed.
+def verdicts(result: Overlap) -> list[Verdict]:
+    """Whether runs of another rank, and of another seed, have the same top directions.
 
     The left side decides, as the right one may say where A began (Zhu et al. 2024); of A alone the right side, where it
     counts. "yes": most layers overlap beyond chance, and φ(1, 1) does for sure. "no": most layers do not, and φ(1, 1)
     is below ``SHARED_OVERLAP`` for sure.
     """
-    repeated = found.seeds[-1] if found.seeds else None
+    repeated = result.seeds[-1] if result.seeds else None
     return [
-        _verdict(found.of, "ranks", found.ranks, "only one rank was trained; train more with --ranks"),
-        _verdict(found.of, "seeds", repeated, "not enough seeds: there is one; train more with --seeds"),
+        _verdict(result.of, "ranks", result.ranks, "only one rank was trained; train more with --ranks"),
+        _verdict(result.of, "seeds", repeated, "not enough seeds: there is one; train more with --seeds"),
     ]
 
 
@@ -151,7 +151,8 @@ def _sentence(of: MatrixKind, comparison: RunComparison) -> str:
     side, count = comparison.decisive_side, len(comparison.pairs)
     runs = f"{count} pair{'s' if count > 1 else ''} of runs"
     said = [
-        f"r = {comparison.rank_a} against r = {comparison.rank_b}, {MATRIX_SYMBOLS[of]}, {runs}, {_describe_side(side)}."
+        f"r = {comparison.rank_a} against r = {comparison.rank_b}, {MATRIX_SYMBOLS[of]}, {runs}, "
+        f"{_describe_side(side)}."
     ]
     where = {"yes": "above", "no": "below", "undecided": "about"}[answer_above(side.top, SHARED_OVERLAP)]
     said.append(f"φ(1, 1) is {where} the {SHARED_OVERLAP:g} from which Hu et al. (2021) call a direction shared.")
@@ -162,7 +163,8 @@ def _sentence(of: MatrixKind, comparison: RunComparison) -> str:
     right = comparison.right
     if right is not None and side is not right:
         said.append(
-            f"Right side: φ(1, 1) = {format_interval(right.top)}, {right.significant} of {right.layers} layers beyond chance; "
+            f"Right side: φ(1, 1) = {format_interval(right.top)}, {right.significant} of {right.layers} layers "
+            "beyond chance; "
             f"it {explain_side(right)}."
         )
     if comparison.edge:

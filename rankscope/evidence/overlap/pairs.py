@@ -168,8 +168,8 @@ def _rows(results: Sequence[CompareResult]) -> list[LayerOverlap]:
     if not shared:
         raise RankscopeError("no layer can be compared in every pair of runs")
     sides = [side for side in SIDES if side in results[0].layers[0].sides]
-    found = [(name, side, [result[name].sides[side] for result in results]) for name in shared for side in sides]
-    p = [max(float(familywise_p_values(one.p, one.d).min()) for one in several) for _, _, several in found]
+    compared = [(name, side, [result[name].sides[side] for result in results]) for name in shared for side in sides]
+    p = [max(float(familywise_p_values(one.p, one.d).min()) for one in several) for _, _, several in compared]
     return [
         LayerOverlap(
             layer=name,
@@ -180,7 +180,7 @@ def _rows(results: Sequence[CompareResult]) -> list[LayerOverlap]:
             p=least,
             holm=float(adjusted),
         )
-        for (name, side, several), least, adjusted in zip(found, p, holm(p), strict=True)
+        for (name, side, several), least, adjusted in zip(compared, p, holm(p), strict=True)
     ]
 
 
@@ -196,13 +196,13 @@ def _cell(several: Sequence[SideComparison], k: int) -> OverlapCell:
 def _initial(pairs: Sequence[tuple[RunUpdates, RunUpdates]], side: Side) -> list[list[SideComparison]]:
     """The factors before training, A on the right and B on the left, pair by pair; empty where one has none."""
     of: MatrixKind = "A" if side == "right" else "B"
-    found = []
+    comparisons = []
     for pair in pairs:
         a, b = ({name: update for name, update in run.initial.items() if _is_nonzero(update, of)} for run in pair)
         if not a or not b:
             return []
-        found.append([layer.sides[side] for layer in _compare(a, b, of).layers])
-    return found
+        comparisons.append([layer.sides[side] for layer in _compare(a, b, of).layers])
+    return comparisons
 
 
 def _is_nonzero(update: Update, of: MatrixKind) -> bool:

@@ -14,27 +14,28 @@ from rankscope.verdict import MAX_CORRECTED_P, Verdict
 MEANS = "φ(i, j) = ‖U_iᵀV_j‖²_F / min(i, j): 1 where the top i directions of one and the top j of the other are shared."
 
 
-def build_section(found: Overlap, verdicts: Sequence[Verdict]) -> Section:
+def build_section(result: Overlap, verdicts: Sequence[Verdict]) -> Section:
     """Overlap across ranks and seeds, as evidence on whether the directions learned are the task's own."""
-    rows = select_comparisons(found)
+    rows = select_comparisons(result)
     return Section(
         lead=(
             f"If the task asks for few directions, runs of another rank or seed find them again: the top directions of "
-            f"{MATRIX_SYMBOLS[found.of]} are compared, each overlap beside what independent random subspaces would have."
+            f"{MATRIX_SYMBOLS[result.of]} are compared, each overlap beside what independent random subspaces "
+            "would have."
         ),
         verdicts=verdicts,
-        pictures=(_grids(found, rows), _directions(found, rows)),
-        tables=(_summary(found), _layers(found)),
-        notes=tuple(_notes(found)),
+        pictures=(_grids(result, rows), _directions(result, rows)),
+        tables=(_summary(result), _layers(result)),
+        notes=tuple(_notes(result)),
     )
 
 
-def _grids(found: Overlap, rows: Sequence[ComparisonRow]) -> Picture:
+def _grids(result: Overlap, rows: Sequence[ComparisonRow]) -> Picture:
     return Picture(
         name="overlap-grids",
         caption=f"{MEANS} Median over layers and pairs of runs.",
         alt="Heat maps of the overlap. " + " ".join(_describe_row(row) for row in rows),
-        draw=lambda: plot_overlaps(found),
+        draw=lambda: plot_overlaps(result),
         data=Table(
             name="overlap-grids",
             caption="Overlap of the top i and the top j directions, median over layers.",
@@ -62,7 +63,7 @@ def _beside(row: ComparisonRow) -> Iterator[tuple[SideOverlap, SideOverlap | Non
         yield side, row.random.sides.get(side.side) if row.random else None
 
 
-def _directions(found: Overlap, rows: Sequence[ComparisonRow]) -> Picture:
+def _directions(result: Overlap, rows: Sequence[ComparisonRow]) -> Picture:
     return Picture(
         name="overlap-directions",
         caption=(
@@ -70,7 +71,7 @@ def _directions(found: Overlap, rows: Sequence[ComparisonRow]) -> Picture:
             "single layers by chance. Where the factors before training overlap already, the side proves nothing."
         ),
         alt="Overlap against the number of directions. " + " ".join(_describe_row(row) for row in rows),
-        draw=lambda: plot_directions(found),
+        draw=lambda: plot_directions(result),
         data=Table(
             name="overlap-directions",
             caption="Overlap of the top i directions of each, median over layers.",
@@ -109,9 +110,9 @@ def _describe_row(row: ComparisonRow) -> str:
     return f"{row.title.capitalize()}: {'; '.join(sides)}."
 
 
-def _summary(found: Overlap) -> Table:
-    named = [("ranks", found.ranks)] if found.ranks else []
-    named += [("seeds", one) for one in found.seeds] + [("random pair", one) for one in found.random]
+def _summary(result: Overlap) -> Table:
+    named = [("ranks", result.ranks)] if result.ranks else []
+    named += [("seeds", one) for one in result.seeds] + [("random pair", one) for one in result.random]
     return Table(
         name="overlap-summary",
         caption=(
@@ -137,8 +138,8 @@ def _summary_row(across: str, one: RunComparison, side: SideOverlap) -> tuple[Ce
     )
 
 
-def _layers(found: Overlap) -> Table:
-    named = ([("ranks", found.ranks)] if found.ranks else []) + [("seeds", one) for one in found.seeds]
+def _layers(result: Overlap) -> Table:
+    named = ([("ranks", result.ranks)] if result.ranks else []) + [("seeds", one) for one in result.seeds]
     return Table(
         name="overlap-layers",
         caption=(
@@ -162,16 +163,17 @@ def _layers(found: Overlap) -> Table:
     )
 
 
-def _notes(found: Overlap) -> Iterator[str]:
+def _notes(result: Overlap) -> Iterator[str]:
     yield (
         f"The p of a grid is the chance that the least p of a whole grid is as small, from {DRAWS} pairs of random "
         "subspaces; what is rarer is bounded by the number of cells times p. Holm's correction for layers and sides "
-        f"follows, and {MAX_CORRECTED_P:g} is where the line is drawn. With several pairs of runs each of them has to pass."
+        f"follows, and {MAX_CORRECTED_P:g} is where the line is drawn. With several pairs of runs each of them has "
+        "to pass."
     )
-    if found.ranks is not None:
+    if result.ranks is not None:
         yield "Across ranks each pair of runs has one seed: initial factors of its own, and the same batches in order."
-    for across, one in (("ranks", found.ranks), ("seeds", found.seeds[-1] if found.seeds else None)):
-        if one is not None and found.of != "B" and one.right is not None:
+    for across, one in (("ranks", result.ranks), ("seeds", result.seeds[-1] if result.seeds else None)):
+        if one is not None and result.of != "B" and one.right is not None:
             yield f"Across {across} the right side {explain_side(one.right)}."
         if one is not None and one.skipped:
             yield f"Across {across} not compared: {'; '.join(one.skipped)}."

@@ -30,7 +30,7 @@ Series = tuple[str, str, str, list[Entry]]
 """Name, colour, marker, entries in order of rank."""
 
 
-def plot_rank_curve(found: Performance) -> Figure:
+def plot_rank_curve(result: Performance) -> Figure:
     """Score against rank, and against trained parameters.
 
     A line joins the means over seeds, with their intervals; small markers are seeds; a hollow marker is a best rate on
@@ -41,36 +41,36 @@ def plot_rank_curve(found: Performance) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.25, 1))
     for axes in (left, right):
         style_grid(axes)
-        _references(axes, found)
-    lines = _series(found)
+        _references(axes, result)
+    lines = _series(result)
     for i, line in enumerate(lines):
         # Side by side: at one rank the intervals of several series would cover each other.
         _draw(left, line, _rank, APART ** (i - (len(lines) - 1) / 2))
         _draw(right, line, _trainable)
-    _marks(left, found)
-    _without_rank(right, found)
+    _marks(left, result)
+    _without_rank(right, result)
     set_log2_axis(left)
     left.set_xticks(sorted({entry.rank for *_, entries in lines for entry in entries if entry.rank}))
     right.set_xscale("log")
-    right.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if _decades(found) < 2 else (1.0,)))
+    right.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if _decades(result) < 2 else (1.0,)))
     right.xaxis.set_major_formatter(EngFormatter(sep=""))
     right.xaxis.set_minor_formatter(NullFormatter())
     left.set_xlabel("nominal rank r, each at its best rate")
     right.set_xlabel("trained parameters")
-    left.set_ylabel(f"{found.metric} ({'higher' if found.higher_is_better else 'lower'} is better)")
-    left.set_ylim(*_limits(found))
-    if any(len(entry.scores) > 1 for entry in found.entries if entry.method != "base"):
+    left.set_ylabel(f"{result.metric} ({'higher' if result.higher_is_better else 'lower'} is better)")
+    left.set_ylim(*_limits(result))
+    if any(len(entry.scores) > 1 for entry in result.entries if entry.method != "base"):
         left.plot([], [], "|", color=GREY, markersize=9, label=f"{CONFIDENCE_LEVEL:.0%} interval of the mean")
         left.plot([], [], "_", color=GREY, markersize=7, label="a seed")
-    if any(entry.edge for entry in found.entries):
+    if any(entry.edge for entry in result.entries):
         left.plot([], [], "o", color=GREY, markerfacecolor="white", markersize=MARKER, label="best rate on the edge")
     _legend(figure, left, right)
     return figure
 
 
-def _decades(found: Performance) -> float:
+def _decades(result: Performance) -> float:
     """How far the sizes of what is trained reach."""
-    sizes = [entry.trainable for entry in found.entries if entry.trainable]
+    sizes = [entry.trainable for entry in result.entries if entry.trainable]
     return math.log10(max(sizes) / min(sizes)) if sizes else 0.0
 
 
@@ -82,10 +82,10 @@ def _trainable(entry: Entry) -> float:
     return float(entry.trainable)
 
 
-def _series(found: Performance) -> list[Series]:
+def _series(result: Performance) -> list[Series]:
     """The methods with ranks, LoRA's curve first."""
-    groups: dict[tuple[str, str | None], list[Entry]] = {(found.method, found.targets): []}
-    for entry in found.entries:
+    groups: dict[tuple[str, str | None], list[Entry]] = {(result.method, result.targets): []}
+    for entry in result.entries:
         if entry.rank is not None:
             groups.setdefault((entry.method, entry.targets), []).append(entry)
     return [
@@ -118,12 +118,12 @@ def _point(axes: Axes, entry: Entry, x: float, colour: str, marker: str) -> None
     axes.plot([x], [entry.score.value], marker, color=colour, markerfacecolor=fill, markersize=MARKER, zorder=3)
 
 
-def _references(axes: Axes, found: Performance) -> None:
+def _references(axes: Axes, result: Performance) -> None:
     """Full fine-tuning, the untouched base, and the share of the gain that is asked for between them."""
-    full, base = found.entry_of("full"), found.entry_of("base")
+    full, base = result.entry_of("full"), result.entry_of("base")
     if full:
         _level(axes, full.score, FULL, "-", "full fine-tuning")
-    if full and base and not found.missing:
+    if full and base and not result.missing:
         asked = base.score.value + GAIN_SHARE * (full.score.value - base.score.value)
         axes.axhline(asked, color=FULL, linewidth=1, linestyle="--", label=f"{GAIN_SHARE:.0%} of its gain")
     if base:
@@ -137,30 +137,30 @@ def _level(axes: Axes, score: Interval, colour: str, style: str, name: str) -> N
     axes.axhline(score.value, color=colour, linewidth=1.2, linestyle=style, label=name)
 
 
-def _marks(axes: Axes, found: Performance) -> None:
+def _marks(axes: Axes, result: Performance) -> None:
     """Where ranks are low, the smallest with the gain asked for, and the smallest equivalent to full fine-tuning."""
-    smallest = min(entry.rank or 1 for entry in found.lora_curve)
-    low = LOW_RANK_SHARE * found.dim
+    smallest = min(entry.rank or 1 for entry in result.lora_curve)
+    low = LOW_RANK_SHARE * result.dim
     axes.axvspan(smallest / 1.25, low, color=GREY, alpha=0.12, linewidth=0, label=f"low rank: up to {low:g}")
-    axes.set_xlim(smallest / 1.25, max(low, *(entry.rank or 1 for entry in found.entries)) * 1.25)
+    axes.set_xlim(smallest / 1.25, max(low, *(entry.rank or 1 for entry in result.entries)) * 1.25)
     marked: dict[int, list[str]] = {}
-    if found.r90 and found.r90.rank is not None:
-        marked.setdefault(found.r90.rank, []).append(f"r{100 * GAIN_SHARE:.0f}")
-    if found.equivalent is not None:
-        marked.setdefault(found.equivalent, []).append("r≈")
+    if result.r90 and result.r90.rank is not None:
+        marked.setdefault(result.r90.rank, []).append(f"r{100 * GAIN_SHARE:.0f}")
+    if result.equivalent is not None:
+        marked.setdefault(result.equivalent, []).append("r≈")
     for rank, names in marked.items():
         axes.axvline(rank, color=DARK, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
         said = f"{' = '.join(names)} = {rank}"
         axes.text(rank, 1.01, said, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=FONT_SIZE)
 
 
-def _without_rank(axes: Axes, found: Performance) -> None:
+def _without_rank(axes: Axes, result: Performance) -> None:
     """Full fine-tuning and methods such as training biases alone are points; one of several sizes is a line."""
     methods: dict[str, list[Entry]] = {}
-    for entry in sorted(found.entries, key=_trainable):
+    for entry in sorted(result.entries, key=_trainable):
         if entry.rank is None and entry.method != "base":
             methods.setdefault(entry.method, []).append(entry)
-    used = len(_series(found))
+    used = len(_series(result))
     for i, (method, entries) in enumerate(methods.items(), used):
         if method == "full":
             _point(axes, entries[0], _trainable(entries[0]), FULL, "D")
@@ -178,11 +178,11 @@ def _without_rank(axes: Axes, found: Performance) -> None:
             )
 
 
-def _limits(found: Performance) -> tuple[float, float]:
-    scores = [score for entry in found.entries for score in entry.scores]
+def _limits(result: Performance) -> tuple[float, float]:
+    scores = [score for entry in result.entries for score in entry.scores]
     low, high = min(scores), max(scores)
     spread = high - low or abs(high) or 1.0
-    trained = [entry.score for entry in found.entries if entry.method != "base"]
+    trained = [entry.score for entry in result.entries if entry.method != "base"]
     ends = [end for score in trained for end in (score.low, score.high) if end is not None]
     low = max(min([low, *ends]), low - BEYOND * spread)
     high = min(max([high, *ends]), high + BEYOND * spread)
@@ -217,7 +217,7 @@ COSTS = (
 )
 
 
-def plot_costs(found: Performance) -> Figure:
+def plot_costs(result: Performance) -> Figure:
     """What each rank costs, relative to full fine-tuning where there is one, and how it fits the training data.
 
     Hollow markers are of runs that were trained in one pass with others: the peak is that of all, the time a share.
@@ -226,21 +226,21 @@ def plot_costs(found: Performance) -> Figure:
     panels = list(figure.subplots(2, 2, sharex=True).flat)
     for axes, cost in zip(panels, COSTS, strict=False):
         style_grid(axes)
-        _cost(axes, found, cost)
+        _cost(axes, result, cost)
     panels[2].set_yscale("log")
-    _gaps(panels[3], found)
+    _gaps(panels[3], result)
     for axes in panels[2:]:
         set_log2_axis(axes)
-        axes.set_xticks(sorted({entry.rank for entry in found.entries if entry.rank}))
+        axes.set_xticks(sorted({entry.rank for entry in result.entries if entry.rank}))
         axes.set_xlabel("nominal rank r, each at its best rate")
     _legend(figure, panels[0])
     return figure
 
 
-def _cost(axes: Axes, found: Performance, cost: CostMeasure) -> None:
-    full = found.entry_of("full")
+def _cost(axes: Axes, result: Performance, cost: CostMeasure) -> None:
+    full = result.entry_of("full")
     whole = cost.of(full) if full else None
-    for name, colour, marker, entries in _series(found):
+    for name, colour, marker, entries in _series(result):
         known = [(entry, value / (whole or 1.0)) for entry in entries if (value := cost.of(entry)) is not None]
         axes.plot([_rank(entry) for entry, _ in known], [y for _, y in known], color=colour, linewidth=1.2)
         axes.plot([], [], f"-{marker}", color=colour, linewidth=1.2, markersize=MARKER, label=name)
@@ -249,20 +249,20 @@ def _cost(axes: Axes, found: Performance, cost: CostMeasure) -> None:
             axes.plot([_rank(entry)], [y], marker, color=colour, markerfacecolor=fill, markersize=MARKER)
     if whole:
         axes.axhline(1.0, color=FULL, linewidth=1.2, label="full fine-tuning")
-    if cost.shared and any(entry.together > 1 for entry in found.entries):
+    if cost.shared and any(entry.together > 1 for entry in result.entries):
         axes.plot([], [], "o", color=GREY, markerfacecolor="white", label="trained in one pass with other runs")
     said = f"{cost.name} / full fine-tuning" if whole else cost.name + cost.unit
     axes.set_ylabel(f"{said}\n(lower is better)")
 
 
-def _gaps(axes: Axes, found: Performance) -> None:
+def _gaps(axes: Axes, result: Performance) -> None:
     style_grid(axes)
-    for _, colour, marker, entries in _series(found):
+    for _, colour, marker, entries in _series(result):
         known = [(_rank(entry), entry.gap) for entry in entries if entry.gap is not None]
         axes.plot([x for x, _ in known], [y for _, y in known], f"-{marker}", color=colour, markersize=MARKER)
-    full = found.entry_of("full")
+    full = result.entry_of("full")
     if full and full.gap is not None:
         axes.axhline(full.gap, color=FULL, linewidth=1.2)
     axes.set_ylabel("training loss − test loss\n(lower: fits its training data more)")
-    if all(entry.gap is None for entry in found.entries):
+    if all(entry.gap is None for entry in result.entries):
         axes.text(0.5, 0.5, "no loss of both kinds", transform=axes.transAxes, ha="center", fontsize=FONT_SIZE)

@@ -52,8 +52,8 @@ class Performance(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def lora_curve(self) -> list[Entry]:
         """LoRA's ranks, ascending."""
-        found = [e for e in self.entries if e.method == self.method and e.targets == self.targets]
-        return sorted(found, key=lambda entry: entry.rank or 0)
+        entries = [e for e in self.entries if e.method == self.method and e.targets == self.targets]
+        return sorted(entries, key=lambda entry: entry.rank or 0)
 
     def entry_of(self, method: str) -> Entry | None:
         """The entry of a method without rank, such as "full" or "base"."""
@@ -71,11 +71,11 @@ def measure_performance(material: Material, margin: float = MARGIN) -> Performan
     """
     first = material.lora_rows()[0]
     labels = group_by_label(row for row in material.rows if row.is_best)
-    gains = {label: gains_by_seed(material, found) for label, found in labels.items()}
+    gains = {label: gains_by_seed(material, rows) for label, rows in labels.items()}
     full, missing = _reference(material, gains)
     allowed = margin * statistics.fmean(full.values()) if full and not missing else None
     run = first.record.run
-    entries = [make_entry(material, found, gains[label], full, allowed) for label, found in labels.items()]
+    entries = [make_entry(material, rows, gains[label], full, allowed) for label, rows in labels.items()]
     entries = _correct_p_values(entries, run.method, run.targets)
     curve = [entry for entry in entries if entry.method == run.method and entry.targets == run.targets]
     return Performance(
@@ -122,17 +122,17 @@ def _is_equivalent(entry: Entry) -> bool:
 # Verdicts
 
 
-def verdicts(found: Performance) -> list[Verdict]:
+def verdicts(result: Performance) -> list[Verdict]:
     """Whether a low rank is enough, and whether some rank is equivalent to full fine-tuning."""
-    return [verdict_on_gain(found), verdict_on_equivalence(found)]
+    return [verdict_on_gain(result), verdict_on_equivalence(result)]
 
 
-def incomparability_reason(found: Performance) -> str | None:
+def incomparability_reason(result: Performance) -> str | None:
     """Why no rank can be compared with full fine-tuning, if none can."""
-    full = found.entry_of("full")
-    if found.missing or full is None or full.gain is None:
-        return f"Nothing to compare with: {found.missing}."
-    if max((len(entry.paired) for entry in found.lora_curve), default=0) < 2:
+    full = result.entry_of("full")
+    if result.missing or full is None or full.gain is None:
+        return f"Nothing to compare with: {result.missing}."
+    if max((len(entry.paired) for entry in result.lora_curve), default=0) < 2:
         return "Not enough seeds to tell: no two of LoRA's seeds have full fine-tuning beside them; train with --seeds."
     if full.edge:
         end = "lowest" if full.edge == "low" else "highest"
@@ -142,48 +142,51 @@ def incomparability_reason(found: Performance) -> str | None:
         )
     if full.gain.low is not None and full.gain.low <= 0:
         return (
-            f"Full fine-tuning does not surely improve on the base: its gain is {format_interval(full.gain)} {found.metric}, "
+            f"Full fine-tuning does not surely improve on the base: its gain is {format_interval(full.gain)} "
+            f"{result.metric}, "
             f"mean of {len(full.seeds)} seeds with its {CONFIDENCE_LEVEL:.0%} interval."
         )
     return None
 
 
-def verdict_on_gain(found: Performance) -> Verdict:
-    line = LOW_RANK_SHARE * found.dim
-    reach = found.r90 or Reach(None, None, None)
-    answer, sentence = _whether_low(found, reach)
+def verdict_on_gain(result: Performance) -> Verdict:
+    line = LOW_RANK_SHARE * result.dim
+    reach = result.r90 or Reach(None, None, None)
+    answer, sentence = _whether_low(result, reach)
     return Verdict(
         line="performance",
         claim=f"A low rank is enough: it reaches {GAIN_SHARE:.0%} of full fine-tuning's gain over the base.",
         answer=answer,
         sentence=sentence,
-        refuted_by=f"Every rank up to {line:g} surely below {GAIN_SHARE:.0%} of the gain: the upper ends of their shares.",
+        refuted_by=f"Every rank up to {line:g} surely below {GAIN_SHARE:.0%} of the gain: the upper ends of their "
+        "shares.",
         value=_number(reach.rank),
         low=_number(reach.low),
         high=_number(reach.high),
     )
 
 
-def _whether_low(found: Performance, reach: Reach) -> tuple[Answer, str]:
+def _whether_low(result: Performance, reach: Reach) -> tuple[Answer, str]:
     """A rank with its best rate on the edge could only do better: that casts doubt on a "no" alone."""
-    if why := incomparability_reason(found):
+    if why := incomparability_reason(result):
         return "undecided", why
-    line = LOW_RANK_SHARE * found.dim
+    line = LOW_RANK_SHARE * result.dim
     # The smallest rank that may be enough lies above the largest that surely is not, whether it was tried or not.
-    least = largest_insufficient_rank([(entry.rank or 0, entry.share) for entry in found.lora_curve], GAIN_SHARE) + 1
-    answer = answer_low_rank(least, reach.high, found.dim)
-    sentence = f"{_describe_reach(found, reach)} Low is up to {line:g}, {LOW_RANK_SHARE:g} of the median smaller side {found.dim}."
-    edges = [entry.label for entry in found.lora_curve if entry.edge and entry.rank and entry.rank <= line]
+    least = largest_insufficient_rank([(entry.rank or 0, entry.share) for entry in result.lora_curve], GAIN_SHARE) + 1
+    answer = answer_low_rank(least, reach.high, result.dim)
+    sentence = f"{_describe_reach(result, reach)} Low is up to {line:g}, {LOW_RANK_SHARE:g} of the median smaller "
+    f"side {result.dim}."
+    edges = [entry.label for entry in result.lora_curve if entry.edge and entry.rank and entry.rank <= line]
     if answer == "no" and edges:
         return "undecided", f"{sentence} But the best rate of {_join_labels(edges)} lies on the edge of those tried."
-    if answer == "undecided" and not any(least <= (entry.rank or 0) <= line for entry in found.lora_curve):
+    if answer == "undecided" and not any(least <= (entry.rank or 0) <= line for entry in result.lora_curve):
         sentence += f" No rank from {least} to {line:g} was tried."
     return answer, sentence
 
 
-def _describe_reach(found: Performance, reach: Reach) -> str:
+def _describe_reach(result: Performance, reach: Reach) -> str:
     """Which rank reaches the share, and how far intervals leave that open."""
-    shares = [(entry, entry.share) for entry in found.lora_curve if entry.share]
+    shares = [(entry, entry.share) for entry in result.lora_curve if entry.share]
     over = f"the {CONFIDENCE_LEVEL:.0%} intervals over {_seeds(entry for entry, _ in shares)} seeds"
     if reach.rank is None:
         best, share = max(shares, key=lambda pair: pair[1].value)
@@ -200,49 +203,50 @@ def _describe_reach(found: Performance, reach: Reach) -> str:
     )
 
 
-def verdict_on_equivalence(found: Performance) -> Verdict:
-    answer, sentence, shown = _whether_equivalent(found)
+def verdict_on_equivalence(result: Performance) -> Verdict:
+    answer, sentence, shown = _whether_equivalent(result)
     difference = shown.difference if shown and shown.difference else None
     return Verdict(
         line="performance",
-        claim=f"Some rank is equivalent to full fine-tuning: its gain is within {found.margin:.0%} of that one's.",
+        claim=f"Some rank is equivalent to full fine-tuning: its gain is within {result.margin:.0%} of that one's.",
         answer=answer,
         sentence=sentence,
-        refuted_by=f"Every rank surely worse by more than the margin: the {CONFIDENCE_LEVEL:.0%} interval of each below it.",
+        refuted_by=f"Every rank surely worse by more than the margin: the {CONFIDENCE_LEVEL:.0%} interval of each "
+        "below it.",
     ).with_value(difference)
 
 
-def _whether_equivalent(found: Performance) -> tuple[Answer, str, Entry | None]:
+def _whether_equivalent(result: Performance) -> tuple[Answer, str, Entry | None]:
     """The answer, why, and the rank it rests on."""
-    tested = [entry for entry in found.lora_curve if entry.corrected is not None and entry.difference]
-    if (why := incomparability_reason(found)) or not tested or found.allowed is None:
+    tested = [entry for entry in result.lora_curve if entry.corrected is not None and entry.difference]
+    if (why := incomparability_reason(result)) or not tested or result.allowed is None:
         return "undecided", why or "No rank has two seeds beside full fine-tuning.", None
     passed = [entry for entry in tested if _is_equivalent(entry)]
     firm = [entry for entry in passed if not entry.edge]
     shown = (firm or passed or [min(tested, key=lambda entry: abs(entry.difference.value))])[0]  # type: ignore[union-attr]
-    sentence = _describe_difference(found, shown)
+    sentence = _describe_difference(result, shown)
     if firm:
         return "yes", f"r = {shown.rank} is the smallest rank equivalent to full fine-tuning. {sentence}", shown
     if passed:
         return "undecided", f"{sentence} But its best rate lies on the edge of those tried.", shown
-    highs = [entry.difference.high for entry in found.lora_curve if entry.difference]
-    if all(high is not None and high < -found.allowed for high in highs) and len(highs) == len(found.lora_curve):
-        edges = [entry.label for entry in found.lora_curve if entry.edge]
+    highs = [entry.difference.high for entry in result.lora_curve if entry.difference]
+    if all(high is not None and high < -result.allowed for high in highs) and len(highs) == len(result.lora_curve):
+        edges = [entry.label for entry in result.lora_curve if entry.edge]
         if edges:
             return "undecided", f"{sentence} But the best rate of {_join_labels(edges)} lies on the edge.", shown
         return "no", f"Every rank tried is worse than full fine-tuning by more than the margin. {sentence}", shown
-    if shown.difference and shown.difference.low is not None and shown.difference.low > found.allowed:
+    if shown.difference and shown.difference.low is not None and shown.difference.low > result.allowed:
         return "undecided", f"{sentence} LoRA is better; full fine-tuning may not have been trained to its best.", shown
     return "undecided", f"No rank is shown to be equivalent, nor all to be worse by more. {sentence}", shown
 
 
-def _describe_difference(found: Performance, entry: Entry) -> str:
+def _describe_difference(result: Performance, entry: Entry) -> str:
     """The difference of a rank from full fine-tuning beside the margin, and how it was tested."""
-    ranks = sum(one.corrected is not None for one in found.lora_curve)
+    ranks = sum(one.corrected is not None for one in result.lora_curve)
     by = format_interval(entry.difference or Interval(0))
     return (
-        f"The gain of r = {entry.rank} differs from that of full fine-tuning by {by} {found.metric}, margin "
-        f"± {found.allowed:.3g} ({found.margin:.0%} of its gain); p = {entry.corrected:.2g} by two one-sided t tests "
+        f"The gain of r = {entry.rank} differs from that of full fine-tuning by {by} {result.metric}, margin "
+        f"± {result.allowed:.3g} ({result.margin:.0%} of its gain); p = {entry.corrected:.2g} by two one-sided t tests "
         f"on {len(entry.paired)} pairs of seeds{f', corrected for {ranks} ranks (Holm)' if ranks > 1 else ''}."
     )
 

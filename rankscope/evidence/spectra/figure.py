@@ -33,7 +33,7 @@ def rank_colours(ranks: Sequence[int]) -> dict[int, str]:
     return {rank: to_hex(colormaps["YlGnBu"](0.35 + 0.6 * i / steps)) for i, rank in enumerate(sorted(ranks))}
 
 
-def plot_joint_spectra(found: Spectra) -> Figure:
+def plot_joint_spectra(result: Spectra) -> Figure:
     """σ against its index, a panel for each kind of module: the layer of median energy, every method on one axis.
 
     Grey: noise with the energy of the first method. Dashed: the largest σ that noise would have, judged by the median
@@ -42,14 +42,14 @@ def plot_joint_spectra(found: Spectra) -> Figure:
     Raises:
         ConfigError: no kind of module that all methods have.
     """
-    shown = _select_panels(found)
+    shown = _select_panels(result)
     if not shown:
         raise ConfigError("nothing to plot: the methods have no layer in common")
     rows = -(-len(shown) // A_ROW)
     columns = min(len(shown), A_ROW)
     figure = new_figure(9, 4 if rows == 1 else 6.5)
     panels: list[Axes] = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-    colours = rank_colours(found.ranks)
+    colours = rank_colours(result.ranks)
     for panel, spectrum in zip(panels, shown, strict=False):
         _panel(panel, spectrum, colours)
     for unused in panels[len(shown) :]:
@@ -62,10 +62,10 @@ def plot_joint_spectra(found: Spectra) -> Figure:
     return figure
 
 
-def _select_panels(found: Spectra) -> list[JointSpectrum]:
-    energy = {kind.kind: kind.energy for kind in reversed(found.kinds)}  # the first method's stays
-    most = sorted(found.joint, key=lambda spectrum: -energy[spectrum.kind])[:PANELS]
-    return [spectrum for spectrum in found.joint if spectrum in most]
+def _select_panels(result: Spectra) -> list[JointSpectrum]:
+    energy = {kind.kind: kind.energy for kind in reversed(result.kinds)}  # the first method's stays
+    most = sorted(result.joint, key=lambda spectrum: -energy[spectrum.kind])[:PANELS]
+    return [spectrum for spectrum in result.joint if spectrum in most]
 
 
 def _panel(axes: Axes, spectrum: JointSpectrum, colours: dict[int, str]) -> None:
@@ -121,24 +121,24 @@ def _legend(shown: Sequence[JointSpectrum], colours: dict[int, str]) -> list[Lin
     return handles
 
 
-def plot_ranks_by_kind(found: Spectra) -> Figure:
+def plot_ranks_by_kind(result: Spectra) -> Figure:
     """k90 and entropy rank by kind of module, medians over layers, beside noise and the smaller side."""
     figure = new_figure(9, 4)
     panels: list[Axes] = list(figure.subplots(1, 2, sharey=True))
-    colours = rank_colours(found.ranks)
-    names = list(dict.fromkeys(kind.kind for kind in found.kinds))
+    colours = rank_colours(result.ranks)
+    names = list(dict.fromkeys(kind.kind for kind in result.kinds))
     for panel, measure in zip(panels, measures_shown("kinds"), strict=True):
         style_grid(panel)
         panel.set_title(measure.label, fontsize=FONT_SIZE + 2)
         for place, name in enumerate(names):
-            _ranks(panel, place, measure.name, [kind for kind in found.kinds if kind.kind == name], colours)
+            _ranks(panel, place, measure.name, [kind for kind in result.kinds if kind.kind == name], colours)
         panel.set_xticks(range(len(names)), names, fontsize=FONT_SIZE, rotation=30 if len(names) > 4 else 0, ha="right")
         panel.set_xlim(-0.6, len(names) - 0.4)
         panel.set_xlabel("kind of module", fontsize=FONT_SIZE + 1)
     panels[0].set_yscale("log", base=2)
     panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panels[0].set_ylabel("effective rank of the update", fontsize=FONT_SIZE + 1)
-    handles = _rank_legend(found, colours)
+    handles = _rank_legend(result, colours)
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=FONT_SIZE, frameon=False)
     return figure
 
@@ -157,11 +157,11 @@ def _ranks(axes: Axes, place: int, measure: str, kinds: Sequence[KindRanks], col
             axes.plot([place], [kind.measures[measure]], "o", color=colours[kind.rank], markersize=5, zorder=3)
 
 
-def _rank_legend(found: Spectra, colours: dict[int, str]) -> list[Line2D]:
+def _rank_legend(result: Spectra, colours: dict[int, str]) -> list[Line2D]:
     def mark(marker: str, colour: str, label: str) -> Line2D:
         return Line2D([], [], color=colour, marker=marker, linestyle="none", label=label)
 
-    full = any(kind.label == FULL_LABEL for kind in found.kinds)
+    full = any(kind.label == FULL_LABEL for kind in result.kinds)
     return [
         *([mark("D", FULL_COLOUR, FULL_NAME)] if full else []),
         *(mark("o", colour, f"LoRA r = {rank}") for rank, colour in colours.items()),

@@ -133,8 +133,8 @@ class _MethodSpectra:
         self.edge: GridEdge = rows[0].choice.edge if rows[0].choice else None
         spectra = [{layer.name: layer for layer in row.spectra.layers} for row in rows if row.spectra is not None]
         self.seeds = len(spectra)
-        shared = [name for name in names if spectra and all(name in found for found in spectra)]
-        self.layers = {name: [found[name] for found in spectra] for name in shared}
+        shared = [name for name in names if spectra and all(name in by_name for by_name in spectra)]
+        self.layers = {name: [by_name[name] for by_name in spectra] for name in shared}
 
     def energy(self, name: str) -> float:
         return statistics.fmean(layer.energy for layer in self.layers[name])
@@ -169,22 +169,22 @@ def _methods(material: Material) -> Iterable[_MethodSpectra]:
 
 
 def _layer(method: _MethodSpectra, name: str) -> LayerRanks:
-    found = method.layers[name]
-    first = found[0]
+    layers = method.layers[name]
+    first = layers[0]
     return LayerRanks(
         label=method.label,
         rank=method.rank,
         name=name,
         kind=layer_kind(name),
         shape=first.shape,
-        seeds=len(found),
-        norm=statistics.fmean(layer.norm for layer in found),
-        measures={measure: statistics.fmean(layer.measures[measure] for layer in found) for measure in MEASURES},
+        seeds=len(layers),
+        norm=statistics.fmean(layer.norm for layer in layers),
+        measures={measure: statistics.fmean(layer.measures[measure] for layer in layers) for measure in MEASURES},
         noise=_noise(first),
-        mp_count=_mean(layer.noise["mp_count"] for layer in found if layer.noise),
-        gd_count=_mean(layer.noise["gd_count"] for layer in found if layer.noise),
-        floor=_mean(layer.rounding_floor.share for layer in found if layer.rounding_floor),
-        above_floor=_mean(layer.rounding_floor.above for layer in found if layer.rounding_floor),
+        mp_count=_mean(layer.noise["mp_count"] for layer in layers if layer.noise),
+        gd_count=_mean(layer.noise["gd_count"] for layer in layers if layer.noise),
+        floor=_mean(layer.rounding_floor.share for layer in layers if layer.rounding_floor),
+        above_floor=_mean(layer.rounding_floor.above for layer in layers if layer.rounding_floor),
         most=min(*first.shape, first.nominal_rank or min(first.shape)),
     )
 
@@ -221,8 +221,8 @@ def _kinds(methods: Sequence[_MethodSpectra], layers: Sequence[LayerRanks]) -> I
             )
 
 
-def _medians(found: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {measure: statistics.median(measures[measure] for measures in found) for measure in MEASURES}
+def _medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {measure: statistics.median(measures[measure] for measures in rows) for measure in MEASURES}
 
 
 def _joint(methods: Sequence[_MethodSpectra]) -> Iterable[JointSpectrum]:
@@ -235,20 +235,20 @@ def _joint(methods: Sequence[_MethodSpectra]) -> Iterable[JointSpectrum]:
 
 
 def _joint_of(methods: Sequence[_MethodSpectra], kind: str, name: str) -> JointSpectrum:
-    found = methods[0].layers[name]
-    null = noise_spectrum(found[0].shape)
+    layers = methods[0].layers[name]
+    null = noise_spectrum(layers[0].shape)
     scale = (methods[0].energy(name) / null.energy) ** 0.5
     return JointSpectrum(
         kind=kind,
         name=name,
-        shape=found[0].shape,
+        shape=layers[0].shape,
         curves=tuple(
             SpectrumCurve(label=method.label, rank=method.rank, values=_geometric(method.layers[name]))
             for method in methods
         ),
         noise=tuple((scale * null.values).tolist()),
-        mp_edge=_mean(layer.noise["mp_edge"] for layer in found if layer.noise),
-        rounding_edge=_mean(layer.rounding_floor.edge for layer in found if layer.rounding_floor),
+        mp_edge=_mean(layer.noise["mp_edge"] for layer in layers if layer.noise),
+        rounding_edge=_mean(layer.rounding_floor.edge for layer in layers if layer.rounding_floor),
     )
 
 
@@ -260,13 +260,13 @@ def _geometric(layers: Sequence[LayerSpectrum]) -> tuple[float, ...]:
     return tuple(means)
 
 
-def verdicts(found: Spectra) -> list[Verdict]:
+def verdicts(result: Spectra) -> list[Verdict]:
     """Whether full fine-tuning's update has a low rank, and whether LoRA uses the rank it is given."""
-    return [_of_full(found), *_of_lora(found)]
+    return [_of_full(result), *_of_lora(result)]
 
 
-def _of_full(found: Spectra) -> Verdict:
-    layers = found.layers_of(FULL_LABEL)
+def _of_full(result: Spectra) -> Verdict:
+    layers = result.layers_of(FULL_LABEL)
     changed = [layer for layer in layers if layer.norm > 0]
     answer: Answer = "undecided"
     share: Interval | None = None
@@ -276,11 +276,11 @@ def _of_full(found: Spectra) -> Verdict:
         sentence = "Full fine-tuning changed no matrix."
     else:
         share = median_over_layers([layer.measures["k90"] / layer.dim for layer in changed])
-        sentence = _full_sentence(found, changed, share)
+        sentence = _full_sentence(result, changed, share)
         floor = _floor(changed)
         if floor is not None and floor > FLOOR:
             sentence += f" The update is below the rounding floor: storage can have made {floor:.2g} of its norm."
-        elif share.known and found.edges[FULL_LABEL] is None:
+        elif share.known and result.edges[FULL_LABEL] is None:
             answer = answer_low_rank(share.low, share.high, 1)
     return Verdict(
         line="spectra",
@@ -297,46 +297,48 @@ def _floor(layers: Sequence[LayerRanks]) -> float | None:
     return statistics.median(shares) if any(layer.floor is not None for layer in layers) else None
 
 
-def _full_sentence(found: Spectra, layers: Sequence[LayerRanks], share: Interval) -> str:
+def _full_sentence(result: Spectra, layers: Sequence[LayerRanks], share: Interval) -> str:
     k90 = statistics.median(layer.measures["k90"] for layer in layers)
     dim = statistics.median(layer.dim for layer in layers)
     noise = statistics.median(layer.noise["k90"] / layer.dim for layer in layers if layer.noise)
     counts = [layer.mp_count for layer in layers if layer.mp_count is not None]
     above = f" {statistics.median(counts):.3g} singular values stand above the noise edge." if counts else ""
     return (
-        f"90 % of the energy of full fine-tuning's update lies in {format_interval(share)} of the smaller side (median of "
-        f"{_layers(layers)}, {_seeds(found, FULL_LABEL)}: {k90:.3g} of {dim:g}); pure noise of these shapes would "
-        f"read {noise:.2g}.{above} Low is up to {LOW_RANK_SHARE:g}.{_edge(found, FULL_LABEL)}"
+        f"90 % of the energy of full fine-tuning's update lies in {format_interval(share)} of the smaller side "
+        "(median of "
+        f"{_layers(layers)}, {_seeds(result, FULL_LABEL)}: {k90:.3g} of {dim:g}); pure noise of these shapes would "
+        f"read {noise:.2g}.{above} Low is up to {LOW_RANK_SHARE:g}.{_edge(result, FULL_LABEL)}"
     )
 
 
-def _of_lora(found: Spectra) -> list[Verdict]:
+def _of_lora(result: Spectra) -> list[Verdict]:
     """At the highest rank, where most can be left unused."""
-    rank = max(found.ranks, default=1)
+    rank = max(result.ranks, default=1)
     label = f"r = {rank}"
-    layers = [layer for layer in found.layers_of(label) if layer.norm > 0 and layer.most > 1]
+    layers = [layer for layer in result.layers_of(label) if layer.norm > 0 and layer.most > 1]
     if not layers:
         return []
     share = median_over_layers([layer.measures["entropy_rank"] / layer.most for layer in layers])
     used: dict[Answer, Answer] = {"yes": "no", "no": "yes", "undecided": "undecided"}
-    ranks = [f"{_entropy(found, r):.3g} at r = {r}" for r in found.ranks]
+    ranks = [f"{_entropy(result, r):.3g} at r = {r}" for r in result.ranks]
     return [
         Verdict(
             line="spectra",
             claim=f"LoRA of rank {rank} leaves most of its rank unused.",
-            answer=used[answer_above(share, USED)] if found.edges[label] is None else "undecided",
+            answer=used[answer_above(share, USED)] if result.edges[label] is None else "undecided",
             sentence=(
-                f"At r = {rank} the entropy rank of LoRA's update is {format_interval(share)} of the rank that it can have "
-                f"(median of {_layers(layers)}, {_seeds(found, label)}); below {USED:g} most is unused. It is "
-                f"{', '.join(ranks)}.{_edge(found, label)}"
+                f"At r = {rank} the entropy rank of LoRA's update is {format_interval(share)} of the rank that it "
+                "can have "
+                f"(median of {_layers(layers)}, {_seeds(result, label)}); below {USED:g} most is unused. It is "
+                f"{', '.join(ranks)}.{_edge(result, label)}"
             ),
             refuted_by=f"An entropy rank of at least {USED:g} of r (lower end of the interval).",
         ).with_value(share)
     ]
 
 
-def _entropy(found: Spectra, rank: int) -> float:
-    return statistics.median(layer.measures["entropy_rank"] for layer in found.layers_of(f"r = {rank}"))
+def _entropy(result: Spectra, rank: int) -> float:
+    return statistics.median(layer.measures["entropy_rank"] for layer in result.layers_of(f"r = {rank}"))
 
 
 def _layers(layers: Sequence[LayerRanks]) -> str:
@@ -344,12 +346,12 @@ def _layers(layers: Sequence[LayerRanks]) -> str:
     return f"{len(layers)} layers" if len(layers) >= MIN_LAYERS else few
 
 
-def _seeds(found: Spectra, label: str) -> str:
-    count = found.seeds[label]
+def _seeds(result: Spectra, label: str) -> str:
+    count = result.seeds[label]
     return f"{count} seed{'' if count == 1 else 's'}"
 
 
-def _edge(found: Spectra, label: str) -> str:
-    edge = found.edges[label]
+def _edge(result: Spectra, label: str) -> str:
+    edge = result.edges[label]
     end = "lowest" if edge == "low" else "highest"
     return f" Its best rate is the {end} that was tried: a better one may lie beyond." if edge else ""

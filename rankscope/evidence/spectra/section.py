@@ -15,7 +15,7 @@ NOISE = "noise"
 TITLES = tuple(name.replace("_", " ") for name in MEASURES)
 
 
-def build_section(found: Spectra, verdicts: Sequence[Verdict]) -> Section:
+def build_section(result: Spectra, verdicts: Sequence[Verdict]) -> Section:
     """Singular values and effective ranks of all methods."""
     return Section(
         lead=(
@@ -23,27 +23,27 @@ def build_section(found: Spectra, verdicts: Sequence[Verdict]) -> Section:
             "so each is shown beside that of a noise matrix of its shape."
         ),
         verdicts=verdicts,
-        pictures=(*([_joint(found)] if found.joint else []), _by_kind(found)),
-        tables=(_layers(found),),
-        notes=tuple(_notes(found)),
+        pictures=(*([_joint(result)] if result.joint else []), _by_kind(result)),
+        tables=(_layers(result),),
+        notes=tuple(_notes(result)),
     )
 
 
-def _joint(found: Spectra) -> Picture:
-    names = ", ".join(f"{one.kind}: {one.name}" for one in found.joint)
+def _joint(result: Spectra) -> Picture:
+    names = ", ".join(f"{one.kind}: {one.name}" for one in result.joint)
     return Picture(
         name="spectra",
         caption=(
             "Singular values of one layer a kind, that of median energy; geometric means over seeds. Grey: noise with "
-            f"the energy of {_name(found.joint[0].curves[0].label)}. Layers: {names}."
+            f"the energy of {_name(result.joint[0].curves[0].label)}. Layers: {names}."
         ),
-        alt=" ".join(_joint_alt(one) for one in found.joint),
-        draw=lambda: plot_joint_spectra(found),
+        alt=" ".join(_joint_alt(one) for one in result.joint),
+        draw=lambda: plot_joint_spectra(result),
         data=Table(
             name="spectra",
             caption="σ of each method and of noise, largest first.",
             header=("kind", "layer", "method", "index", "σ"),
-            rows=[row for one in found.joint for row in _curves(one)],
+            rows=[row for one in result.joint for row in _curves(one)],
         ),
     )
 
@@ -63,7 +63,7 @@ def _joint_alt(one: JointSpectrum) -> str:
     return f"{one.kind}: σ of {', '.join(said)}{edge}."
 
 
-def _by_kind(found: Spectra) -> Picture:
+def _by_kind(result: Spectra) -> Picture:
     return Picture(
         name="ranks-by-kind",
         caption=(
@@ -71,9 +71,9 @@ def _by_kind(found: Spectra) -> Picture:
             f"smaller side of the weight, dotted {LOW_RANK_SHARE:g} of it."
         ),
         alt=" ".join(
-            _kind_alt(kind) for kind in found.kinds if kind.label in (FULL_LABEL, f"r = {max(found.ranks or [0])}")
+            _kind_alt(kind) for kind in result.kinds if kind.label in (FULL_LABEL, f"r = {max(result.ranks or [0])}")
         ),
-        draw=lambda: plot_ranks_by_kind(found),
+        draw=lambda: plot_ranks_by_kind(result),
         data=Table(
             name="ranks-by-kind",
             caption=(
@@ -81,7 +81,7 @@ def _by_kind(found: Spectra) -> Picture:
                 "of all layers."
             ),
             header=("kind", "method", "layers", "smaller side", "share of energy", *TITLES),
-            rows=[row for kind in found.kinds for row in _kind_rows(kind)],
+            rows=[row for kind in result.kinds for row in _kind_rows(kind)],
             digits=3,
         ),
     )
@@ -102,9 +102,9 @@ def _kind_rows(kind: KindRanks) -> Iterator[tuple[Cell, ...]]:
         yield (kind.kind, NOISE, kind.layers, kind.dim, None, *(kind.noise[measure] for measure in MEASURES))
 
 
-def _layers(found: Spectra) -> Table:
-    ordered = sorted(found.layers, key=lambda layer: (natural_key(layer.name), layer.rank or 0))
-    floors = any(layer.floor is not None for layer in found.layers)
+def _layers(result: Spectra) -> Table:
+    ordered = sorted(result.layers, key=lambda layer: (natural_key(layer.name), layer.rank or 0))
+    floors = any(layer.floor is not None for layer in result.layers)
     return Table(
         name="spectra-layers",
         caption=(
@@ -131,17 +131,17 @@ def _layer_rows(layer: LayerRanks, floors: bool) -> Iterator[tuple[Cell, ...]]:
         yield (layer.name, NOISE, shape, None, *noise, None, None, *((None, None) if floors else ()))
 
 
-def _notes(found: Spectra) -> Iterator[str]:
+def _notes(result: Spectra) -> Iterator[str]:
     yield (
         "k90 is the fewest directions with 90 % of the squared norm; for square noise it is .51 of the side. The "
         "entropy rank is the exponential of the entropy of σ/Σσ (Roy & Vetterli)."
     )
-    if any(layer.label == FULL_LABEL for layer in found.layers):
+    if any(layer.label == FULL_LABEL for layer in result.layers):
         yield (
             "Of full fine-tuning only the layers that an adapter of the study changes are counted, without biases, "
             "norms and heads."
         )
-    if all(layer.floor is None for layer in found.layers):
+    if all(layer.floor is None for layer in result.layers):
         yield "All updates were stored in float32: there is no rounding floor."
 
 

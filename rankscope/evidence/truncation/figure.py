@@ -27,7 +27,7 @@ MOST_KINDS = 12
 MOST_TICKS = 9
 
 
-def plot_truncation(found: Truncation) -> Figure:
+def plot_truncation(result: Truncation) -> Figure:
     """Left: the score against k, of the best rank k, of the update without it, and of LoRA's best rank k.
 
     Lines are means over seeds, bands the least to the largest. The ring is the smallest k that keeps ``GAIN`` of the
@@ -35,36 +35,36 @@ def plot_truncation(found: Truncation) -> Figure:
     """
     figure = new_figure(9, 4.4)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    _scores(left, found)
-    _kinds(right, found.kinds, found.kinds_seed)
+    _scores(left, result)
+    _kinds(right, result.kinds, result.kinds_seed)
     figure.legend(
         *left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=FONT_SIZE, frameon=False
     )
     return figure
 
 
-def _scores(axes: Axes, found: Truncation) -> None:
+def _scores(axes: Axes, result: Truncation) -> None:
     style_grid(axes)
-    _references(axes, found)
-    _curve(axes, found.full.kept, FULL_COLOUR, "o", f"{FULL_NAME}: best rank k")
-    _curve(axes, found.full.removed, REMOVED, "v", f"{FULL_NAME} without its best rank k")
-    if found.lora is not None:
-        _curve(axes, found.lora.kept, LORA, "s", f"{found.lora.name}: best rank k")
-    for cut, colour in ((found.full, FULL_COLOUR), *([(found.lora, LORA)] if found.lora else [])):
+    _references(axes, result)
+    _curve(axes, result.full.kept, FULL_COLOUR, "o", f"{FULL_NAME}: best rank k")
+    _curve(axes, result.full.removed, REMOVED, "v", f"{FULL_NAME} without its best rank k")
+    if result.lora is not None:
+        _curve(axes, result.lora.kept, LORA, "s", f"{result.lora.name}: best rank k")
+    for cut, colour in ((result.full, FULL_COLOUR), *([(result.lora, LORA)] if result.lora else [])):
         _mark(axes, cut, colour)
-    _axis(axes, [point.k for point in found.full.kept], found.full.dim)
-    way = "higher" if found.higher_is_better else "lower"
-    axes.set_ylabel(f"{found.metric} ({way} is better)", fontsize=FONT_SIZE + 1)
+    _axis(axes, [point.k for point in result.full.kept], result.full.dim)
+    way = "higher" if result.higher_is_better else "lower"
+    axes.set_ylabel(f"{result.metric} ({way} is better)", fontsize=FONT_SIZE + 1)
     axes.set_xlabel("k: rank kept, or removed, in every matrix", fontsize=FONT_SIZE + 1)
 
 
-def _references(axes: Axes, found: Truncation) -> None:
+def _references(axes: Axes, result: Truncation) -> None:
     """The base, the whole update, and the line where ``GAIN`` of the gain is reached."""
-    base, whole = found.base.value, statistics.fmean(found.full.recorded)
+    base, whole = result.base.value, statistics.fmean(result.full.recorded)
     axes.axhline(base, color=DARK, linestyle=":", linewidth=1.1, label="untouched base")
-    axes.axhspan(min(found.full.recorded), max(found.full.recorded), color=FULL_COLOUR, alpha=0.18, linewidth=0)
+    axes.axhspan(min(result.full.recorded), max(result.full.recorded), color=FULL_COLOUR, alpha=0.18, linewidth=0)
     axes.axhline(whole, color=FULL_COLOUR, linestyle="--", linewidth=1, label="whole update, as its run recorded")
-    if found.full.gain.value > 0:
+    if result.full.gain.value > 0:
         line = base + GAIN_SHARE * (whole - base)
         axes.axhline(line, color=GREY, linestyle=(0, (5, 2)), linewidth=1, label=f"{GAIN_SHARE:.0%} of its gain")
 

@@ -258,8 +258,8 @@ def _cut(
     seeds = tuple(row.record.run.seed for row in rows)
     gains = [material.gain(scores.kept[update.max_rank], seed) for scores, seed in zip(taken, seeds, strict=True)]
 
-    def points(found: Sequence[Mapping[int, float]]) -> tuple[TruncationPoint, ...]:
-        return tuple(_point(material, k, [scores[k] for scores in found], seeds, gains) for k in found[0])
+    def points(by_seed: Sequence[Mapping[int, float]]) -> tuple[TruncationPoint, ...]:
+        return tuple(_point(material, k, [scores[k] for scores in by_seed], seeds, gains) for k in by_seed[0])
 
     kept = points([scores.kept for scores in taken])
     shares = [(point.k, point.share) for point in kept if point.share is not None]
@@ -286,31 +286,31 @@ def _point(
     material: Material, k: int, scores: Sequence[float], seeds: Sequence[int], gains: Sequence[float]
 ) -> TruncationPoint:
     some = statistics.fmean(gains) > 0
-    found = [material.gain(score, seed) for score, seed in zip(scores, seeds, strict=True)]
-    share = ratio_interval(found, gains) if some else None
+    own_gains = [material.gain(score, seed) for score, seed in zip(scores, seeds, strict=True)]
+    share = ratio_interval(own_gains, gains) if some else None
     return TruncationPoint(k=k, scores=tuple(scores), score=mean_interval(scores), share=share)
 
 
-def verdicts(found: Truncation) -> list[Verdict]:
+def verdicts(result: Truncation) -> list[Verdict]:
     """Whether a low rank of the update is enough, whether it is needed, and how much of LoRA's rank is.
 
     Undecided where the best rate lies at an end of those tried, or the stored update is not the run's.
     """
-    full, lora = found.full, found.lora
+    full, lora = result.full, result.lora
     low = f"A rank is low up to {LOW_RANK_SHARE * full.dim:g}, {LOW_RANK_SHARE:g} of the smaller side {full.dim}"
     said = [
         _enough(
-            found, full, LOW_RANK_SHARE * full.dim, low, "A low-rank part of full fine-tuning's update keeps its gain."
+            result, full, LOW_RANK_SHARE * full.dim, low, "A low-rank part of full fine-tuning's update keeps its gain."
         ),
-        _need_verdict(found),
+        _need_verdict(result),
     ]
     if lora is not None:
         half = f"Half of what it has is {lora.limit / 2:g}"
-        said.append(_enough(found, lora, lora.limit / 2, half, f"{lora.name} needs at most half of its directions."))
+        said.append(_enough(result, lora, lora.limit / 2, half, f"{lora.name} needs at most half of its directions."))
     return said
 
 
-def _enough(found: Truncation, cut: TruncationCurve, line: float, drawn: str, claim: str) -> Verdict:
+def _enough(result: Truncation, cut: TruncationCurve, line: float, drawn: str, claim: str) -> Verdict:
     refuted = (
         f"Less than {GAIN_SHARE:g} of the gain kept for sure (upper end of the interval) at every rank up to {line:g}."
     )
@@ -324,7 +324,7 @@ def _enough(found: Truncation, cut: TruncationCurve, line: float, drawn: str, cl
         line="truncation",
         claim=claim,
         answer=answer,
-        sentence=_sentence(found, cut, drawn),
+        sentence=_sentence(result, cut, drawn),
         refuted_by=refuted,
         value=rank,
         low=low if known else None,
@@ -340,10 +340,10 @@ def _reproduces_score(cut: TruncationCurve) -> bool:
     return cut.reproduction_error <= MARGIN * abs(cut.gain.value)
 
 
-def _sentence(found: Truncation, cut: TruncationCurve, drawn: str) -> str:
+def _sentence(result: Truncation, cut: TruncationCurve, drawn: str) -> str:
     rank = cut.k90.rank
     below = [point.k for point in cut.kept if rank is not None and point.k < rank]
-    gain = f"its gain of {cut.gain.value:.3g} {found.metric} {_over(cut)}"
+    gain = f"its gain of {cut.gain.value:.3g} {result.metric} {_over(cut)}"
     if rank == cut.limit:
         first = f"Only the whole update of {cut.name} keeps {gain}"
     else:
@@ -380,8 +380,8 @@ def _has_intervals(cut: TruncationCurve) -> bool:
     return whole is not None and whole.known
 
 
-def _need_verdict(found: Truncation) -> Verdict:
-    cut, k = found.full, found.full.k90.rank
+def _need_verdict(result: Truncation) -> Verdict:
+    cut, k = result.full, result.full.k90.rank
     answer: Answer = "undecided"
     share = next((point.share for point in cut.removed if point.k == k), None)
     if share is None:
@@ -390,7 +390,8 @@ def _need_verdict(found: Truncation) -> Verdict:
         sentence = f"No direction is needed: without any, {_share(cut.kept, 0)} of the gain is kept {_over(cut)}."
     else:
         sentence = (
-            f"Without its top {k} directions in each matrix the update of {cut.name} keeps {format_interval(share)} of its "
+            f"Without its top {k} directions in each matrix the update of {cut.name} keeps "
+            f"{format_interval(share)} of its "
             f"gain, with them alone {_share(cut.kept, k)} {_over(cut)}. Needed are directions without which less than "
             f"{GAIN_SHARE:g} is kept."
         )

@@ -21,7 +21,7 @@ LIGHT, DARK = np.array([0.66, 0.83, 0.95]), np.array([0.0, 0.08, 0.25])
 """Blues of the lowest and of the highest LoRA rank."""
 
 
-def plot_weight(found: WeightComparison, figure: Figure | None = None) -> Figure:
+def plot_weight(result: WeightComparison, figure: Figure | None = None) -> Figure:
     """Amplification against the number of directions, and the three columns of Table 7, medians over layers.
 
     A faint line is a layer; LoRA at its rank, full fine-tuning at its top r directions. Dashed: random directions.
@@ -33,12 +33,12 @@ def plot_weight(found: WeightComparison, figure: Figure | None = None) -> Figure
         set_log2_axis(axes)
         axes.set_yscale("log")
         axes.set_xlabel("r: directions of the update (LoRA: its rank)", fontsize=FONT_SIZE + 1)
-        axes.set_xticks(sorted({one.r for one in found.strengths}))
-    for rows, colour, marker, name in _groups(found):
-        columns = [c for c in found.columns if (c.rank is None) == (rows[0].rank is None)]
+        axes.set_xticks(sorted({one.r for one in result.strengths}))
+    for rows, colour, marker, name in _groups(result):
+        columns = [c for c in result.columns if (c.rank is None) == (rows[0].rank is None)]
         _amplification(left, rows, columns, colour, marker, name)
         _strength(right, rows, colour, marker, name)
-    _references(right, found)
+    _references(right, result)
     left.set_ylabel("amplification ‖ΔW‖/‖UᵀWV‖", fontsize=FONT_SIZE + 1)
     right.set_ylabel("‖UᵀWV‖ (Frobenius norm)", fontsize=FONT_SIZE + 1)
     left.set_title("how far the update amplifies its directions", fontsize=FONT_SIZE + 2)
@@ -48,8 +48,8 @@ def plot_weight(found: WeightComparison, figure: Figure | None = None) -> Figure
     return figure
 
 
-def _groups(found: WeightComparison) -> list[tuple[list[AmplificationSummary], str, str, str]]:
-    groups = [(found.lora_strengths, LORA, "o", "LoRA"), (found.full_strengths, FULL, "D", "full fine-tuning")]
+def _groups(result: WeightComparison) -> list[tuple[list[AmplificationSummary], str, str, str]]:
+    groups = [(result.lora_strengths, LORA, "o", "LoRA"), (result.full_strengths, FULL, "D", "full fine-tuning")]
     return [group for group in groups if group[0]]
 
 
@@ -77,9 +77,9 @@ def _strength(axes: Axes, rows: Sequence[AmplificationSummary], colour: str, mar
     axes.plot([one.r for one in rows], own, f"-{marker}", color=colour, linewidth=1.6, markersize=4.5, label=label)
 
 
-def _references(axes: Axes, found: WeightComparison) -> None:
+def _references(axes: Axes, result: WeightComparison) -> None:
     """W's own column and the random one, which are the weight's alone."""
-    once = sorted({one.r: one.median for one in found.strengths}.items())
+    once = sorted({one.r: one.median for one in result.strengths}.items())
     r = [at for at, _ in once]
     random, sd = (np.array([getattr(one, field) for _, one in once]) for field in ("random", "random_sd"))
     axes.plot(r, [one.top for _, one in once], "-s", color=TOP, linewidth=1.2, markersize=4, label="top r of W itself")
@@ -87,7 +87,7 @@ def _references(axes: Axes, found: WeightComparison) -> None:
     axes.fill_between(r, np.maximum(random - sd, random / 10), random + sd, color=GREY, alpha=0.25, linewidth=0)
 
 
-def plot_positions(found: WeightComparison, figure: Figure | None = None) -> Figure:
+def plot_positions(result: WeightComparison, figure: Figure | None = None) -> Figure:
     """Figure 8 of Hu et al. 2021 with its chance level, left and right, means over layers and seeds.
 
     Above: energy of the update's top i directions at each place of the weight's spectrum, in units of chance. Below:
@@ -100,8 +100,8 @@ def plot_positions(found: WeightComparison, figure: Figure | None = None) -> Fig
         for axes in (above, below):
             style_grid(axes)
             set_log2_axis(axes)
-        for curve in found.curves:
-            style = _style(found, curve.rank)
+        for curve in result.curves:
+            style = _style(result, curve.rank)
             places = curve.sides[side]
             above.plot(
                 curve.ends, places.energy, color=style, marker=_marker(curve.rank), markersize=3.5, linewidth=1.3
@@ -110,7 +110,7 @@ def plot_positions(found: WeightComparison, figure: Figure | None = None) -> Fig
                 curve.ends, places.overlap, color=style, marker=_marker(curve.rank), markersize=3.5, linewidth=1.3
             )
         above.axhline(1, color=BLACK, linestyle="--", linewidth=1.2)
-        for curve in {curve.i: curve for curve in found.curves}.values():
+        for curve in {curve.i: curve for curve in result.curves}.values():
             below.plot(curve.ends, curve.sides[side].expected, color=BLACK, linestyle="--", linewidth=1)
         above.set_title(SPACES[side], fontsize=FONT_SIZE + 2)
         below.set_xlabel("m: place in W's spectrum, 1 the strongest", fontsize=FONT_SIZE + 1)
@@ -119,7 +119,7 @@ def plot_positions(found: WeightComparison, figure: Figure | None = None) -> Fig
     grid[1, 0].set_ylim(0, 1.02)
     for axes in grid.flat:
         axes.set_ylim(bottom=0)
-    handles = [_handle(found, curve) for curve in found.curves]
+    handles = [_handle(result, curve) for curve in result.curves]
     handles.append(Line2D([], [], color=BLACK, linestyle="--", label="chance: 1, and max(i, m)/d for each i"))
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=FONT_SIZE, frameon=False
@@ -127,25 +127,25 @@ def plot_positions(found: WeightComparison, figure: Figure | None = None) -> Fig
     return figure
 
 
-def _handle(found: WeightComparison, curve: PositionCurve) -> Line2D:
+def _handle(result: WeightComparison, curve: PositionCurve) -> Line2D:
     label = f"{curve.label}, i = {curve.i}" if curve.rank is not None else f"full fine-tuning, i = {curve.i}"
-    return Line2D([], [], color=_style(found, curve.rank), marker=_marker(curve.rank), markersize=3.5, label=label)
+    return Line2D([], [], color=_style(result, curve.rank), marker=_marker(curve.rank), markersize=3.5, label=label)
 
 
 def _marker(rank: int | None) -> str:
     return "D" if rank is None else "o"
 
 
-def _style(found: WeightComparison, rank: int | None) -> tuple[float, float, float] | str:
+def _style(result: WeightComparison, rank: int | None) -> tuple[float, float, float] | str:
     """LoRA's ranks from light to dark blue, full fine-tuning in its own colour."""
     if rank is None:
         return FULL
-    ranks = [one.rank for one in found.lora_strengths]
+    ranks = [one.rank for one in result.lora_strengths]
     red, green, blue = LIGHT + (DARK - LIGHT) * ranks.index(rank) / max(len(ranks) - 1, 1)
     return float(red), float(green), float(blue)
 
 
-def plot_intruders(found: WeightComparison, figure: Figure | None = None) -> Figure:
+def plot_intruders(result: WeightComparison, figure: Figure | None = None) -> Figure:
     """max|cos| of the top directions of the tuned weights to all old ones; how many are intruders at each threshold.
 
     A dot is a direction of a layer and a seed; below the line at ε it is an intruder. The dashed line is a random
@@ -155,11 +155,11 @@ def plot_intruders(found: WeightComparison, figure: Figure | None = None) -> Fig
     left, right = figure.subplots(1, 2)
     for axes in (left, right):
         style_grid(axes)
-    for place, one in enumerate(found.novelties):
-        cosines = [c for layer in found.intruders if layer.rank == one.rank for seed in layer.cosines for c in seed]
+    for place, one in enumerate(result.novelties):
+        cosines = [c for layer in result.intruders if layer.rank == one.rank for seed in layer.cosines for c in seed]
         # A golden-ratio sequence spreads the dots evenly, and the same way each time.
         spread = (np.arange(len(cosines)) * 0.6180339887 % 1 - 0.5) * 0.7
-        colour = _style(found, one.rank)
+        colour = _style(result, one.rank)
         left.plot(place + spread, cosines, ".", color=colour, markersize=2.5, alpha=0.45, rasterized=True)
         name = "full fine-tuning" if one.rank is None else one.label
         right.plot(
@@ -171,7 +171,7 @@ def plot_intruders(found: WeightComparison, figure: Figure | None = None) -> Fig
             linewidth=1.3,
             label=name,
         )
-    chances = [one.chance for one in found.novelties]
+    chances = [one.chance for one in result.novelties]
     chance = float(np.median(chances))
     lines = [
         left.axhline(
@@ -184,11 +184,11 @@ def plot_intruders(found: WeightComparison, figure: Figure | None = None) -> Fig
     ]
     right.axvline(INTRUDER_THRESHOLD, color=BLACK, linewidth=1.2)
     right.axvline(chance, color=BLACK, linestyle="--", linewidth=1.2)
-    left.set_xticks(range(len(found.novelties)), [one.label.replace("r = ", "") for one in found.novelties])
+    left.set_xticks(range(len(result.novelties)), [one.label.replace("r = ", "") for one in result.novelties])
     left.set_ylim(0, 1.03)
     left.set_xlabel("LoRA's rank r", fontsize=FONT_SIZE + 1)
     left.set_ylabel("max|cos| to the old directions (1 = kept)", fontsize=FONT_SIZE + 1)
-    directions = max(one.directions for one in found.novelties)
+    directions = max(one.directions for one in result.novelties)
     left.set_title(f"the top {directions} directions of every tuned weight", fontsize=FONT_SIZE + 2)
     figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=FONT_SIZE, frameon=False)
     right.set_xlabel("threshold ε", fontsize=FONT_SIZE + 1)

@@ -110,7 +110,7 @@ class RankRuns:
 
 @dataclass(frozen=True)
 class LayerMeasurements:
-    """One layer of one rank: what was found in each seed. ``tables``: by seed, then by r."""
+    """One layer of one rank: the measurements of each seed. ``tables``: by seed, then by r."""
 
     layer: str
     shape: tuple[int, int]
@@ -171,9 +171,9 @@ def layer_amplifications(rank: int | None, layers: Sequence[LayerMeasurements]) 
             found=_over_seeds(seeds),
             holm=float(corrected),
         )
-        for r, found in cells.items()
+        for r, cells_of_r in cells.items()
         for (one, seeds), corrected in zip(
-            found, holm([max(cell.p for cell in seeds) for _, seeds in found]), strict=True
+            cells_of_r, holm([max(cell.p for cell in seeds) for _, seeds in cells_of_r]), strict=True
         )
     ]
 
@@ -202,22 +202,22 @@ def combine_amplifications(cells: Sequence[Amplification], how: Callable[[list[f
 
 def position_curve(rank: int | None, layers: Sequence[LayerMeasurements]) -> PositionCurve:
     """Figure 8 over the layers and seeds that have as many directions as most can have."""
-    found = [places for one in layers for places in one.places]
-    i = max(places.i for places in found)
+    places_of_layers = [places for one in layers for places in one.places]
+    i = max(places.i for places in places_of_layers)
     # Where directions are rounding, an update has fewer, and another chance level.
-    found = [places for places in found if places.i == i]
-    shortest = min(len(places.left.energy) for places in found)
+    places_of_layers = [places for places in places_of_layers if places.i == i]
+    shortest = min(len(places.left.energy) for places in places_of_layers)
     ends = [2**power for power in range(shortest.bit_length()) if 2**power < shortest] + [shortest]
-    left, right = (_places(found, side, ends) for side in ("left", "right"))
+    left, right = (_places(places_of_layers, side, ends) for side in ("left", "right"))
     return PositionCurve(rank=rank, i=i, ends=tuple(ends), left=left, right=right)
 
 
-def _places(found: Sequence[Positions], name: str, ends: Sequence[int]) -> MeanPositions:
-    sides = [getattr(places, name) for places in found]
+def _places(positions: Sequence[Positions], name: str, ends: Sequence[int]) -> MeanPositions:
+    sides = [getattr(places, name) for places in positions]
     at = np.array(ends) - 1
     energy = [
         [side.energy[start:end].mean() * side.d / places.i for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-        for places, side in zip(found, sides, strict=True)
+        for places, side in zip(positions, sides, strict=True)
     ]
 
     def mean(rows: object) -> tuple[float, ...]:

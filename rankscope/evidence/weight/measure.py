@@ -141,20 +141,20 @@ def measure_weight(material: Material) -> WeightComparison:
     groups = [RankRuns.of(material, rank, rows) for rank, rows in group_by_rank(material.lora_rows()).items()]
     if full := material.best_rows("full"):
         groups.append(RankRuns.of(material, None, full))
-    found: dict[int | None, list[LayerMeasurements]] = {group.rank: [] for group in groups}
+    measurements: dict[int | None, list[LayerMeasurements]] = {group.rank: [] for group in groups}
     skipped: list[str] = []
     for name in material.track(material.layers):
         for rank, one in measure_layer(material, name, groups, skipped.append):
-            found[rank].append(one)
-    groups = [group for group in groups if found[group.rank]]
+            measurements[rank].append(one)
+    groups = [group for group in groups if measurements[group.rank]]
     if all(group.rank is None for group in groups):
         reason = skipped[0] if skipped else "no adapter changes a matrix of the base"
         raise MissingEvidenceError(f"no adapter can be held against its weight ({reason}); train LoRA with --ranks")
-    tables = {group.rank: layer_amplifications(group.rank, found[group.rank]) for group in groups}
-    new = {group.rank: [layer_intruders(group.rank, one) for one in found[group.rank]] for group in groups}
+    tables = {group.rank: layer_amplifications(group.rank, measurements[group.rank]) for group in groups}
+    new = {group.rank: [layer_intruders(group.rank, one) for one in measurements[group.rank]] for group in groups}
     return WeightComparison(
         strengths=tuple(one for group in groups for one in _strengths(group, tables[group.rank])),
-        curves=tuple(position_curve(group.rank, found[group.rank]) for group in groups),
+        curves=tuple(position_curve(group.rank, measurements[group.rank]) for group in groups),
         novelties=tuple(_novelty(group, new[group.rank]) for group in groups),
         fall=_fall([one for group in groups if not group.edge for one in tables[group.rank] if one.rank is not None]),
         columns=tuple(one for group in groups for one in tables[group.rank]),
@@ -220,15 +220,17 @@ def _fall(table: Sequence[LayerAmplification]) -> AmplificationSlope | None:
     )
 
 
-def verdicts(found: WeightComparison) -> list[Verdict]:
+def verdicts(result: WeightComparison) -> list[Verdict]:
     """Where the update points, whether its amplification falls with the rank, and whether it brings new directions."""
-    return [_direction(found), _falling(found), _novel(found)]
+    return [_direction(result), _falling(result), _novel(result)]
 
 
-def _direction(found: WeightComparison) -> Verdict:
-    """By ``ratio`` against 1 and ``reach`` against ``REACH_THRESHOLD``: "yes" where both are beyond for sure, "no" where one is on
-    the wrong side for sure."""
-    at = found.judged_strength
+def _direction(result: WeightComparison) -> Verdict:
+    """Compares ``ratio`` with 1 and ``reach`` with ``REACH_THRESHOLD``.
+
+    "yes" where both intervals lie on the claimed side of their line, "no" where one lies on the other side.
+    """
+    at = result.judged_strength
     random, strong = answer_above(at.ratio, 1.0), answer_above(at.reach, REACH_THRESHOLD)
     answer: Answer = (
         "no" if random == "no" or strong == "yes" else "yes" if (random, strong) == ("yes", "no") else "undecided"
@@ -236,27 +238,30 @@ def _direction(found: WeightComparison) -> Verdict:
     return _verdict(
         "The update points where the weight is neither strong nor merely random.",
         answer,
-        f"at r = {at.r} the weight along the directions of ΔW, ‖UᵀWV‖, is {format_interval(at.ratio)} times that along random "
-        f"ones (line: above 1) and {format_interval(at.reach)} of that along its own strongest (line: below {REACH_THRESHOLD:g}); median "
+        f"at r = {at.r} the weight along the directions of ΔW, ‖UᵀWV‖, is {format_interval(at.ratio)} times that "
+        "along random "
+        f"ones (line: above 1) and {format_interval(at.reach)} of that along its own strongest (line: below "
+        f"{REACH_THRESHOLD:g}); median "
         f"over {_layers(at)}. {at.significant} of {at.layers} layers are above random by themselves (corrected "
         f"p < {MAX_CORRECTED_P:g}; median z {at.median.z:.2g}).",
-        f"‖UᵀWV‖ for sure below that along random directions, or above {REACH_THRESHOLD:g} of that along the weight's strongest.",
+        f"‖UᵀWV‖ for sure below that along random directions, or above {REACH_THRESHOLD:g} of that along the "
+        "weight's strongest.",
         at.ratio,
         [at.label] if at.edge else [],
     )
 
 
-def _falling(found: WeightComparison) -> Verdict:
+def _falling(result: WeightComparison) -> Verdict:
     """By the slope against 0 and against that of random directions, whose amplification falls as 1/r by itself."""
     claim = "The fewer directions an update has, the more it amplifies them, beyond what random directions would show."
     refuted = "A slope of ln(amplification) against ln(r) that is for sure above zero."
-    edge = [one.label for one in found.lora_strengths if one.edge]
-    if found.fall is None:
-        lacking = f"of {len(found.lora_strengths)} LoRA ranks, two are needed with a best rate inside the grid."
+    edge = [one.label for one in result.lora_strengths if one.edge]
+    if result.fall is None:
+        lacking = f"of {len(result.lora_strengths)} LoRA ranks, two are needed with a best rate inside the grid."
         return _verdict(claim, "undecided", lacking, refuted, None, edge)
-    fall, line = found.fall, min(0.0, SLOPE_FACTOR * found.fall.random)
+    fall, line = result.fall, min(0.0, SLOPE_FACTOR * result.fall.random)
     first, last = (
-        next(one for one in found.lora_strengths if one.rank == rank) for rank in (fall.ranks[0], fall.ranks[-1])
+        next(one for one in result.lora_strengths if one.rank == rank) for rank in (fall.ranks[0], fall.ranks[-1])
     )
     ends = [f"{one.median.amplification or 0:.3g} at r = {one.r}" for one in (first, last)]
     random = [f"{one.median.random_amplification:.3g}" for one in (first, last)]
@@ -269,7 +274,8 @@ def _falling(found: WeightComparison) -> Verdict:
     )
     numbers = (
         f"the amplification ‖ΔW‖/‖UᵀWV‖ goes from {ends[0]} to {ends[1]}, with a log-log slope of "
-        f"{format_interval(fall.slope)} (median over {_layers(first)}; line: {line:.3g}). Along random directions it would go "
+        f"{format_interval(fall.slope)} (median over {_layers(first)}; line: {line:.3g}). Along random directions "
+        "it would go "
         f"from {random[0]} to {random[1]}, with a slope of {fall.random:.3g}."
     )
     told = " Chance alone gives such a fall." if answer == "undecided" and answer_above(fall.slope, 0.0) == "no" else ""
@@ -277,10 +283,10 @@ def _falling(found: WeightComparison) -> Verdict:
     return _verdict(claim, answer, numbers + told + left_out, refuted, fall.slope, [])
 
 
-def _novel(found: WeightComparison) -> Verdict:
+def _novel(result: WeightComparison) -> Verdict:
     """By the median number of intruders a layer against ``INTRUDER_COUNT_THRESHOLD``."""
-    at = found.judged_strength
-    new = next(one for one in found.novelties if one.rank == at.rank)
+    at = result.judged_strength
+    new = next(one for one in result.novelties if one.rank == at.rank)
     # In so few dimensions a random direction is an intruder no more often than not.
     told = new.chance < INTRUDER_THRESHOLD
     energy = (
@@ -289,13 +295,16 @@ def _novel(found: WeightComparison) -> Verdict:
         if new.share is not None and new.inside is not None
         else ""
     )
-    beside = [f" Full fine-tuning: a mean of {one.mean:.2g}." for one in found.novelties if one.rank is None]
+    beside = [f" Full fine-tuning: a mean of {one.mean:.2g}." for one in result.novelties if one.rank is None]
     return _verdict(
         "The update brings no new direction among the weight's strongest (no intruder dimensions).",
         _opposite(answer_above(new.count, INTRUDER_COUNT_THRESHOLD)) if told else "undecided",
-        f"at r = {at.r}, of the top {new.directions} directions of a tuned weight {format_interval(new.count)} are intruders, "
-        f"with a max|cos| to all old ones below {INTRUDER_THRESHOLD:g} (random direction: {new.chance:.2f}); median over "
-        f"{_layers(at)}, line {INTRUDER_COUNT_THRESHOLD:g}, mean {new.mean:.2g}; {new.some} layers have one or more.{energy}"
+        f"at r = {at.r}, of the top {new.directions} directions of a tuned weight {format_interval(new.count)} are "
+        "intruders, "
+        f"with a max|cos| to all old ones below {INTRUDER_THRESHOLD:g} (random direction: {new.chance:.2f}); "
+        "median over "
+        f"{_layers(at)}, line {INTRUDER_COUNT_THRESHOLD:g}, mean {new.mean:.2g}; {new.some} layers have one or "
+        f"more.{energy}"
         + "".join(beside)
         + ("" if told else " The layers are too small: a random direction would be none."),
         "At least one intruder in most layers, for sure.",

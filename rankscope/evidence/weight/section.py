@@ -19,7 +19,7 @@ PUBLISHED_NAME = "published: GPT-3, one W_q"
 PUBLISHED_DIM = 12288
 
 
-def build_section(found: WeightComparison, verdicts: Sequence[Verdict]) -> Section:
+def build_section(result: WeightComparison, verdicts: Sequence[Verdict]) -> Section:
     """What the updates do to the weights that they are added to."""
     return Section(
         lead=(
@@ -27,14 +27,14 @@ def build_section(found: WeightComparison, verdicts: Sequence[Verdict]) -> Secti
             "Here the same is measured in every adapted layer, beside what random directions would give."
         ),
         verdicts=verdicts,
-        pictures=[_amplification(found), _positions(found), _intruders(found)],
-        tables=[_table7(found), _layers(found), _intruder_layers(found)],
-        notes=_notes(found),
+        pictures=[_amplification(result), _positions(result), _intruders(result)],
+        tables=[_table7(result), _layers(result), _intruder_layers(result)],
+        notes=_notes(result),
     )
 
 
-def _notes(found: WeightComparison) -> list[str]:
-    skipped = found.skipped
+def _notes(result: WeightComparison) -> list[str]:
+    skipped = result.skipped
     return [
         "Each rank stands at its own best rate; ‖ΔW‖, and the amplification with it, grows with the rate, so a step "
         "between two ranks may be one between two rates. The scale α/r is part of ΔW.",
@@ -52,13 +52,13 @@ def _name(one: AmplificationSummary) -> str:
     return "full fine-tuning" if one.rank is None else f"LoRA r = {one.rank}"
 
 
-def _amplification(found: WeightComparison) -> Picture:
-    first, last = found.lora_strengths[0], found.lora_strengths[-1]
+def _amplification(result: WeightComparison) -> Picture:
+    first, last = result.lora_strengths[0], result.lora_strengths[-1]
     ends = [f"{_value(one.amplification)} at r = {one.r}" for one in ((first, last) if first != last else (first,))]
     random = [f"{one.median.random_amplification:.3g}" for one in ((first, last) if first != last else (first,))]
     full = (
-        f" Full fine-tuning: {_value(found.full_strengths[0].amplification)} at r = {found.full_strengths[0].r}."
-        if found.full_strengths
+        f" Full fine-tuning: {_value(result.full_strengths[0].amplification)} at r = {result.full_strengths[0].r}."
+        if result.full_strengths
         else ""
     )
     return Picture(
@@ -72,7 +72,7 @@ def _amplification(found: WeightComparison) -> Picture:
             f"The median amplification of LoRA is {', and '.join(ends)}; along random directions it would be "
             f"{', and '.join(random)}.{full}"
         ),
-        draw=partial(plot_weight, found),
+        draw=partial(plot_weight, result),
         data=Table(
             name="weight",
             caption="Medians over layers, with 95 % intervals over layers.",
@@ -88,14 +88,14 @@ def _amplification(found: WeightComparison) -> Picture:
                     one.median.random,
                     one.median.random_sd,
                 ]
-                for one in found.strengths
+                for one in result.strengths
             ],
         ),
     )
 
 
-def _positions(found: WeightComparison) -> Picture:
-    judged = next(curve for curve in found.curves if curve.rank == found.judged_strength.rank)
+def _positions(result: WeightComparison) -> Picture:
+    judged = next(curve for curve in result.curves if curve.rank == result.judged_strength.rank)
     said = [
         f"{side} {places.energy[0]:.2g} times chance at the strongest and {places.energy[-1]:.2g} at the weakest octave"
         for side, places in judged.sides.items()
@@ -103,18 +103,19 @@ def _positions(found: WeightComparison) -> Picture:
     return Picture(
         name="weight-positions",
         caption=(
-            f"Where in the weight's spectrum the update's top i = min(r, {POSITION_DIRECTIONS}) directions lie (Figure 8 of the "
+            f"Where in the weight's spectrum the update's top i = min(r, {POSITION_DIRECTIONS}) directions lie "
+            "(Figure 8 of the "
             "paper). Above: energy at each place, 1 by chance. Below: overlap with the weight's top m; dashed, chance."
         ),
         alt=f"Energy of the directions of {judged.label}: {'; '.join(said)}.",
-        draw=partial(plot_positions, found),
+        draw=partial(plot_positions, result),
         data=Table(
             name="weight-positions",
             caption="Means over layers and seeds; places from the one after the row before up to m.",
             header=("update", "i", "side", "m", "φ(i, m)", "chance", "energy (1 = chance)"),
             rows=[
                 [curve.label, curve.i, side, m, *numbers]
-                for curve in found.curves
+                for curve in result.curves
                 for side, places in curve.sides.items()
                 for m, *numbers in zip(curve.ends, places.overlap, places.expected, places.energy, strict=True)
             ],
@@ -122,27 +123,28 @@ def _positions(found: WeightComparison) -> Picture:
     )
 
 
-def _intruders(found: WeightComparison) -> Picture:
-    counts = ", ".join(f"{one.mean:.2g} for {one.label}" for one in found.novelties)
-    chance = found.novelties[0].chance
+def _intruders(result: WeightComparison) -> Picture:
+    counts = ", ".join(f"{one.mean:.2g} for {one.label}" for one in result.novelties)
+    chance = result.novelties[0].chance
     return Picture(
         name="weight-intruders",
         caption=(
-            f"Left: the largest |cos| of each of the top {found.novelties[0].directions} directions of the tuned "
+            f"Left: the largest |cos| of each of the top {result.novelties[0].directions} directions of the tuned "
             "weights to all old ones, a dot a direction of a layer and a seed. Right: how many lie below a threshold."
         ),
-        alt=f"Intruders (max|cos| below {INTRUDER_THRESHOLD:g}; random directions: {chance:.2f}) a layer, on average: {counts}.",
-        draw=partial(plot_intruders, found),
+        alt=f"Intruders (max|cos| below {INTRUDER_THRESHOLD:g}; random directions: {chance:.2f}) a layer, on "
+        f"average: {counts}.",
+        draw=partial(plot_intruders, result),
         data=Table(
             name="weight-intruders",
             caption="Mean number of intruders a layer, by threshold, beside the max|cos| of a random direction.",
             header=("update", *(f"ε = {threshold:g}" for threshold in SWEEP_THRESHOLDS), "random max|cos|"),
-            rows=[[one.label, *one.sweep, one.chance] for one in found.novelties],
+            rows=[[one.label, *one.sweep, one.chance] for one in result.novelties],
         ),
     )
 
 
-def _table7(found: WeightComparison) -> Table:
+def _table7(result: WeightComparison) -> Table:
     published: list[list[Cell]] = []
     for r, own, top, random, norm, factor in PUBLISHED:
         scale = [own / random, own / top, factor, norm / random]
@@ -167,13 +169,13 @@ def _table7(found: WeightComparison) -> Table:
             "along random",
             "layers above random",
         ),
-        rows=[*(_row7(found, one) for one in found.strengths), *published],
+        rows=[*(_row7(result, one) for one in result.strengths), *published],
         digits=3,
     )
 
 
-def _row7(found: WeightComparison, one: AmplificationSummary) -> list[Cell]:
-    sides = sorted(min(c.shape) for c in found.columns if (c.rank, c.r) == (one.rank, one.r))
+def _row7(result: WeightComparison, one: AmplificationSummary) -> list[Cell]:
+    sides = sorted(min(c.shape) for c in result.columns if (c.rank, c.r) == (one.rank, one.r))
     share = one.r / sides[len(sides) // 2]
     cell = one.median
     numbers: list[Cell] = [cell.own, cell.top, cell.random, one.ratio.value, one.reach.value, cell.norm]
@@ -181,7 +183,7 @@ def _row7(found: WeightComparison, one: AmplificationSummary) -> list[Cell]:
     return [_name(one), one.r, share, *numbers, *factors, f"{one.significant} of {one.layers}"]
 
 
-def _layers(found: WeightComparison) -> Table:
+def _layers(result: WeightComparison) -> Table:
     return Table(
         name="weight-layers",
         caption="Table 7 layer by layer; means over seeds, p corrected over layers.",
@@ -219,13 +221,13 @@ def _layers(found: WeightComparison) -> Table:
                 column.found.amplification,
                 column.found.random_amplification,
             ]
-            for column in found.columns
+            for column in result.columns
         ],
         digits=3,
     )
 
 
-def _intruder_layers(found: WeightComparison) -> Table:
+def _intruder_layers(result: WeightComparison) -> Table:
     return Table(
         name="weight-intruder-layers",
         caption=(
@@ -255,11 +257,11 @@ def _intruder_layers(found: WeightComparison) -> Table:
                 min(cosine for seed in one.cosines for cosine in seed),
                 one.chance,
             ]
-            for one in found.intruders
+            for one in result.intruders
         ],
         digits=3,
     )
 
 
-def _value(found: Interval | None) -> str:
-    return "unknown" if found is None else f"{found.value:.3g}"
+def _value(interval: Interval | None) -> str:
+    return "unknown" if interval is None else f"{interval.value:.3g}"
