@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from msgspec.structs import replace
 
 from rankscope.cli import main
 from rankscope.cli.cost_table import _digits, _percent, _short, cost_entries
-from rankscope.cli.study_output import _point, print_study, series_name, write_plots
+from rankscope.cli.study_output import print_study, write_plots
 from rankscope.train.results import RunResult
 from rankscope.train.runs import Run, RunCost, RunRecord
 from rankscope.train.study import Study
@@ -278,20 +280,42 @@ def test_a_grid_without_matrices_is_drawn_too(study: Path) -> None:
     assert write_plots(*known(study.parent / "other", [ended(Run(method="base", seed=0), 2.0)])) == []
 
 
-def test_a_point_is_its_run(study: Path) -> None:
-    rows = {row.record.run.name: row for row in known(study, SEVERAL)[1]}
-    point = _point(rows["full-lr0.1-s0"])
-    assert (point.method, point.nominal_rank, point.effective_rank) == ("full", None, 2.0)
-    assert (point.score, point.edge) == (1.3, True)
-    point = _point(rows["lora-r8-lr0.01-s1"])
-    assert (point.series, point.nominal_rank, point.effective_rank) == ("LoRA", 8, 3.0)
-    assert (point.score, point.seed, point.edge) == (1.7, 1, False)
+def drawn_figure(monkeypatch: pytest.MonkeyPatch, study: Study, rows: list[RunResult]) -> Figure:
+    """The plot of performance that ``write_plots`` makes."""
+    figures: list[Figure] = []
+    monkeypatch.setattr("rankscope.plots.save", lambda figure, path: figures.append(figure) or path)
+    write_plots(study, rows)
+    return figures[-1]
 
 
-def test_series_are_told_apart_by_method_and_targets() -> None:
-    assert series_name(lora(0.1, 0)) == "LoRA"
-    assert series_name(lora(0.1, 0, method="pissa", targets="q,v")) == "PiSSA on q,v"
-    assert series_name(Run(method="bias", seed=0)) == "biases only"
+def marks(axes: Axes, fill: str | None = None) -> set[tuple[float, float]]:
+    """Where single markers stand; with ``fill``, only those filled so."""
+    lines = [line for line in axes.lines if line.get_marker() not in ("None", "_", "|")]
+    return {tuple(xy) for line in lines if fill in (None, line.get_markerfacecolor()) for xy in line.get_xydata()}
+
+
+def test_the_plot_of_performance_has_what_the_runs_have(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best rate of LoRA is 0.01, inside its grid; that of full fine-tuning is the highest tried."""
+    figure = drawn_figure(monkeypatch, *known(study, SEVERAL))
+    given, trained, used = figure.axes
+    assert given.get_xlabel().startswith("nominal rank r")
+    assert trained.get_xlabel() == "trained parameters"
+    assert used.get_xlabel() == "effective rank of the update (entropy rank)"
+    assert "lower is better" in given.get_ylabel()
+    assert (8.0, 1.6) in {(x, round(y, 9)) for x, y in marks(given)}
+    assert marks(used) == {(2.0, 1.5), (3.0, 1.7), (2.0, 1.3)}
+    assert marks(used, "white") == {(2.0, 1.3)}
+    assert {text.get_text() for text in used.texts} == {"8"}
+    levels = {line.get_label(): line.get_ydata()[0] for line in given.lines if len(line.get_ydata())}
+    assert (levels["untouched base"], levels["full fine-tuning"]) == (3.0, 1.3)
+    legend = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"untouched base", "full fine-tuning", "best rate on the edge"} <= legend
+
+
+def test_a_plot_without_adapters_says_so(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = drawn_figure(monkeypatch, *known(study, [ended(full(), 0.4, cost(1000))]))
+    assert "no LoRA run" in {text.get_text() for text in figure.axes[0].texts}
+    assert marks(figure.axes[2]) == {(2.0, 1.4)}
 
 
 # Wrong input

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -17,7 +16,7 @@ from rankscope import plots
 from rankscope.analysis.comparison import CompareResult, compare
 from rankscope.analysis.layer_spectra import SpectrumResult, spectrum
 from rankscope.errors import ConfigError, FormatError
-from rankscope.plots import PerformancePoint
+from rankscope.plots.figure import add_legend, new_figure
 from rankscope.plots.overlap_figure import _ticks
 from rankscope.plots.spectrum_figure import layer_kind
 from rankscope.updates import Dense, LowRank
@@ -209,123 +208,26 @@ def test_ticks_are_few_and_inside(n: int) -> None:
     assert len(ticks) <= 9
 
 
-def points(seeds: int = 2, series: str = "LoRA", edge: int | None = None) -> list[PerformancePoint]:
-    """Three ranks and full fine-tuning; ``edge`` is the rank whose rate lies at the end of the grid."""
-    lora = [
-        PerformancePoint(f"r = {r}", "lora", r, min(r, 3) + 0.1 * s, 0.8 + 0.02 * i + 0.01 * s, s, series, r == edge)
-        for i, r in enumerate((1, 4, 16))
-        for s in range(seeds)
-    ]
-    return lora + [PerformancePoint("full", "full", None, 90.0, 0.9 + 0.01 * s, s) for s in range(seeds)]
-
-
-def marked(axes: Axes, marker: str, fill: str | None = None) -> set[tuple[float, ...]]:
-    """Where this marker stands; with ``fill``, only those filled so."""
-    lines = [line for line in axes.lines if line.get_marker() == marker]
-    return {tuple(xy) for line in lines if fill in (None, line.get_markerfacecolor()) for xy in line.get_xydata()}
-
-
-def joined(axes: Axes, points: int) -> list[np.ndarray]:
-    """The lines through so many points, without markers of their own."""
-    lines = [line for line in axes.lines if line.get_marker() == "None" and line.get_transform() == axes.transData]
-    return [line.get_xydata() for line in lines if len(line.get_xdata()) == points]
-
-
-def test_performance_against_both_ranks() -> None:
-    figure = plots.plot_performance(points(), metric="accuracy", measure="entropy_rank", baseline=0.6)
-    left, right = drawn(figure)
-    assert left.get_xscale() == "log"
-    assert left.get_xlabel() == "nominal rank r"
-    assert right.get_xlabel() == "effective rank of the update: entropy rank"
-    assert "higher is better" in left.get_ylabel()
-    lora = [p for p in points() if p.method == "lora"]
-    assert marked(left, "o") == {(p.nominal_rank, p.score) for p in lora}
-    (means,) = joined(left, 3)
-    np.testing.assert_allclose(means, [(1, 0.805), (4, 0.825), (16, 0.845)])
-    assert marked(right, "o") >= {(p.effective_rank, p.score) for p in lora}
-    (means,) = joined(right, 3)
-    np.testing.assert_allclose(means, [(1.05, 0.805), (3.05, 0.825), (3.05, 0.845)])
-    assert marked(right, "D") == {(90, 0.9), (90, 0.91)}
-    assert {text.get_text() for text in right.texts} == {"1", "4", "16"}
-    for axes in (left, right):
-        levels = [line.get_ydata()[0] for line in axes.lines if line.get_label() == "untouched base"]
-        assert levels == [0.6]
-    said = texts(figure)
-    for part in ("LoRA, a run", "LoRA, mean of the rank inside", "full fine-tuning", "untouched base"):
-        assert part in said
-    assert "end of the grid" not in said
-
-
-def test_each_series_has_its_own_colour_and_marker() -> None:
-    shifted = [replace(p, series="PiSSA", method="pissa", score=p.score - 0.1) for p in points() if p.nominal_rank]
-    third = [replace(p, series="LoRA on q,v", score=p.score - 0.2) for p in points() if p.nominal_rank]
-    figure = plots.plot_performance(points() + shifted + third, metric="accuracy", measure="entropy_rank")
-    left, right = drawn(figure)
-    assert marked(left, "o") == {(p.nominal_rank, p.score) for p in points() if p.nominal_rank}
-    assert marked(left, "s") == {(p.nominal_rank, p.score) for p in shifted}
-    assert marked(right, "s") == {(p.effective_rank, p.score) for p in shifted}
-    assert marked(left, "^") == {(p.nominal_rank, p.score) for p in third}
-    starts = sorted(float(line[0, 1]) for line in joined(left, 3))
-    np.testing.assert_allclose(starts, [0.605, 0.705, 0.805])
-    colours = {line.get_marker(): line.get_color() for line in left.lines if line.get_marker() != "None"}
-    assert len(set(colours.values())) == 3
-    assert {line.get_color() for line in right.lines if line.get_marker() == "D"}.isdisjoint(colours.values())
-    entries = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert entries == ["full fine-tuning, mean", "LoRA", "PiSSA", "LoRA on q,v", "full fine-tuning, a run"]
-    assert sorted(text.get_text() for text in right.texts) == ["1", "1", "1", "16", "16", "16"]
-
-
-def test_a_best_rate_at_the_end_of_the_grid_is_hollow() -> None:
-    figure = plots.plot_performance(points(edge=16), metric="accuracy", measure="entropy_rank")
-    left, right = drawn(figure)
-    hollow = {(p.nominal_rank, p.score) for p in points() if p.nominal_rank == 16}
-    assert marked(left, "o", "white") == hollow
-    assert len(marked(left, "o")) == 6
-    assert {text.get_text() for text in right.texts} == {"1", "4", "16!"}
-    assert "best rate at the end of the grid (!)" in texts(figure)
-    full = [replace(p, edge=p.method == "full") for p in points()]
-    right = drawn(plots.plot_performance(full, metric="accuracy", measure="entropy_rank"))[1]
-    assert marked(right, "D", "white") == {(90, 0.9), (90, 0.91)}
-
-
-def test_methods_without_a_rank_are_lines_with_their_names() -> None:
-    others = [PerformancePoint("bias", "bias", None, None, 0.70 + 0.02 * s, s, "biases only", True) for s in (0, 1)]
-    others += [PerformancePoint("head", "head", None, None, 0.65, 0, "head only")]
-    figure = plots.plot_performance(points() + others, metric="accuracy", measure="entropy_rank")
-    left, right = drawn(figure)
-    named = {text.get_text(): text.get_position()[1] for text in left.texts}
-    assert named == {"biases only !": pytest.approx(0.71), "head only": 0.65}
-    levels = sorted(line.get_ydata()[0] for line in left.lines if line.get_linestyle() == "-.")
-    assert levels == pytest.approx([0.65, 0.71])
-    assert not [line for line in right.lines if line.get_linestyle() == "-."]
-    alone = plots.plot_performance(others, metric="accuracy", measure="entropy_rank")
-    assert "head only" in texts(alone)
+def test_nothing_to_plot_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="nothing to plot"):
+        plots.plot_spectra([])
 
 
 @pytest.mark.parametrize("names", [["LoRA"], ["LoRA", "PiSSA"], [f"LoRA on {'q_proj,' * i}v_proj" for i in range(7)]])
-def test_the_legend_stays_inside(names: list[str]) -> None:
-    some = [p for name in names for p in points(1, name, edge=16)]
-    figure = plots.plot_performance(some, metric="accuracy", measure="entropy_rank", baseline=0.5)
+def test_the_legend_stays_inside_and_has_each_name_once(names: list[str]) -> None:
+    figure = new_figure(9, 4)
+    panels = list(figure.subplots(1, 2))
+    for axes in panels:
+        for name in names:
+            axes.plot([1, 2], [1, 2], label=name)
+    add_legend(figure, panels)
     figure.canvas.draw()
-    box = figure.legends[0].get_window_extent()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == names
+    box = legend.get_window_extent()
     assert box.x0 >= 0
     assert box.x1 <= figure.bbox.x1
     assert box.y1 < min(axes.get_window_extent().y0 for axes in figure.axes)
-
-
-def test_performance_with_parts_missing() -> None:
-    lora = [point for point in points(1) if point.method == "lora"]
-    figure = plots.plot_performance(lora, metric="loss", measure="k90", higher_is_better=False)
-    said = texts(figure)
-    assert "lower is better" in said
-    assert "full" not in said
-    assert "base" not in said
-    alone = [point for point in points(1) if point.method == "full"]
-    assert "no LoRA run" in texts(plots.plot_performance(alone, metric="loss", measure="k90"))
-    with pytest.raises(ConfigError, match="nothing to plot"):
-        plots.plot_performance([], metric="loss", measure="k90")
-    with pytest.raises(ConfigError, match="nothing to plot"):
-        plots.plot_spectra([])
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf", "PNG"])

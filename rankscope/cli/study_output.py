@@ -15,14 +15,12 @@ import msgspec
 from rankscope.cli.cost_table import cost_entries, cost_legend, cost_rows
 from rankscope.measures import measures_shown
 from rankscope.train.latency import Latency
-from rankscope.train.method_table import find_method
-from rankscope.train.results import DEFAULT_MEASURE, RunResult, baseline_score
-from rankscope.train.runs import Run
+from rankscope.train.results import RunResult
 from rankscope.train.serving import ServingLatency
 from rankscope.train.study import Study
 
 if TYPE_CHECKING:
-    from rankscope.plots import PerformancePoint
+    pass
 
 RANKS = {measure.title: measure.name for measure in measures_shown("study")}
 RUNS_HEADER = ("method", "lr", "seed", "trainable", "validation", "test", *RANKS, "s/step")
@@ -169,6 +167,10 @@ def _number(value: float | None, form: str) -> str:
 def write_plots(study: Study, found: list[RunResult]) -> list[Path]:
     """``spectra.png`` and ``performance.png`` in the study's folder, where there are runs to draw."""
     from rankscope import plots
+    from rankscope.evidence.effective.measure import run_point
+    from rankscope.evidence.material import Material
+    from rankscope.evidence.performance.figure import plot_rank_curve
+    from rankscope.evidence.performance.measure import measure_best_runs
 
     written = []
     # A dimension is no rank: random subspaces have an axis of their own, in the report.
@@ -178,35 +180,8 @@ def write_plots(study: Study, found: list[RunResult]) -> list[Path]:
         one_seed = [row.spectra for row in measured if row.spectra and row.record.run.seed == first]
         written.append(plots.save(plots.plot_spectra(one_seed), study.folder / "spectra.png"))
     if best:
-        figure = plots.plot_performance(
-            [_point(row) for row in best],
-            metric=study.metric,
-            measure=DEFAULT_MEASURE,
-            baseline=baseline_score(study),
-            higher_is_better=study.higher_is_better,
-        )
+        rows = [row for row in found if not row.record.run.is_subspace]
+        points = [run_point(row) for row in best if row.ranks]
+        figure = plot_rank_curve(measure_best_runs(Material(study, rows=rows)), points)
         written.append(plots.save(figure, study.folder / "performance.png"))
     return written
-
-
-def _point(row: RunResult) -> PerformancePoint:
-    """A run at its best rate as the performance plot takes it."""
-    from rankscope.plots import PerformancePoint
-
-    run = row.record.run
-    return PerformancePoint(
-        label=run.label,
-        method=run.method,
-        nominal_rank=run.rank,
-        effective_rank=row.ranks.get(DEFAULT_MEASURE),
-        score=row.score or 0.0,
-        seed=run.seed,
-        series=series_name(run),
-        edge=row.choice is not None and row.choice.edge is not None,
-    )
-
-
-def series_name(run: Run) -> str:
-    """What the line of a run is called: its method, and its targets where the study names them."""
-    name = find_method(run.method).title
-    return name if run.targets is None else f"{name} on {run.targets}"

@@ -3,15 +3,12 @@
 from rankscope.plots.figure import check_suffix, save
 from rankscope.plots.matrix_figure import plot_matrix
 from rankscope.plots.overlap_figure import plot_overlap
-from rankscope.plots.performance import PerformancePoint, plot_performance
 from rankscope.plots.spectrum_figure import plot_spectra
 
 __all__ = [
-    "PerformancePoint",
     "check_suffix",
     "plot_matrix",
     "plot_overlap",
-    "plot_performance",
     "plot_spectra",
     "save",
 ]

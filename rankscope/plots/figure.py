@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ FONT_SIZE = 8  # points; titles and labels are matplotlib's own 10 to 12
 # Okabe & Ito 2008, told apart with every common kind of colour blindness; without the yellow, too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#888888"
+DARK = "#222222"
+FULL_COLOUR, FULL_NAME = COLOURS[1], "full fine-tuning"
+SERIES_COLOURS = tuple(colour for colour in COLOURS if colour not in (FULL_COLOUR, "#000000"))
+"""Of the lines of several methods; full fine-tuning has a colour of its own in every figure."""
+MARKERS = "os^vPX<>"  # without the D of full fine-tuning
+MARKER = 5  # points
+LETTERS_PER_INCH = 16  # of a legend
+HANDLE = 7  # letters' worth of a legend's handle and the space around it
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -81,6 +90,27 @@ def set_log2_axis(axes: Axes) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def add_legend(figure: Figure, panels: Iterable[Axes], columns: int = 4) -> None:
+    """Below the panels: what they show, each name once, in at most so many columns and no wider than the figure."""
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    letters = LETTERS_PER_INCH * figure.get_size_inches()[0]
+    fitting = [n for n in range(1, columns + 1) if _legend_width(list(handles), n) <= letters]
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": max(fitting, default=1), "frameon": False}
+    figure.legend(handles.values(), handles.keys(), fontsize=FONT_SIZE, **place)
+
+
+def _legend_width(labels: Sequence[str], columns: int) -> int:
+    """In letters; a legend is filled column by column, and the first columns are longer by one."""
+    short, longer = divmod(len(labels), columns)
+    sizes = [short + (i < longer) for i in range(columns)]
+    ends = [sum(sizes[: i + 1]) for i in range(columns)]
+    groups = [labels[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    return sum(max(map(len, group)) + HANDLE for group in groups if group)
 
 
 def style_grid(axes: Axes) -> None:

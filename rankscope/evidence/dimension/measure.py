@@ -218,8 +218,10 @@ def _verdict(result: IntrinsicDimension, curve: DimensionCurve) -> Verdict:
     answer, reason = _answer(result, curve)
     seeds = sorted({size.seeds for size in curve.sizes})
     over = f"{'–'.join(str(count) for count in dict.fromkeys((seeds[0], seeds[-1])))} seed{'s' if seeds != [1] else ''}"
-    line = f"A d is small up to {SMALL_SHARE * result.parameters:,.0f}, {SMALL_SHARE:g} of {result.parameters:,} "
-    "parameters."
+    line = (
+        f"A d is small up to {SMALL_SHARE * result.parameters:,.0f}, {SMALL_SHARE:g} of {result.parameters:,} "
+        "parameters."
+    )
     known = any(size.share.known for size in curve.sizes)
     return Verdict(
         line="dimension",

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from rankscope.evidence.effective.measure import EffectiveRanks, RankMeasures, RunPoint
-from rankscope.plots.figure import COLOURS, FONT_SIZE, GREY, new_figure, set_log2_axis, style_grid
+from rankscope.plots.figure import (
+    DARK,
+    FONT_SIZE,
+    FULL_COLOUR,
+    FULL_NAME,
+    GREY,
+    MARKER,
+    MARKERS,
+    SERIES_COLOURS,
+    add_legend,
+    new_figure,
+    set_log2_axis,
+    style_grid,
+)
 from rankscope.train.method_table import find_method
 from rankscope.train.results import DEFAULT_MEASURE
 from rankscope.verdict import format_interval
 
-FULL = COLOURS[1]
-DARK = "#222222"
-SERIES = tuple(colour for colour in COLOURS if colour not in (FULL, "#000000"))
-MARKERS = "os^vPX<>"
-MARKER, FAINT = 5, 3.5  # points; the latter are runs at other rates
+FAINT = 3.5  # points, of runs at other rates
 WORSE = 0.35
 """Scores that are worse than the base and the best runs by more than this share of their range stand on the edge."""
 
@@ -35,26 +45,18 @@ def plot_effective(result: EffectiveRanks) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _scores(left, result)
     _growth(right, result)
-    handles, labels = [], []
-    for axes in (left, right):
-        own = axes.get_legend_handles_labels()
-        handles += own[0]
-        labels += own[1]
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=FONT_SIZE, frameon=False)
+    add_legend(figure, (left, right))
     return figure
 
 
 def _scores(axes: Axes, result: EffectiveRanks) -> None:
     style_grid(axes)
-    set_log2_axis(axes)
-    axes.set_xlabel(f"effective rank of the update ({DEFAULT_MEASURE.replace('_', ' ')})")
     axes.set_ylabel(f"{result.metric} ({'higher' if result.higher_is_better else 'lower'} is better)")
     low, high = _limits(result)
     axes.set_ylim(low, high)
     if result.base is not None:
         axes.axhline(result.base, color=DARK, linestyle=":", linewidth=1.2, label="untouched base")
-    for name, colour, marker, points in _series(result):
-        _runs(axes, name, colour, marker, points)
+    draw_rank_used(axes, result.points, (result.method, result.targets))
     others = [point for point in result.points if not point.best]
     if any(low <= point.score <= high for point in others):
         axes.plot([], [], "o", color=GREY, markersize=FAINT, alpha=0.5, label="a run at another rate")
@@ -73,24 +75,65 @@ def _scores(axes: Axes, result: EffectiveRanks) -> None:
         axes.plot([], [], "o", color=GREY, markerfacecolor="white", markersize=MARKER, label="best rate on the edge")
     if result.noise:
         axes.axvline(
-            result.noise[DEFAULT_MEASURE], color=FULL, linestyle="--", linewidth=1.1, label="noise of the same shapes"
+            result.noise[DEFAULT_MEASURE],
+            color=FULL_COLOUR,
+            linestyle="--",
+            linewidth=1.1,
+            label="noise of the same shapes",
         )
 
 
-def _series(result: EffectiveRanks) -> list[tuple[str, str, str, list[RunPoint]]]:
-    """Name, colour, marker and runs of each method, LoRA's curve first."""
-    groups: dict[tuple[str, str | None], list[RunPoint]] = {(result.method, result.targets): []}
-    for point in result.points:
+def draw_rank_used(axes: Axes, points: Sequence[RunPoint], first: tuple[str, str | None]) -> None:
+    """Score against effective rank on these axes, a marker for each run.
+
+    The runs of a method at their best rates are joined through the means of each rank, and each mean has its rank
+    beside it; of several methods only the first and the last mean have it. A run whose best rate lies on the edge of
+    those tried is hollow.
+
+    Args:
+        first: method and targets of the line that comes first.
+    """
+    set_log2_axis(axes)
+    axes.set_xlabel(f"effective rank of the update ({DEFAULT_MEASURE.replace('_', ' ')})")
+    series = _series(points, first)
+    alone = sum(any(point.rank for point in group) for *_, group in series) == 1
+    for name, colour, marker, group in series:
+        _runs(axes, name, colour, marker, group)
+        means = _means_of_ranks(group)
+        for rank, x, y in means if alone else [*means[:1], *means[1:][-1:]]:
+            place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "color": colour}
+            axes.annotate(str(rank), (x, y), (0, MARKER), fontsize=FONT_SIZE - 1, **place)
+
+
+def _means_of_ranks(points: Sequence[RunPoint]) -> list[tuple[int, float, float]]:
+    """Each rank with the mean effective rank and the mean score of its runs at the best rate."""
+    best = [point for point in points if point.best]
+    groups = {rank: [p for p in best if p.rank == rank] for rank in sorted({p.rank for p in best if p.rank})}
+    return [
+        (
+            rank,
+            statistics.fmean(point.ranks[DEFAULT_MEASURE] for point in same),
+            statistics.fmean(point.score for point in same),
+        )
+        for rank, same in groups.items()
+    ]
+
+
+def _series(points: Sequence[RunPoint], first: tuple[str, str | None]) -> list[tuple[str, str, str, list[RunPoint]]]:
+    """Name, colour, marker and runs of each method, that of ``first`` before the others."""
+    groups: dict[tuple[str, str | None], list[RunPoint]] = {first: []}
+    for point in points:
         groups.setdefault((point.method, point.targets), []).append(point)
     ranked = [key for key in groups if key[0] != "full"]
-    styles = {key: (SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]) for i, key in enumerate(ranked)}
+    styles = {key: (SERIES_COLOURS[i % len(SERIES_COLOURS)], MARKERS[i % len(MARKERS)]) for i, key in enumerate(ranked)}
     return [
         (
             " ".join(filter(None, (find_method(key[0]).title, key[1]))),
-            *styles.get(key, (FULL, "D")),
+            *styles.get(key, (FULL_COLOUR, "D")),
             points,
         )
         for key, points in groups.items()
+        if points
     ]
 
 
@@ -104,10 +147,9 @@ def _runs(axes: Axes, name: str, colour: str, marker: str, points: Sequence[RunP
         fill = "white" if edge else colour
         x, y = [point.ranks[DEFAULT_MEASURE] for point in some], [point.score for point in some]
         axes.plot(x, y, marker, color=colour, markerfacecolor=fill, markersize=MARKER)
-    ranks = [[point for point in best if point.rank == rank] for rank in sorted({p.rank for p in best if p.rank})]
-    x = [statistics.fmean(point.ranks[DEFAULT_MEASURE] for point in same) for same in ranks]
-    axes.plot(x, [statistics.fmean(point.score for point in same) for same in ranks], color=colour, linewidth=1.2)
-    form = marker if name == "full fine-tuning" else f"-{marker}"
+    means = _means_of_ranks(points)
+    axes.plot([x for _, x, _ in means], [y for *_, y in means], color=colour, linewidth=1.2)
+    form = marker if name == FULL_NAME else f"-{marker}"
     axes.plot([], [], form, color=colour, linewidth=1.2, markersize=MARKER, label=name)
 
 
@@ -147,7 +189,11 @@ def _growth(axes: Axes, result: EffectiveRanks) -> None:
     if growth := result.growth:
         fitted = [growth.factor * rank**growth.beta.value for rank in growth.ranks]
         axes.plot(
-            growth.ranks, fitted, color=SERIES[0], linewidth=1.3, label=f"fit: β = {format_interval(growth.beta, 2)}"
+            growth.ranks,
+            fitted,
+            color=SERIES_COLOURS[0],
+            linewidth=1.3,
+            label=f"fit: β = {format_interval(growth.beta, 2)}",
         )
 
 
@@ -159,5 +205,5 @@ def _stable(axes: Axes, result: EffectiveRanks, one: RankMeasures) -> None:
         for point in result.points
         if point.best and point.rank == one.rank and (point.method, point.targets) == (result.method, result.targets)
     ]
-    fill = SERIES[0] if fitted else "white"
-    axes.plot([one.rank] * len(values), values, "o", color=SERIES[0], markerfacecolor=fill, markersize=MARKER)
+    fill = SERIES_COLOURS[0] if fitted else "white"
+    axes.plot([one.rank] * len(values), values, "o", color=SERIES_COLOURS[0], markerfacecolor=fill, markersize=MARKER)

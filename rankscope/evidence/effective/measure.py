@@ -124,7 +124,7 @@ def measure_effective(material: Material) -> EffectiveRanks:
     curve = tuple(
         _rank_measures(entry, best[entry.rank], random[entry.rank]) for entry in performance.lora_curve if entry.rank
     )
-    points = tuple(_point(row) for row in material.rows if row.ranks and row.score is not None)
+    points = tuple(run_point(row) for row in material.rows if row.ranks and row.score is not None)
     base = performance.entry_of("base")
     return EffectiveRanks(
         metric=performance.metric,
@@ -166,7 +166,8 @@ def _random_measures(out: int, into: int, rank: int) -> dict[str, float]:
     return {name: statistics.fmean(one[name] for one in draws) for name in SHOWN_MEASURES}
 
 
-def _point(row: RunResult) -> RunPoint:
+def run_point(row: RunResult) -> RunPoint:
+    """A run that is done, whose ranks are known, as a point."""
     run = row.record.run
     return RunPoint(
         label=run.label,
@@ -319,8 +320,10 @@ def _whether_low(result: EffectiveRanks) -> tuple[Answer, str, Interval | None]:
 
 
 def _describe_rank(one: RankMeasures) -> str:
-    return f"r = {one.rank} has an effective rank of {format_interval(one.measures[DEFAULT_MEASURE])} over "
-    f"{one.seeds} seeds"
+    return (
+        f"r = {one.rank} has an effective rank of {format_interval(one.measures[DEFAULT_MEASURE])} over "
+        f"{one.seeds} seeds"
+    )
 
 
 def _falls_short(one: RankMeasures) -> bool:

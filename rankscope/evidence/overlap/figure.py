@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +12,7 @@ from rankscope.errors import ConfigError
 from rankscope.evidence.overlap.measure import MATRIX_SYMBOLS, SHARED_OVERLAP, Overlap
 from rankscope.evidence.overlap.pairs import RunComparison, SideOverlap
 from rankscope.noise import Array
-from rankscope.plots.figure import COLOURS, FONT_SIZE, GREY, new_figure, style_grid
+from rankscope.plots.figure import COLOURS, FONT_SIZE, GREY, add_legend, new_figure, style_grid
 
 SPACES = {"left": "left, output space", "right": "right, input space"}
 MOST_TICKS = 6
@@ -126,7 +125,7 @@ def plot_directions(result: Overlap, figure: Figure | None = None) -> Figure:
             panel.set_xlabel("i, how many top directions of each", fontsize=FONT_SIZE + 1)
         axes[0].set_ylabel(f"overlap φ(i, i) of {MATRIX_SYMBOLS[result.of]}", fontsize=FONT_SIZE + 1)
     grid[0][0].set_ylim(0, min(1.04, 1.1 * max(SHARED_OVERLAP, *map(_highest, rows))))
-    _legend(figure, [panel for axes in grid for panel in axes])
+    add_legend(figure, [panel for axes in grid for panel in axes], columns=3)
     return figure
 
 
@@ -157,12 +156,3 @@ def _diagonal(axes: Axes, side: SideOverlap, random: SideOverlap | None) -> None
 
 def _line(axes: Axes, values: Array, colour: str, style: str, label: str) -> None:
     axes.plot(range(1, len(values) + 1), values, style, color=colour, linewidth=1.3, label=label)
-
-
-def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    handles: dict[Any, Any] = {}
-    for panel in panels:
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    style: dict[str, Any] = {"loc": "outside lower center", "ncols": 3, "fontsize": FONT_SIZE, "frameon": False}
-    figure.legend(handles.values(), handles.keys(), **style)

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
+from rankscope.evidence.effective.figure import draw_rank_used
+from rankscope.evidence.effective.measure import RunPoint
 from rankscope.evidence.entries import Entry
 from rankscope.evidence.performance.measure import Performance
 from rankscope.inference import CONFIDENCE_LEVEL, Interval
-from rankscope.plots.figure import COLOURS, FONT_SIZE, GREY, new_figure, set_log2_axis, style_grid
+from rankscope.plots.figure import (
+    DARK,
+    FONT_SIZE,
+    FULL_COLOUR,
+    FULL_NAME,
+    GREY,
+    MARKER,
+    MARKERS,
+    SERIES_COLOURS,
+    add_legend,
+    new_figure,
+    set_log2_axis,
+    style_grid,
+)
 from rankscope.train.method_table import find_method
 from rankscope.verdict import GAIN_SHARE, LOW_RANK_SHARE
 
-FULL = COLOURS[1]
-DARK = "#222222"
-SERIES = tuple(colour for colour in COLOURS if colour not in (FULL, "#000000"))
-MARKERS = "os^vPX<>"
-MARKER = 5  # points
 BEYOND = 0.6
 """Intervals are drawn up to this share of the scores' range beyond it: those of two seeds would fill the axes."""
 APART = 1.05
@@ -30,16 +40,17 @@ Series = tuple[str, str, str, list[Entry]]
 """Name, colour, marker, entries in order of rank."""
 
 
-def plot_rank_curve(result: Performance) -> Figure:
-    """Score against rank, and against trained parameters.
+def plot_rank_curve(result: Performance, points: Sequence[RunPoint] = ()) -> Figure:
+    """Score against rank, against trained parameters, and, with ``points``, against effective rank.
 
     A line joins the means over seeds, with their intervals; small markers are seeds; a hollow marker is a best rate on
     the edge of those tried. Full fine-tuning is a line with its interval as a band, the untouched base a dotted
     line, with a band from its least to its largest score.
     """
-    figure = new_figure(9, 4.2)
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.25, 1))
-    for axes in (left, right):
+    figure = new_figure(13 if points else 9, 4.2)
+    panels = list(figure.subplots(1, 3 if points else 2, sharey=True, width_ratios=(1.25, 1, 1)[: 3 if points else 2]))
+    left, right = panels[:2]
+    for axes in panels:
         style_grid(axes)
         _references(axes, result)
     lines = _series(result)
@@ -49,6 +60,8 @@ def plot_rank_curve(result: Performance) -> Figure:
         _draw(right, line, _trainable)
     _marks(left, result)
     _without_rank(right, result)
+    if points:
+        draw_rank_used(panels[2], points, (result.method, result.targets))
     set_log2_axis(left)
     left.set_xticks(sorted({entry.rank for *_, entries in lines for entry in entries if entry.rank}))
     right.set_xscale("log")
@@ -64,7 +77,7 @@ def plot_rank_curve(result: Performance) -> Figure:
         left.plot([], [], "_", color=GREY, markersize=7, label="a seed")
     if any(entry.edge for entry in result.entries):
         left.plot([], [], "o", color=GREY, markerfacecolor="white", markersize=MARKER, label="best rate on the edge")
-    _legend(figure, left, right)
+    add_legend(figure, panels)
     return figure
 
 
@@ -91,11 +104,12 @@ def _series(result: Performance) -> list[Series]:
     return [
         (
             " ".join(filter(None, (find_method(method).title, targets))),
-            SERIES[i % len(SERIES)],
+            SERIES_COLOURS[i % len(SERIES_COLOURS)],
             MARKERS[i % len(MARKERS)],
             sorted(entries, key=_rank),
         )
         for i, ((method, targets), entries) in enumerate(groups.items())
+        if entries
     ]
 
 
@@ -122,10 +136,10 @@ def _references(axes: Axes, result: Performance) -> None:
     """Full fine-tuning, the untouched base, and the share of the gain that is asked for between them."""
     full, base = result.entry_of("full"), result.entry_of("base")
     if full:
-        _level(axes, full.score, FULL, "-", "full fine-tuning")
+        _level(axes, full.score, FULL_COLOUR, "-", FULL_NAME)
     if full and base and not result.missing:
         asked = base.score.value + GAIN_SHARE * (full.score.value - base.score.value)
-        axes.axhline(asked, color=FULL, linewidth=1, linestyle="--", label=f"{GAIN_SHARE:.0%} of its gain")
+        axes.axhline(asked, color=FULL_COLOUR, linewidth=1, linestyle="--", label=f"{GAIN_SHARE:.0%} of its gain")
     if base:
         # Gains are paired by seed: how far the bases of the seeds lie apart matters, not how well their mean is known.
         _level(axes, Interval(base.score.value, min(base.scores), max(base.scores)), DARK, ":", "untouched base")
@@ -139,9 +153,13 @@ def _level(axes: Axes, score: Interval, colour: str, style: str, name: str) -> N
 
 def _marks(axes: Axes, result: Performance) -> None:
     """Where ranks are low, the smallest with the gain asked for, and the smallest equivalent to full fine-tuning."""
+    if not result.lora_curve:
+        axes.text(0.5, 0.5, "no LoRA run", transform=axes.transAxes, ha="center", fontsize=FONT_SIZE)
+        return
     smallest = min(entry.rank or 1 for entry in result.lora_curve)
     low = LOW_RANK_SHARE * result.dim
-    axes.axvspan(smallest / 1.25, low, color=GREY, alpha=0.12, linewidth=0, label=f"low rank: up to {low:g}")
+    if result.dim:
+        axes.axvspan(smallest / 1.25, low, color=GREY, alpha=0.12, linewidth=0, label=f"low rank: up to {low:g}")
     axes.set_xlim(smallest / 1.25, max(low, *(entry.rank or 1 for entry in result.entries)) * 1.25)
     marked: dict[int, list[str]] = {}
     if result.r90 and result.r90.rank is not None:
@@ -163,11 +181,16 @@ def _without_rank(axes: Axes, result: Performance) -> None:
     used = len(_series(result))
     for i, (method, entries) in enumerate(methods.items(), used):
         if method == "full":
-            _point(axes, entries[0], _trainable(entries[0]), FULL, "D")
+            _point(axes, entries[0], _trainable(entries[0]), FULL_COLOUR, "D")
         elif len(entries) > 1:
             _draw(
                 axes,
-                (find_method(method).title, SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)], entries),
+                (
+                    find_method(method).title,
+                    SERIES_COLOURS[i % len(SERIES_COLOURS)],
+                    MARKERS[i % len(MARKERS)],
+                    entries,
+                ),
                 _trainable,
             )
         else:
@@ -187,15 +210,6 @@ def _limits(result: Performance) -> tuple[float, float]:
     low = max(min([low, *ends]), low - BEYOND * spread)
     high = min(max([high, *ends]), high + BEYOND * spread)
     return low - 0.06 * spread, high + 0.06 * spread
-
-
-def _legend(figure: Figure, *panels: Axes) -> None:
-    """What the panels show, each name once."""
-    named = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
-    handles = {label: handle for handle, label in reversed(named)}
-    labels = list(dict.fromkeys(label for _, label in named))
-    place: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False}
-    figure.legend([handles[label] for label in labels], labels, fontsize=FONT_SIZE, **place)
 
 
 # Costs
@@ -233,7 +247,7 @@ def plot_costs(result: Performance) -> Figure:
         set_log2_axis(axes)
         axes.set_xticks(sorted({entry.rank for entry in result.entries if entry.rank}))
         axes.set_xlabel("nominal rank r, each at its best rate")
-    _legend(figure, panels[0])
+    add_legend(figure, panels[:1])
     return figure
 
 
@@ -248,7 +262,7 @@ def _cost(axes: Axes, result: Performance, cost: CostMeasure) -> None:
             fill = "white" if cost.shared and entry.together > 1 else colour
             axes.plot([_rank(entry)], [y], marker, color=colour, markerfacecolor=fill, markersize=MARKER)
     if whole:
-        axes.axhline(1.0, color=FULL, linewidth=1.2, label="full fine-tuning")
+        axes.axhline(1.0, color=FULL_COLOUR, linewidth=1.2, label=FULL_NAME)
     if cost.shared and any(entry.together > 1 for entry in result.entries):
         axes.plot([], [], "o", color=GREY, markerfacecolor="white", label="trained in one pass with other runs")
     said = f"{cost.name} / full fine-tuning" if whole else cost.name + cost.unit
@@ -262,7 +276,7 @@ def _gaps(axes: Axes, result: Performance) -> None:
         axes.plot([x for x, _ in known], [y for _, y in known], f"-{marker}", color=colour, markersize=MARKER)
     full = result.entry_of("full")
     if full and full.gap is not None:
-        axes.axhline(full.gap, color=FULL, linewidth=1.2)
+        axes.axhline(full.gap, color=FULL_COLOUR, linewidth=1.2)
     axes.set_ylabel("training loss − test loss\n(lower: fits its training data more)")
     if all(entry.gap is None for entry in result.entries):
         axes.text(0.5, 0.5, "no loss of both kinds", transform=axes.transAxes, ha="center", fontsize=FONT_SIZE)

@@ -10,6 +10,7 @@ import msgspec
 from rankscope.evidence.entries import Entry, gains_by_seed, group_by_label, make_entry, median_smaller_side
 from rankscope.evidence.material import Material
 from rankscope.inference import CONFIDENCE_LEVEL, Interval, Reach, first_reaching, holm, largest_insufficient_rank
+from rankscope.train.results import RunResult
 from rankscope.verdict import (
     GAIN_SHARE,
     LOW_RANK_SHARE,
@@ -67,23 +68,38 @@ def measure_performance(material: Material, margin: float = MARGIN) -> Performan
         margin: the share of full fine-tuning's gain by which an equivalent rank may differ from it.
 
     Raises:
-        MissingEvidenceError: no LoRA run is done.
+        MissingEvidenceError: no LoRA run is done, or the weights of all are gone.
     """
-    first = material.lora_rows()[0]
+    first = next((row for row in material.lora_rows() if row.spectra), None)
+    if first is None:
+        raise MissingEvidenceError("the weights of every LoRA run are gone; put them back, or train them again")
+    return _measure(material, first, margin)
+
+
+def measure_best_runs(material: Material) -> Performance:
+    """The same for a plot, also of a study without adapters: then the curve of LoRA is empty."""
+    try:
+        first: RunResult | None = material.lora_rows()[0]
+    except MissingEvidenceError:
+        first = None
+    return _measure(material, first, MARGIN)
+
+
+def _measure(material: Material, first: RunResult | None, margin: float) -> Performance:
     labels = group_by_label(row for row in material.rows if row.is_best)
     gains = {label: gains_by_seed(material, rows) for label, rows in labels.items()}
     full, missing = _reference(material, gains)
     allowed = margin * statistics.fmean(full.values()) if full and not missing else None
-    run = first.record.run
+    method, targets = (first.record.run.method, first.record.run.targets) if first else ("lora", None)
     entries = [make_entry(material, rows, gains[label], full, allowed) for label, rows in labels.items()]
-    entries = _correct_p_values(entries, run.method, run.targets)
-    curve = [entry for entry in entries if entry.method == run.method and entry.targets == run.targets]
+    entries = _correct_p_values(entries, method, targets)
+    curve = [entry for entry in entries if entry.method == method and entry.targets == targets]
     return Performance(
         metric=material.study.metric,
         higher_is_better=material.study.higher_is_better,
-        method=run.method,
-        targets=run.targets,
-        dim=median_smaller_side(first),
+        method=method,
+        targets=targets,
+        dim=median_smaller_side(first) if first and first.spectra else 0,
         margin=margin,
         allowed=allowed,
         entries=tuple(entries),
@@ -174,8 +190,10 @@ def _whether_low(result: Performance, reach: Reach) -> tuple[Answer, str]:
     # The smallest rank that may be enough lies above the largest that surely is not, whether it was tried or not.
     least = largest_insufficient_rank([(entry.rank or 0, entry.share) for entry in result.lora_curve], GAIN_SHARE) + 1
     answer = answer_low_rank(least, reach.high, result.dim)
-    sentence = f"{_describe_reach(result, reach)} Low is up to {line:g}, {LOW_RANK_SHARE:g} of the median smaller "
-    f"side {result.dim}."
+    sentence = (
+        f"{_describe_reach(result, reach)} Low is up to {line:g}, {LOW_RANK_SHARE:g} of the median smaller "
+        f"side {result.dim}."
+    )
     edges = [entry.label for entry in result.lora_curve if entry.edge and entry.rank and entry.rank <= line]
     if answer == "no" and edges:
         return "undecided", f"{sentence} But the best rate of {_join_labels(edges)} lies on the edge of those tried."

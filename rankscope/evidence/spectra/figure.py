@@ -13,9 +13,7 @@ from matplotlib.lines import Line2D
 from rankscope.errors import ConfigError
 from rankscope.evidence.spectra.measure import FULL_LABEL, JointSpectrum, KindRanks, Spectra, SpectrumCurve
 from rankscope.measures import measures_shown
-from rankscope.plots.figure import FONT_SIZE, GREY, new_figure, set_log2_axis, style_grid
-from rankscope.plots.performance import FULL_COLOUR as FULL_COLOUR
-from rankscope.plots.performance import FULL_NAME
+from rankscope.plots.figure import DARK, FONT_SIZE, FULL_COLOUR, FULL_NAME, GREY, new_figure, set_log2_axis, style_grid
 from rankscope.verdict import LOW_RANK_SHARE
 
 PANELS = 8
@@ -23,7 +21,6 @@ PANELS = 8
 A_ROW = 4
 DECADES = 3
 """The axis ends this far below the largest σ."""
-DARK = "#222222"
 REACH = 0.36  # half the width of a segment beside its kind
 
 

@@ -14,11 +14,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from rankscope.evidence.truncation.measure import KindPoint, Truncation, TruncationCurve, TruncationPoint
-from rankscope.plots.figure import COLOURS, FONT_SIZE, GREY, new_figure, style_grid
-from rankscope.plots.performance import FULL_COLOUR, FULL_NAME
+from rankscope.plots.figure import COLOURS, DARK, FONT_SIZE, FULL_COLOUR, FULL_NAME, GREY, new_figure, style_grid
 from rankscope.verdict import GAIN_SHARE, LOW_RANK_SHARE
 
-LORA, REMOVED, DARK = COLOURS[0], COLOURS[3], "#222222"
+LORA, REMOVED = COLOURS[0], COLOURS[3]
 ZERO = 0.4
 """Where k = 0 stands on the logarithmic axis."""
 BREAK = (0.6, 0.66)
