@@ -48,9 +48,9 @@ def test_a_copy_is_changed_and_put_back(tmp_path: Path) -> None:
     )
     noticed = mutate.Mutation("minus", "sums.py", "a + b", "a - b", ("test_sums.py",))
     survivor = mutate.Mutation("times", "sums.py", "a + b", "a * b", ("test_sums.py",))
-    green: dict[tuple[str, ...], bool] = {}
-    assert mutate.try_mutation(tmp_path, noticed, green) == "yes"
-    assert mutate.try_mutation(tmp_path, survivor, green) == "SURVIVES"
+    assert mutate.try_mutation(tmp_path, noticed, is_green=True) == "yes"
+    assert mutate.try_mutation(tmp_path, survivor, is_green=True) == "SURVIVES"
+    assert mutate.try_mutation(tmp_path, noticed, is_green=False) == "its tests fail without it"
     assert (tmp_path / "rankscope" / "sums.py").read_text() == "def add(a, b):\n    return a + b\n"
     with pytest.raises(ValueError, match="stands 0 times"):
         mutate.Mutation("gone", "sums.py", "a / b", "a", ("test_sums.py",)).apply(tmp_path)
