@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import msgspec
 import numpy as np
 
 from rankscope.errors import FormatError
+
+T = TypeVar("T")
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,10 +35,19 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
         schema = value.get("schema") if isinstance(value, Mapping) else None
         if schema not in cls.schemas:
             raise FormatError(f"expected a result with the schema {cls.schemas[0]!r}, not {schema!r}")
-        try:
-            return msgspec.convert(value, cls, dec_hook=_array)
-        except msgspec.ValidationError as error:
-            raise FormatError(f"the result is not a complete one of the schema {schema!r} ({error})") from error
+        return convert_json(value, cls, str(schema))
+
+
+def convert_json(value: Any, kind: type[T], schema: str) -> T:
+    """JSON values as an instance of ``kind``, a part of a result of this schema or all of it.
+
+    Raises:
+        FormatError: fields are missing or of another type.
+    """
+    try:
+        return msgspec.convert(value, kind, dec_hook=_array)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"the result is not a complete one of the schema {schema!r} ({error})") from error
 
 
 def _array(kind: type, value: Any) -> Any:

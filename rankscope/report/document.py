@@ -27,15 +27,16 @@ class Picture:
     data: Table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Section:
-    """One question and what was found. ``key`` is its anchor; ``lead`` says in a sentence what is looked at and why.
+    """One question and its answer. ``lead`` says in a sentence what is looked at and why.
 
-    ``missing`` says what the section would need, where it has nothing to show.
+    ``key`` is its anchor; ``missing`` says what the section would need, where it has nothing to show. The page of a
+    study takes ``key`` and ``title`` of a line of evidence from ``evidence.lines``.
     """
 
-    key: str
-    title: str
+    key: str = ""
+    title: str = ""
     lead: str
     verdicts: Sequence[Verdict] = ()
     pictures: Sequence[Picture] = ()

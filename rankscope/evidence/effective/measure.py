@@ -117,7 +117,7 @@ def measure_effective(material: Material) -> EffectiveRanks:
     Raises:
         MissingEvidenceError: no LoRA run is done, or the weights of one at a best rate are gone.
     """
-    found = measure_performance(material)
+    found = material.measure_once(measure_performance)
     best = group_by_rank(material.require_weights(material.lora_rows()))
     random = {rank: random_measures(_products(rows[0])) for rank, rows in best.items()}
     curve = tuple(
