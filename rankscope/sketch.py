@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from rankscope.linalg import leading_triplets, sketch_is_cheaper
+from rankscope.measures import MEASURES, Measure
 from rankscope.noise import Array
-from rankscope.spectra import MEASURES, RoundingFloor, Spectrum, rounding_floor
+from rankscope.spectra import RoundingFloor, Spectrum, rounding_floor
 from rankscope.updates import Dense, Update
 
 Bounds = tuple[float, float]
 AGREEMENT_TOLERANCE = 5e-4
 """Two bounds closer than this share of the upper one count as one number: tables show four digits."""
-SHARES = {"k90": 0.90, "k95": 0.95, "k99": 0.99}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,14 +88,22 @@ class Sketch:
             return {name: (float(measure(self.top)),) * 2 for name, measure in MEASURES.items()}
         flat = self._flattest
         steep = [self._steepest(energy) for energy in (self.top.energy, self.top.energy - self._rounding)]
-        bounds = {name: self._extremes(name, flat, steep) for name in MEASURES if name not in SHARES}
-        bounds |= {name: self._energy_ranks(share, flat, steep[0]) for name, share in SHARES.items()}
-        bounds["numerical_rank"] = self._counts(self.top.cutoff)
-        bounds["entropy_rank"] = self._entropy(flat, steep)
-        return {name: bounds[name] for name in MEASURES}
+        return {name: self._bounds_of(measure, flat, steep) for name, measure in MEASURES.items()}
 
-    def _extremes(self, name: str, flat: Array, steep: list[Array]) -> Bounds:
-        measure = MEASURES[name]
+    def _bounds_of(self, measure: Measure, flat: Array, steep: list[Array]) -> Bounds:
+        """Bounds by the measure's own rule; those of any rank where it has none."""
+        match measure.bound:
+            case "majorisation":
+                return self._extremes(measure, flat, steep)
+            case "share":
+                return self._energy_ranks(measure.share, flat, steep[0])
+            case "cutoff":
+                return self._counts(self.top.cutoff)
+            case "entropy":
+                return self._entropy(flat, steep)
+        return 0.0, float(self.top.limit)
+
+    def _extremes(self, measure: Measure, flat: Array, steep: list[Array]) -> Bounds:
         low = min(measure(self._make_spectrum(energies)) for energies in steep)
         return float(low), float(max(low, measure(self._make_spectrum(flat))))
 
@@ -153,7 +161,7 @@ class Sketch:
 
 def resolve_bounds(name: str, low: float, high: float) -> float | int | None:
     """The number that two bounds of a measure agree on (``AGREEMENT_TOLERANCE``); None where they differ."""
-    if name == "numerical_rank" or name in SHARES:
+    if MEASURES[name].is_count:
         return int(low) if low == high else None
     return (low + high) / 2 if high - low <= AGREEMENT_TOLERANCE * high else None
 

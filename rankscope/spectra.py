@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from operator import attrgetter
 
 import numpy as np
 import torch
@@ -14,6 +12,8 @@ from torch import Tensor
 
 from rankscope.errors import NonFiniteError, RankscopeError, ShapeError
 from rankscope.linalg import working_dtype
+from rankscope.measures import MEASURES as MEASURES
+from rankscope.measures import measures_shown
 from rankscope.noise import Array, gd_omega, mp_median, mp_quantile, noise_edge, shrink_singular_values
 from rankscope.structured import Hadamard, Kronecker
 from rankscope.updates import Dense, LowRank, Update
@@ -250,7 +250,7 @@ class Spectrum:
 
     def _summary(self) -> dict[str, str]:
         found = self.measures()
-        shown = {name: found.get(name) for name in ("stable_rank", "entropy_rank", "k90")}
+        shown = {measure.name: found.get(measure.name) for measure in measures_shown("summary")}
         return {
             "shape": f"{self.shape[0]} × {self.shape[1]}",
             "nominal rank": str(self.nominal_rank or "none (full)"),
@@ -264,11 +264,6 @@ class Spectrum:
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in self._summary().items())
         return f"<table>{rows}</table>"
-
-
-_NAMES = "numerical_rank entropy_rank energy_entropy_rank stable_rank participation_ratio nuclear_rank k90 k95 k99"
-MEASURES: dict[str, Callable[[Spectrum], float | int]] = {name: attrgetter(name) for name in _NAMES.split()}
-"""The measures by the names they have in the JSON form."""
 
 
 def relative_precision(update: Update, first: float) -> float:
