@@ -2,7 +2,8 @@
 
 The commands of the program are functions: ``spectrum``, ``compare`` (``compare_all`` for more than two), ``resize``,
 ``extract``, ``merge`` (``merge_adapters`` for ``merge --as-adapter``), ``unmerge``, ``convert``, ``average``,
-``subtract``, and ``run_study`` for ``train`` (whose name is the subpackage's). Each is loaded when it is first used.
+``subtract``, ``calibrate``, ``run_study`` for ``train``, and ``hypothesis`` for ``report``, which are subpackages.
+Each is loaded when it is first used.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from rankscope.analysis.matrix import compare_all as compare_all
     from rankscope.analysis.process_sharing import processes as processes
     from rankscope.errors import RankscopeError as RankscopeError
+    from rankscope.evidence.calibration import Calibration as Calibration
+    from rankscope.evidence.calibration import calibrate as calibrate
+    from rankscope.evidence.hypothesis import Hypothesis as Hypothesis
+    from rankscope.evidence.hypothesis import hypothesis as hypothesis
     from rankscope.formats.store import open as open
     from rankscope.lora.bank import Bank as Bank
     from rankscope.lora.spec import AdapterSpec as AdapterSpec
@@ -52,9 +57,11 @@ _HOME = {
     "AdapterSpec": "lora.spec",
     "Bank": "lora.bank",
     "Budget": "surgery.truncate",
+    "Calibration": "evidence.calibration",
     "CompareResult": "analysis.comparison",
     "Dense": "updates",
     "Energy": "surgery.truncate",
+    "Hypothesis": "evidence.hypothesis",
     "LowRank": "updates",
     "MatrixResult": "analysis.matrix",
     "Rank": "surgery.truncate",
@@ -68,10 +75,12 @@ _HOME = {
     "Subspace": "subspace",
     "SurgeryResult": "surgery.surgery_result",
     "average": "surgery.algebra",
+    "calibrate": "evidence.calibration",
     "compare": "analysis.comparison",
     "compare_all": "analysis.matrix",
     "convert": "surgery.convert",
     "extract": "surgery.extract",
+    "hypothesis": "evidence.hypothesis",
     "merge": "surgery.merge",
     "merge_adapters": "surgery.algebra",
     "open": "formats.store",

@@ -1,4 +1,4 @@
-"""The one exception root. Each message says what is wrong, where, and what to do."""
+"""The exceptions of the package. Each message says what happened, where, and what to do next."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 
 class RankscopeError(Exception):
-    """Root of every error that bad input can cause; the command line prints it as one sentence.
+    """Base class of every error that bad input can cause; the command line prints it as one sentence.
 
-    Names come from files: a character in one that would break the line or steer a terminal is written as its escape.
+    Names in a message come from files, so characters that are not printable are written as escapes: they could break
+    the line or control the terminal.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -17,15 +18,15 @@ class RankscopeError(Exception):
 
 
 class FormatError(RankscopeError):
-    """A file that is missing, damaged, or not what its name or its neighbours promise."""
+    """A file that is missing, damaged, or does not fit its name or the files beside it."""
 
 
 class ShapeError(RankscopeError):
-    """Matrices that do not fit each other, or a number of directions that does not exist."""
+    """Matrices whose shapes do not fit each other, or more directions than a space has."""
 
 
 class NonFiniteError(RankscopeError):
-    """A weight that holds NaN or infinity; a spectrum of it would mean nothing."""
+    """A weight that holds NaN or infinity, of which no spectrum can be computed."""
 
 
 class ConfigError(RankscopeError):
@@ -33,16 +34,16 @@ class ConfigError(RankscopeError):
 
 
 class TrainingError(RankscopeError):
-    """A training run or a study that cannot go on."""
+    """A training run or a study that cannot continue."""
 
 
 class ProcessError(RankscopeError):
-    """A process of torchrun that was lost, or did not come."""
+    """A process of torchrun that ended early or never connected."""
 
 
 @contextmanager
 def prefix_errors(where: object) -> Iterator[None]:
-    """Put ``where: `` before the message of an error raised inside, keeping its class."""
+    """Put ``where: `` before the message of an error that is raised inside; its class stays the same."""
     try:
         yield
     except RankscopeError as error:

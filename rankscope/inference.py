@@ -1,7 +1,7 @@
-"""Statistics in plain numbers: intervals, equivalence, correction for many looks; no other module of the package.
+"""Statistics on plain numbers: intervals, equivalence, correction for multiple tests. Imports no module of the package.
 
-Runs are few (three seeds), so everything is exact for small samples or says that it cannot tell: an interval without
-ends is ``Interval(value, None, None)``.
+Runs are few (three seeds), so every method is exact for small samples, or gives an interval without ends:
+``Interval(value, None, None)``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 CONFIDENCE_LEVEL = 0.95
-"""Coverage of every interval, unless said otherwise."""
+"""Coverage of an interval where the caller asks for no other."""
 LARGEST_VALUE = 1e150
-"""Values beyond it are refused: their squares overflow."""
+"""Larger values are refused, because their squares overflow."""
 
 
 class Interval(NamedTuple):
-    """A number and the ends of its interval; None where the data do not give them."""
+    """A number and the ends of its interval, which are None where the data do not determine them."""
 
     value: float
     low: float | None = None
@@ -28,7 +28,7 @@ class Interval(NamedTuple):
 
     @property
     def known(self) -> bool:
-        """Whether it has ends."""
+        """Whether the interval has ends."""
         return self.low is not None and self.high is not None
 
 
@@ -51,15 +51,15 @@ def ratio_interval(
 ) -> Interval:
     """Ratio of two means of paired values with Fieller's interval (Fieller 1954).
 
-    The interval is the set of ratios c for which the mean of numerator − c·denominator is not told from zero by a t
-    test on the pairs. Without ends for a single pair, and where the denominator itself is not told from zero.
+    The interval is the set of ratios c for which a t test on the pairs does not reject that numerator − c·denominator
+    has mean zero. It has no ends for a single pair, or where the test does not reject that the denominator is zero.
 
     Raises:
         ValueError: no value, lengths that differ, or a denominator with mean zero.
     """
     y, x = _vector(numerators), _vector(denominators)
     if len(x) != len(y):
-        raise ValueError(f"{len(y)} numerators and {len(x)} denominators are no pairs")
+        raise ValueError(f"{len(y)} numerators and {len(x)} denominators cannot be paired")
     if x.mean() == 0:
         raise ValueError("the denominators have mean zero")
     ratio = float(y.mean() / x.mean())
@@ -74,15 +74,15 @@ def ratio_interval(
     if a <= 0:
         return Interval(ratio)
     root = math.sqrt(max(b * b - a * d, 0.0))
-    # The ratio is in the set; rounding alone could put it outside of a set that is next to a point.
+    # The ratio is in the set; min and max keep it there where rounding would put it outside of a very narrow set.
     return Interval(ratio, min(ratio, (b - root) / a), max(ratio, (b + root) / a))
 
 
 def median_interval(values: Sequence[float], level: float = CONFIDENCE_LEVEL) -> Interval:
-    """Median with the interval between two order statistics, whatever the distribution; without ends below 6 values.
+    """Median with the interval between two order statistics, for any distribution; without ends below 6 values.
 
-    The ends are the k-th smallest and k-th largest value with the largest k for which the binomial tails leave
-    ``level`` (Conover 1999, §3.2).
+    The ends are the k-th smallest and k-th largest value, with the largest k for which the binomial distribution gives
+    the interval at least the probability ``level`` (Conover 1999, §3.2).
 
     Raises:
         ValueError: no value.
@@ -92,7 +92,7 @@ def median_interval(values: Sequence[float], level: float = CONFIDENCE_LEVEL) ->
     x = np.sort(_vector(values))
     n = len(x)
     k = int(binom.ppf((1 - level) / 2, n, 0.5))
-    # ppf is the least k with at least this much below or at it: one less leaves no more than the tail.
+    # ppf returns the least k with cdf(k) at or above the tail, so that cdf(k − 1) is below it.
     while k > 0 and binom.cdf(k - 1, n, 0.5) > (1 - level) / 2:
         k -= 1
     median = float(np.median(x))
@@ -100,7 +100,9 @@ def median_interval(values: Sequence[float], level: float = CONFIDENCE_LEVEL) ->
 
 
 def equivalence(differences: Sequence[float], margin: float) -> float | None:
-    """p of the two one-sided t tests that the mean difference lies within ± margin (Schuirmann 1987); None for one.
+    """p of the two one-sided t tests that the mean difference lies within ± margin (Schuirmann 1987).
+
+    None for a single difference.
 
     Raises:
         ValueError: no value, or a margin that is not above zero.
@@ -112,18 +114,18 @@ def equivalence(differences: Sequence[float], margin: float) -> float | None:
         raise ValueError(f"a margin of {margin} is not above zero")
     if len(x) < 2:
         return None
-    error = float(x.std(ddof=1)) / math.sqrt(len(x))
-    room = margin - abs(float(x.mean()))
-    if error == 0:
-        return 0.0 if room > 0 else 1.0
-    return float(t.sf(room / error, len(x) - 1))
+    standard_error = float(x.std(ddof=1)) / math.sqrt(len(x))
+    distance = margin - abs(float(x.mean()))  # from the mean to the nearer end of the margin
+    if standard_error == 0:
+        return 0.0 if distance > 0 else 1.0
+    return float(t.sf(distance / standard_error, len(x) - 1))
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float], level: float = CONFIDENCE_LEVEL) -> Interval:
     """Spearman's ρ with the interval of Bonett & Wright (2000): Fisher's z with variance (1 + ρ²/2)/(n − 3).
 
-    Of n pairs ρ takes steps of 12/(n³ − n). Where the order is perfect, z is taken half a step inside of ±1, as chance
-    makes few pairs agree; the interval then ends at ±1. Without ends below 4 pairs.
+    For n pairs, ρ takes steps of 12/(n³ − n). For a perfect order (ρ = ±1) z would be infinite; it is taken half a step
+    inside of ±1, because a few pairs agree by chance too, and the interval ends at ±1. No ends below 4 pairs.
 
     Raises:
         ValueError: lengths that differ, fewer than two pairs, or values that are all the same.
@@ -135,7 +137,7 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], level: float = CONF
         raise ValueError(f"a correlation needs two pairs, not {len(a)} and {len(b)} values")
     a, b = rankdata(a), rankdata(b)
     if np.ptp(a) == 0 or np.ptp(b) == 0:
-        raise ValueError("values that are all the same have no correlation")
+        raise ValueError("the correlation of values that are all the same is not defined")
     rho = float(np.corrcoef(a, b)[0, 1])
     if len(a) < 4:
         return Interval(rho)
@@ -153,7 +155,7 @@ def slope(x: Sequence[float], y: Sequence[float], level: float = CONFIDENCE_LEVE
     """
     a, b = _vector(x), _vector(y)
     if len(a) != len(b) or np.ptp(a) == 0:
-        raise ValueError("a slope needs as many y as x, and two different x")
+        raise ValueError("a slope needs as many y as x, and two different values of x")
     centred = a - a.mean()
     spread = float(centred @ centred)
     value = float(centred @ b) / spread
@@ -166,10 +168,10 @@ def slope(x: Sequence[float], y: Sequence[float], level: float = CONFIDENCE_LEVE
 
 
 def holm(p: ArrayLike) -> NDArray[np.float64]:
-    """p-values corrected for how many there are, in their order (Holm 1979): compare each with the level itself.
+    """p-values corrected for their number (Holm 1979), in the given order; each is compared with the level itself.
 
     Raises:
-        ValueError: a value that is no probability.
+        ValueError: a value that is not a probability.
     """
     values = np.asarray(p, dtype=np.float64)
     if not ((values >= 0) & (values <= 1)).all():
@@ -177,16 +179,17 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
     order = np.argsort(values)
     factors = np.arange(len(values), 0, -1)
     stepped = np.maximum.accumulate(np.minimum(values[order] * factors, 1.0))
-    corrected = np.empty_like(stepped)
-    corrected[order] = stepped
-    return corrected
+    result = np.empty_like(stepped)
+    result[order] = stepped
+    return result
 
 
 class Reach(NamedTuple):
-    """The smallest of some ranks that reaches a share, None where none does.
+    """The smallest of several ranks that reaches a share; None where none does.
 
-    ``low`` is the smallest that may reach it (the upper end of its interval does), ``high`` the smallest that surely
-    does (the lower end, too); None where none. A rank whose interval has no ends may reach it and never surely does.
+    ``low`` is the smallest rank that possibly reaches it (the upper end of its interval does), ``high`` the smallest
+    that certainly does (the lower end does); None where none does. A rank whose interval has no ends possibly reaches
+    it, and does not certainly.
     """
 
     rank: int | None
@@ -195,10 +198,10 @@ class Reach(NamedTuple):
 
 
 def first_reaching(shares: Sequence[tuple[int, Interval]], share: float) -> Reach:
-    """The smallest rank whose share is at least ``share``, and what its intervals leave open.
+    """The smallest rank whose share is at least ``share``, and the smallest by the ends of the intervals.
 
     Args:
-        shares: rank and what it reaches, in any order.
+        shares: ranks and the shares that they reach, in any order.
     """
     ordered = sorted(shares, key=lambda pair: pair[0])
 
@@ -206,28 +209,30 @@ def first_reaching(shares: Sequence[tuple[int, Interval]], share: float) -> Reac
         return next((rank for rank, end in ends if (unknown if end is None else end >= share)), None)
 
     return Reach(
-        first([(rank, found.value) for rank, found in ordered]),
-        first([(rank, found.high) for rank, found in ordered], unknown=True),
-        first([(rank, found.low) for rank, found in ordered]),
+        first([(rank, interval.value) for rank, interval in ordered]),
+        first([(rank, interval.high) for rank, interval in ordered], unknown=True),
+        first([(rank, interval.low) for rank, interval in ordered]),
     )
 
 
 def largest_insufficient_rank(shares: Sequence[tuple[int, Interval | None]], share: float) -> int:
-    """The largest rank such that it and all that were tried below surely stay under ``share``; 0 where the smallest may
-    reach it.
+    """The largest rank that, with all smaller ones that were tried, certainly stays below ``share``.
+
+    0 where the smallest rank possibly reaches it.
 
     Args:
-        shares: rank and what it reaches, in any order; None where that is not known.
+        shares: ranks and the shares that they reach, in any order; None where the share is not known.
     """
-    short = 0
-    for rank, found in sorted(shares, key=lambda pair: pair[0]):
-        if found is None or found.high is None or found.high >= share:
+    insufficient = 0
+    for rank, interval in sorted(shares, key=lambda pair: pair[0]):
+        if interval is None or interval.high is None or interval.high >= share:
             break
-        short = rank
-    return short
+        insufficient = rank
+    return insufficient
 
 
 def _t(level: float, freedom: int) -> float:
+    """Quantile of Student's t for a two-sided interval with this coverage."""
     from scipy.stats import t
 
     return float(t.ppf((1 + level) / 2, freedom))
@@ -238,5 +243,5 @@ def _vector(values: Sequence[float]) -> NDArray[np.float64]:
     if x.ndim != 1 or not len(x):
         raise ValueError("no value")
     if not (np.abs(x) <= LARGEST_VALUE).all():
-        raise ValueError(f"a value is not a number, or beyond {LARGEST_VALUE:g}")
+        raise ValueError(f"a value is not a number, or larger than {LARGEST_VALUE:g}")
     return x

@@ -1,12 +1,10 @@
-"""Singular values of an update, what they measure, and what noise or rounding alone would measure."""
+"""Spectra: the singular values of an update, effective ranks, and what noise or rounding alone would give."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from operator import attrgetter
 
 import numpy as np
 import torch
@@ -14,32 +12,33 @@ from torch import Tensor
 
 from rankscope.errors import NonFiniteError, RankscopeError, ShapeError
 from rankscope.linalg import working_dtype
+from rankscope.measures import MEASURES as MEASURES
+from rankscope.measures import measures_shown
 from rankscope.noise import Array, gd_omega, mp_median, mp_quantile, noise_edge, shrink_singular_values
 from rankscope.structured import Hadamard, Kronecker
 from rankscope.updates import Dense, LowRank, Update
 
 CLUSTER_GAP = 0.01
-"""Singular values closer than 1 % are a cluster: their own vectors are arbitrary up to a rotation."""
+"""Singular values closer than 1 % are a cluster: their singular vectors are arbitrary up to a rotation."""
 
 SMALLEST_ENERGY = 1e-290
-"""Below this, squares lose their digits to underflow: neither what a truncation left out nor a cosine can be told."""
+"""A smaller energy has lost digits to underflow, so neither its missing part nor a cosine can be computed from it."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Spectrum:
-    """Singular values of an update, with what is needed to know how far they can be trusted.
+    """Singular values of an update, with what is known of their precision.
 
-    ``values``: float64, largest first; fewer than exist where the decomposition was truncated.
-    ``energy``: the exact ‖·‖²_F, so that what a truncation left out is known.
+    ``values``: (k,), float64, largest first; fewer than exist where the decomposition was truncated.
+    ``energy``: the exact ‖·‖²_F, from which follows how much a truncation left out.
     ``shape``: (out, in). ``eps``: relative precision of the dtype the SVD was computed in.
     ``nominal_rank``: LoRA's r, None for a full update. ``stored``: dtype on disk.
     ``rounding``: root mean square of the rounding error per entry that storage can have left.
 
-    Each measure is a property of type float (counts: int), 0 for a zero update. Singular values that
-    are themselves rounding, at or below √max(out, in)·eps·σ₁, count as zero everywhere: √n·eps is the
-    probabilistic error bound of Higham & Mary (SIAM J. Sci. Comput. 2019); n·eps, the worst case, is kept for
-    ``numerical_rank`` alone because convention has it so. Over the σ that are left, for every spectrum,
-    1 ≤ stable ≤ participation ≤ energy-entropy ≤ entropy ≤ ``nonzero``.
+    Each measure is a property of type float (counts: int), 0 for a zero update. Singular values at or below
+    √max(out, in)·eps·σ₁ are rounding errors and count as zero in every measure: √n·eps is the probabilistic error bound
+    of Higham & Mary (SIAM J. Sci. Comput. 2019). ``numerical_rank`` alone uses n·eps, the worst case, by convention.
+    For the remaining σ of every spectrum, 1 ≤ stable ≤ participation ≤ energy-entropy ≤ entropy ≤ ``nonzero``.
     On a truncated spectrum, a measure that the missing tail could change raises RankscopeError.
 
     Raises:
@@ -73,15 +72,15 @@ class Spectrum:
 
     @classmethod
     def from_values(cls, update: Update, s: Tensor) -> Spectrum:
-        """The spectrum of an update whose singular values ``s``, all or the largest, are known already."""
+        """The spectrum of an update from its singular values ``s`` (k,): all of them, or the largest."""
         values = s.cpu().double().numpy()  # in this order: Apple's GPUs have no float64
         stored, rounding = torch.float32, 0.0
         if isinstance(update, Dense):
             stored, rounding = update.stored, update.rounding
         elif isinstance(update, LowRank):
             stored = update.B.dtype
-        whole = isinstance(update, LowRank) and len(values) >= min(*update.shape, update.nominal_rank)
-        energy = float(values @ values) if whole else update.energy
+        all_values = isinstance(update, LowRank) and len(values) >= min(*update.shape, update.nominal_rank)
+        energy = float(values @ values) if all_values else update.energy
         name = str(stored).removeprefix("torch.")
         eps = relative_precision(update, float(values[0]))
         return cls(values, energy, update.shape, eps, update.nominal_rank, name, rounding)
@@ -98,12 +97,12 @@ class Spectrum:
 
     @property
     def limit(self) -> int:
-        """How many singular values can differ from zero."""
+        """The number of singular values that can differ from zero."""
         return min(*self.shape, self.nominal_rank or min(self.shape))
 
     @property
     def complete(self) -> bool:
-        """Whether every singular value that can differ from zero is here."""
+        """Whether ``values`` has every singular value that can differ from zero."""
         return len(self.values) >= self.limit
 
     @property
@@ -113,26 +112,26 @@ class Spectrum:
 
     @property
     def precision(self) -> float:
-        """√max(out, in)·eps: what rounding adds to a singular value, relative to σ₁."""
+        """√max(out, in)·eps: the rounding error of a singular value relative to σ₁."""
         return math.sqrt(max(self.shape)) * self.eps
 
     @cached_property
     def ratios(self) -> Array:
-        """σ/σ₁, zero where σ is rounding. Dividing first keeps subnormal and huge scales in range."""
+        """σ/σ₁, (k,), zero where σ is rounding. Measures use these: squares of tiny or huge σ leave float64."""
         first = self.values[0]
         ratios: Array = self.values / first if first > 0 else np.zeros_like(self.values)
         return np.where(ratios > self.precision, ratios, 0.0)
 
     @property
     def cutoff(self) -> float:
-        """σ at or below this do not count towards the numerical rank; see there."""
+        """The largest σ that ``numerical_rank`` does not count."""
         return max(float(self.values[0]) * max(self.shape) * self.eps, noise_edge(self.rounding, self.shape))
 
     def _require(self, determined: bool, name: str) -> None:
         if not determined:
             kept, energy = len(self.values), self.energy or 1.0
             raise RankscopeError(
-                f"{name} cannot be told from the top {kept} of {self.limit} singular values, which leave out "
+                f"{name} cannot be computed from the top {kept} of {self.limit} singular values, which leave out "
                 f"{self.missing_energy / energy:.1%} of the energy; keep more of them"
             )
 
@@ -141,7 +140,7 @@ class Spectrum:
         return self.complete or self.ratios[-1] == 0
 
     def _relative_energy(self) -> float:
-        """‖·‖²_F/σ₁², with the part that a truncation left out."""
+        """‖·‖²_F/σ₁², including the part that a truncation left out."""
         kept = float(self.ratios @ self.ratios)
         if self._tail_known:
             return kept
@@ -150,15 +149,15 @@ class Spectrum:
 
     @property
     def nonzero(self) -> int:
-        """#{σ that are not rounding}: σ > σ₁·√max(out, in)·eps."""
+        """#{σ > σ₁·√max(out, in)·eps}, the σ that are not rounding."""
         self._require(self._tail_known, "the number of non-zero singular values")
         return int(np.count_nonzero(self.ratios))
 
     @property
     def numerical_rank(self) -> int:
-        """#{σ > σ₁·max(out, in)·eps}, eps of the dtype the SVD was computed in (numpy and torch convention).
+        """#{σ > σ₁·max(out, in)·eps}, eps of the dtype the SVD was computed in (convention of numpy and torch).
 
-        Where half-precision storage left rounding, σ must pass that floor's Marchenko–Pastur edge too.
+        Where half-precision storage left rounding errors, σ must also exceed their Marchenko–Pastur edge.
         """
         self._require(self.complete or self.values[-1] <= self.cutoff, "numerical_rank")
         return int(np.count_nonzero(self.values > self.cutoff))
@@ -171,13 +170,13 @@ class Spectrum:
 
     @property
     def energy_entropy_rank(self) -> float:
-        """exp(−Σ p ln p), p = σ²/Σσ²: another number than ``entropy_rank``, which weighs by σ."""
+        """exp(−Σ p ln p), p = σ²/Σσ². ``entropy_rank`` is another number: its p is σ/Σσ."""
         self._require(self._tail_known, "energy_entropy_rank")
         return _exp_entropy(self.ratios**2)
 
     @property
     def stable_rank(self) -> float:
-        """Σσ²/σ₁². Rudelson & Vershynin, J. ACM 2007. Needs σ₁ and the energy only."""
+        """Σσ²/σ₁². Rudelson & Vershynin, J. ACM 2007. It needs σ₁ and the energy only."""
         return self._relative_energy()
 
     @property
@@ -189,7 +188,7 @@ class Spectrum:
 
     @property
     def nuclear_rank(self) -> float:
-        """Σσ/σ₁, the nuclear norm over the spectral norm. ((Σσ)²/Σσ² also goes by this name; this is not it.)"""
+        """Σσ/σ₁, the nuclear norm over the spectral norm. Other authors give this name to (Σσ)²/Σσ²."""
         self._require(self._tail_known, "nuclear_rank")
         return float(self.ratios.sum())
 
@@ -209,13 +208,13 @@ class Spectrum:
         return self.energy_rank(0.99)
 
     def energy_rank(self, share: float) -> int:
-        """Fewest k with Σ_{l≤k}σ² ≥ share·Σσ²; shares closer than the precision of σ² are equal.
+        """Fewest k with Σ_{l≤k}σ² ≥ share·Σσ²; shares that differ by less than the precision of σ² count as equal.
 
         Raises:
             RankscopeError: the share is outside (0, 1], or a truncated spectrum stops before it.
         """
         if not 0 < share <= 1:
-            raise RankscopeError(f"a share of the energy lies above 0 and up to 1, not at {share}")
+            raise RankscopeError(f"a share of the energy must be above 0 and at most 1, not {share}")
         if not self.ratios[0]:
             return 0
         reached = np.cumsum(self.ratios**2) >= (share - 2 * self.precision) * self._relative_energy()
@@ -234,11 +233,11 @@ class Spectrum:
 
     @property
     def gaps(self) -> Array:
-        """(σ_k − σ_{k+1})/σ_k at every cut k = 1, 2, …; 0 where σ_k is zero, NaN where σ_{k+1} is not known."""
+        """(σ_k − σ_{k+1})/σ_k at every cut k = 1, 2, …: 0 where σ_k is zero, NaN where σ_{k+1} is not known."""
         return relative_gaps(self.ratios, 0.0 if self._tail_known else math.nan)
 
     def in_cluster(self, k: int) -> bool:
-        """Whether a cut after σ_k falls between values closer than ``CLUSTER_GAP``: the top-k subspace is arbitrary.
+        """Whether σ_k and σ_{k+1} are closer than ``CLUSTER_GAP``, so that the top-k subspace is arbitrary.
 
         Raises:
             ShapeError: there is no cut k.
@@ -251,7 +250,7 @@ class Spectrum:
 
     def _summary(self) -> dict[str, str]:
         found = self.measures()
-        shown = {name: found.get(name) for name in ("stable_rank", "entropy_rank", "k90")}
+        shown = {measure.name: found.get(measure.name) for measure in measures_shown("summary")}
         return {
             "shape": f"{self.shape[0]} × {self.shape[1]}",
             "nominal rank": str(self.nominal_rank or "none (full)"),
@@ -267,38 +266,33 @@ class Spectrum:
         return f"<table>{rows}</table>"
 
 
-_NAMES = "numerical_rank entropy_rank energy_entropy_rank stable_rank participation_ratio nuclear_rank k90 k95 k99"
-MEASURES: dict[str, Callable[[Spectrum], float | int]] = {name: attrgetter(name) for name in _NAMES.split()}
-"""The measures by the names they have in the JSON form."""
-
-
 def relative_precision(update: Update, first: float) -> float:
-    """Precision of an update's σ relative to σ₁ = ``first``: the dtype's, more where factors cancel.
+    """Precision of an update's σ relative to σ₁ = ``first``: that of the dtype, or a larger one where factors cancel.
 
-    A product is computed to eps·max_l ‖b_l‖‖a_l‖ over its r rank-one terms: after x + (−x), nothing is left but that.
-    Those of a Hadamard product are b₁ₗ ∘ b₂ₘ and a₁ₗ ∘ a₂ₘ, all r₁·r₂. The σ of a Kronecker product are products, whose
-    relative errors add.
+    A product B · A has errors of eps·max_l ‖b_l‖‖a_l‖ over its r rank-one terms; after x + (−x), only those remain. The
+    terms of a Hadamard product are (b₁ₗ ∘ b₂ₘ)(a₁ₗ ∘ a₂ₘ), r₁·r₂ of them. The σ of a Kronecker product are products of
+    σ, whose relative errors add.
     """
     if first == 0 or isinstance(update, Dense):
         return update.eps
     if isinstance(update, Kronecker):
-        return _own_precision(update.W1) + _own_precision(update.W2)
-    largest = float(_terms(update).max()) if isinstance(update, LowRank | Hadamard) else 0.0
+        return _factor_precision(update.W1) + _factor_precision(update.W2)
+    largest = float(_term_norms(update).max()) if isinstance(update, LowRank | Hadamard) else 0.0
     return max(update.eps, torch.finfo(working_dtype(update.device)).eps * largest / first)
 
 
-def _own_precision(factor: LowRank | Dense) -> float:
-    """``relative_precision`` by its own σ₁, which nothing but a product of factors needs."""
+def _factor_precision(factor: LowRank | Dense) -> float:
+    """``relative_precision`` of a factor of a Kronecker product, relative to its own σ₁."""
     return factor.eps if isinstance(factor, Dense) else relative_precision(factor, float(factor.singular_values()[0]))
 
 
-def _terms(update: LowRank | Hadamard) -> Tensor:
-    """‖b‖‖a‖ of the rank-one terms whose sum the update is."""
+def _term_norms(update: LowRank | Hadamard) -> Tensor:
+    """‖b‖‖a‖ of the rank-one terms whose sum the update is: (r,) or (r₁, r₂)."""
     if isinstance(update, LowRank):
         return update.terms
-    one, two = update.first, update.second
-    left: Tensor = (one.left.square().T @ two.left.square()).sqrt()
-    return left * (one.right.square() @ two.right.square().T).sqrt()
+    first, second = update.first, update.second
+    left: Tensor = (first.left.square().T @ second.left.square()).sqrt()
+    return left * (first.right.square() @ second.right.square().T).sqrt()
 
 
 def relative_gaps(values: Array, beyond: float) -> Array:
@@ -318,9 +312,10 @@ def _exp_entropy(weights: Array) -> float:
 
 @lru_cache(maxsize=64)
 def noise_spectrum(shape: tuple[int, int]) -> Spectrum:
-    """Spectrum of a noise matrix with independent entries of variance 1: σ_l at the quantile 1 − (l − ½)/min(out, in).
+    """Spectrum of a noise matrix with independent entries of variance 1.
 
-    Closed form and deterministic; exact as the shape grows, within about 2 % from 64 × 64 on.
+    σ_l is the quantile 1 − (l − ½)/min(out, in) of the Marchenko–Pastur law: exact as the shape grows, within about 2 %
+    from 64 × 64 on.
     """
     m, n = sorted(shape)
     levels = 1 - (np.arange(m) + 0.5) / m
@@ -329,22 +324,22 @@ def noise_spectrum(shape: tuple[int, int]) -> Spectrum:
 
 
 def noise_measures(shape: tuple[int, int]) -> dict[str, float | int]:
-    """Every measure of a noise matrix of this shape (out, in): what no signal at all would read."""
+    """Every measure of a noise matrix of this shape (out, in), for comparison with those of an update."""
     return noise_spectrum((int(shape[0]), int(shape[1]))).measures()
 
 
 def _median(spectrum: Spectrum) -> float | None:
-    """Median σ, or None where it says nothing of noise."""
+    """Median σ, or None where it does not measure noise."""
     full = spectrum.nominal_rank is None and len(spectrum.values) == min(spectrum.shape) > 1
     median = float(np.median(spectrum.values))
     return median if full and median > spectrum.values[0] * spectrum.precision else None
 
 
 def mp_edge(spectrum: Spectrum) -> float | None:
-    """σ̂(√out + √in), the largest σ of the noise that the median σ suggests: σ̂² = median(σ²)/(n·μ_β).
+    """σ̂(√out + √in), the largest σ of noise with the same median σ: σ̂² = median(σ²)/(n·μ_β), n = max(out, in).
 
-    None where the median says nothing of noise: an update of known low rank, one whose median is zero, a truncated
-    spectrum, or a single singular value, which cannot be told from its own noise.
+    None where the median does not measure noise: an update of known low rank, one whose median is zero, a truncated
+    spectrum, or a single singular value.
     """
     median = _median(spectrum)
     if median is None:
@@ -354,13 +349,13 @@ def mp_edge(spectrum: Spectrum) -> float | None:
 
 
 def mp_count(spectrum: Spectrum) -> int | None:
-    """#{σ > mp_edge}: singular values that noise does not explain. None where ``mp_edge`` is."""
+    """#{σ > mp_edge}, the singular values that noise does not explain. None where ``mp_edge`` is."""
     edge = mp_edge(spectrum)
     return None if edge is None else int(np.count_nonzero(spectrum.values > edge))
 
 
 def gd_count(spectrum: Spectrum) -> int | None:
-    """#{σ > ω(β)·median(σ)}: those worth keeping for the least squared error. None where ``mp_edge`` is."""
+    """#{σ > ω(β)·median(σ)}, the σ to keep for the least squared error. None where ``mp_edge`` is."""
     median = _median(spectrum)
     if median is None:
         return None
@@ -370,11 +365,11 @@ def gd_count(spectrum: Spectrum) -> int | None:
 
 @dataclass(frozen=True)
 class RoundingFloor:
-    """What storing the tuned weight in ``dtype`` can have added to an update.
+    """The rounding errors that storing the tuned weight in ``dtype`` can have added to an update.
 
-    ``norm``: its Frobenius norm. ``edge``: its largest σ. ``share``: norm/‖update‖ (0 for a zero update; above 1
-    where storage wiped out most of the update). ``above``: #{σ > edge}. ``measures``: those of the spectrum with
-    the noise shrunk away.
+    ``norm``: their Frobenius norm. ``edge``: their largest σ. ``share``: norm/‖update‖ (0 for a zero update; above 1
+    where storage erased most of the update). ``above``: #{σ > edge}. ``measures``: those of the spectrum after
+    ``denoise_spectrum``.
     """
 
     dtype: str
@@ -386,7 +381,7 @@ class RoundingFloor:
 
 
 def rounding_floor(spectrum: Spectrum) -> RoundingFloor | None:
-    """The rounding floor of a full update from half-precision files; None where storage was exact enough.
+    """The rounding floor of a full update from half-precision files; None for float32 and finer.
 
     Raises:
         RankscopeError: a truncated spectrum that does not reach down to the floor's edge.
@@ -404,7 +399,7 @@ def rounding_floor(spectrum: Spectrum) -> RoundingFloor | None:
 
 
 def denoise_spectrum(spectrum: Spectrum, per_entry: float) -> Spectrum:
-    """The spectrum after optimal shrinkage of noise with this root mean square per entry (``noise.shrink``)."""
+    """The spectrum after ``noise.shrink_singular_values`` for noise with this root mean square per entry."""
     values = np.zeros(min(spectrum.shape))
     values[: len(spectrum.values)] = shrink_singular_values(spectrum.values, per_entry, spectrum.shape)
     return replace(spectrum, values=values, energy=float(values @ values), rounding=0.0)

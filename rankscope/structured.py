@@ -1,7 +1,7 @@
-"""Updates made of factors in another way than B·A: Kronecker products (LoKr) and Hadamard products (LoHa).
+"""Updates made of factors in another way than B · A: Kronecker products (LoKr) and Hadamard products (LoHa).
 
-Both keep their factors and work on those. Their nominal rank is the rank that the construction allows, which
-lies far above the r of the factors in the file.
+Both keep their factors and compute with those. Their nominal rank is the rank that the construction allows, which is
+much larger than the r of the factors in the file.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from rankscope.updates import LARGEST_ENTRY, Dense, LowRank, Update, check_finit
 
 @dataclass(frozen=True, repr=False)
 class Kronecker(Update):
-    """scale · W₁ ⊗ W₂: W₁ (o₁, i₁) and W₂ (o₂, i₂) make (o₁·o₂, i₁·i₂), blocks W₁[a, b]·W₂.
+    """scale · W₁ ⊗ W₂, (o₁·o₂, i₁·i₂), for W₁ (o₁, i₁) and W₂ (o₂, i₂); its blocks are W₁[a, b] · W₂.
 
-    The singular values are the products of the factors', the vectors the Kronecker products of theirs
-    (Van Loan, J. Comput. Appl. Math. 2000), so everything but ``dense()`` costs what the factors cost. The nominal
-    rank is k₁·k₂, k the rank that each factor can have: its r, or its smaller side.
+    Its singular values are the products of those of the factors, and its singular vectors the Kronecker products of
+    theirs (Van Loan, J. Comput. Appl. Math. 2000), so everything but ``dense()`` costs what the factors cost. The
+    nominal rank is k₁·k₂, where k is the rank that a factor can have: its r, or its smaller side.
 
     Raises:
         NonFiniteError: the scale is NaN or infinite, or the product is too large to square.
@@ -61,11 +61,11 @@ class Kronecker(Update):
 
     @property
     def product(self) -> LowRank | None:
-        """(B₁ ⊗ B₂)(A₁ ⊗ A₂) where that is thin: k₁·k₂ below both sides."""
+        """(B₁ ⊗ B₂)(A₁ ⊗ A₂) where k₁·k₂ is smaller than both sides; else None."""
         if self.nominal_rank >= min(self.shape):
             return None
-        one, two = _thin(self.W1), _thin(self.W2)
-        return LowRank(kron(one.left, two.left), kron(one.right, two.right), self.scale)
+        first, second = _factorize(self.W1), _factorize(self.W2)
+        return LowRank(kron(first.left, second.left), kron(first.right, second.right), self.scale)
 
     @property
     def working_matrix(self) -> Tensor:
@@ -75,15 +75,15 @@ class Kronecker(Update):
         return self._sort_products(self.W1.singular_values(), self.W2.singular_values())[0]
 
     def svd(self) -> SVD:
-        one, two = self.W1.svd(), self.W2.svd()
-        s, order = self._sort_products(one.s, two.s)
-        first, second = order // len(two.s), order % len(two.s)
-        U = khatri_rao(one.U[:, first], two.U[:, second])
-        Vt = khatri_rao(one.Vt.T[:, first], two.Vt.T[:, second]).T
+        svd1, svd2 = self.W1.svd(), self.W2.svd()
+        s, order = self._sort_products(svd1.s, svd2.s)  # (k₁·k₂,) both
+        at1, at2 = order // len(svd2.s), order % len(svd2.s)
+        U = khatri_rao(svd1.U[:, at1], svd2.U[:, at2])  # (o₁·o₂, k₁·k₂)
+        Vt = khatri_rao(svd1.Vt.T[:, at1], svd2.Vt.T[:, at2]).T  # (k₁·k₂, i₁·i₂)
         return SVD(U * math.copysign(1.0, self.scale), s, Vt)
 
     def _sort_products(self, s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
-        """All products of singular values, largest first, and their places in the list of (1, 1), (1, 2), …"""
+        """All products of s₁ (k₁,) and s₂ (k₂,), largest first, and their indices among (1, 1), (1, 2), …: (k₁·k₂,)."""
         working = working_dtype(self.device)
         products = torch.outer(s1.to(working), s2.to(working)).flatten() * abs(self.scale)
         values, order = products.sort(descending=True)
@@ -94,9 +94,9 @@ class Kronecker(Update):
 
     def __matmul__(self, other: Tensor) -> Tensor:
         (_, i1), (o2, i2), k = self.W1.shape, self.W2.shape, other.shape[1]
-        # (i₁, i₂, k): W₂ acts on the middle, then W₁ on the first.
-        inner = self.W2 @ other.reshape(i1, i2, k).transpose(0, 1).reshape(i2, i1 * k)
-        outer = self.W1 @ inner.reshape(o2, i1, k).transpose(0, 1).reshape(i1, o2 * k)
+        # other as (i₁, i₂, k): W₂ acts on the second axis, then W₁ on the first.
+        inner = self.W2 @ other.reshape(i1, i2, k).transpose(0, 1).reshape(i2, i1 * k)  # (o₂, i₁·k)
+        outer = self.W1 @ inner.reshape(o2, i1, k).transpose(0, 1).reshape(i1, o2 * k)  # (o₁, o₂·k)
         return outer.reshape(-1, k) * self.scale
 
     @property
@@ -107,7 +107,7 @@ class Kronecker(Update):
         return replace(self, scale=self.scale * factor)
 
     def inner(self, other: Update) -> float:
-        """As for every update; of two alike products, the product of the factors' inner products."""
+        """⟨self, other⟩; for factors of the same shapes it is the product of the factors' inner products."""
         if isinstance(other, Kronecker) and (self.W1.shape, self.W2.shape) == (other.W1.shape, other.W2.shape):
             return self.scale * other.scale * self.W1.inner(other.W1) * self.W2.inner(other.W2)
         return super().inner(other)
@@ -121,12 +121,12 @@ class Kronecker(Update):
 
 @dataclass(frozen=True, repr=False)
 class Hadamard(Update):
-    """(s₁·B₁·A₁) ∘ (s₂·B₂·A₂), entry by entry: both factors (out, in), of rank r₁ and r₂.
+    """(s₁·B₁·A₁) ∘ (s₂·B₂·A₂), multiplied entry by entry: both (out, in), of rank r₁ and r₂.
 
-    Its exact factors, of rank r₁·r₂, are Khatri–Rao products: the rows of B₁ and of B₂ multiplied each with each, and
-    so the columns of A₁ and A₂ (Hyeon-Woo et al., FedPara, ICLR 2022, Proposition 1). While r₁·r₂ is below both sides,
-    all work is done on those. Beyond, they would be larger than the matrix, and **the matrix is formed** by everything
-    that needs more than the shape. The nominal rank is r₁·r₂.
+    Its exact factors, of rank r₁·r₂, are Khatri–Rao products of B₁ with B₂ row by row and of A₁ with A₂ column by
+    column (Hyeon-Woo et al., FedPara, ICLR 2022, Proposition 1). Where r₁·r₂ is smaller than both sides, everything is
+    computed from those. Otherwise they would be larger than the matrix, and **the matrix is formed** by everything that
+    needs more than the shape. The nominal rank is r₁·r₂.
 
     Raises:
         ShapeError: the factors' shapes differ.
@@ -161,7 +161,7 @@ class Hadamard(Update):
 
     @property
     def eps(self) -> float:
-        return self._best.eps
+        return self._decomposable.eps
 
     @property
     def energy(self) -> float:
@@ -171,17 +171,18 @@ class Hadamard(Update):
 
     @property
     def product(self) -> LowRank | None:
-        """The Khatri–Rao factors where they are thin: r₁·r₂ below both sides."""
+        """The Khatri–Rao factors where r₁·r₂ is smaller than both sides; else None."""
         return self._factors if self.nominal_rank < min(self.shape) else None
 
     @cached_property
     def _factors(self) -> LowRank:
-        one, two = self.first, self.second
-        return LowRank(khatri_rao(one.left.T, two.left.T).T, khatri_rao(one.right, two.right))
+        first, second = self.first, self.second
+        left = khatri_rao(first.left.T, second.left.T).T  # (out, r₁·r₂)
+        return LowRank(left, khatri_rao(first.right, second.right))
 
     @property
-    def _best(self) -> LowRank | Dense:
-        """What decompositions work on."""
+    def _decomposable(self) -> LowRank | Dense:
+        """The form that is decomposed: thin factors, or the matrix."""
         return self.product or Dense(self.dense())
 
     @property
@@ -189,10 +190,10 @@ class Hadamard(Update):
         return self.first.working_matrix * self.second.working_matrix
 
     def singular_values(self) -> Tensor:
-        return self._best.singular_values()
+        return self._decomposable.singular_values()
 
     def svd(self) -> SVD:
-        return self._best.svd()
+        return self._decomposable.svd()
 
     def dense(self) -> Tensor:
         return self.working_matrix.float()
@@ -217,12 +218,12 @@ class Hadamard(Update):
 
 
 def kron(X: Tensor, Y: Tensor) -> Tensor:
-    """X ⊗ Y. torch.kron itself fails on some transposed matrices."""
+    """X ⊗ Y, (m·p, n·q), for X (m, n) and Y (p, q). torch.kron fails on some transposed matrices."""
     return (X[:, None, :, None] * Y[None, :, None, :]).reshape(X.shape[0] * Y.shape[0], -1)
 
 
 def khatri_rao(X: Tensor, Y: Tensor) -> Tensor:
-    """Kronecker products column by column: (m, k) and (n, k) make (m·n, k)."""
+    """Kronecker products column by column, (m·n, k), of X (m, k) and Y (n, k)."""
     return (X[:, None, :] * Y[None, :, :]).flatten(0, 1)
 
 
@@ -231,25 +232,25 @@ def _rank(factor: LowRank | Dense) -> int:
     return min(*factor.shape, factor.nominal_rank or min(factor.shape))
 
 
-def _thin(factor: LowRank | Dense) -> LowRank:
-    """The factor as a product whose inner side is at most ``_rank``; a matrix is one with the identity."""
+def _factorize(factor: LowRank | Dense) -> LowRank:
+    """The factor as a product with an inner side of at most ``_rank``; a matrix becomes itself times the identity."""
     if isinstance(factor, LowRank) and factor.nominal_rank <= min(factor.shape):
         return factor
     matrix = factor.working_matrix
     tall = matrix.shape[0] >= matrix.shape[1]
-    same = torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
-    return LowRank(matrix, same) if tall else LowRank(same, matrix)
+    identity = torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
+    return LowRank(matrix, identity) if tall else LowRank(identity, matrix)
 
 
 def _largest(factor: LowRank | Dense) -> float:
-    """No entry of the factor is larger."""
+    """An upper bound on the entries of the factor."""
     if isinstance(factor, LowRank):
         sides = check_finite(factor.B, "B") * check_finite(factor.A, "A")
         return abs(factor.scale) * factor.nominal_rank * sides
     return check_finite(factor.matrix, "the matrix")
 
 
-def _check_size(one: float, two: float, what: str) -> None:
-    largest = max(1.0, one) * max(1.0, two)
+def _check_size(first: float, second: float, what: str) -> None:
+    largest = max(1.0, first) * max(1.0, second)
     if largest > LARGEST_ENTRY:
         raise NonFiniteError(f"{what} reaches {largest:.3g}, too large to square; check the scale and dtype")

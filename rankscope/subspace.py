@@ -1,4 +1,4 @@
-"""Subspaces spanned by the top singular directions of updates: overlap, angles, distances, chance levels."""
+"""Subspaces spanned by the top singular directions of updates: their overlap, angles, distances and chance level."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Side = Literal["left", "right"]
 class Subspace:
     """The top k singular directions of an update, in the output space (left) or the input space (right).
 
-    ``vectors``: (d, k), orthonormal columns in the working precision, strongest direction first, as a matrix or as
-    factors that are not multiplied out; the caller vouches for orthonormality, ``of`` and ``pair`` see to it.
+    ``vectors``: (d, k), orthonormal columns in the working precision, strongest direction first, as a matrix or as two
+    factors. The constructor does not check that they are orthonormal; ``of`` and ``pair`` make them so.
     ``gaps``: (k,), (σ_i − σ_{i+1})/σ_i at the cut after direction i, NaN where it is not known.
 
     Raises:
@@ -50,7 +50,7 @@ class Subspace:
 
     @property
     def factors(self) -> Basis:
-        """The directions as they were found."""
+        """The directions as factors (d, r) and (r, k), or a matrix (d, k) and None."""
         return cast(Basis, self.vectors)
 
     @cached_property
@@ -60,7 +60,7 @@ class Subspace:
 
     @classmethod
     def of(cls, update: Update, side: Side, k: int | None = None) -> Subspace:
-        """The top k left or right singular directions, all that are above rounding where k is None or larger.
+        """The top k left or right singular directions; where k is None or larger, all that are above rounding.
 
         Raises:
             ShapeError: k < 1, an unknown side, or an update without a direction (zero, or rounding alone).
@@ -72,13 +72,13 @@ class Subspace:
 
     @classmethod
     def pair(cls, update: Update, k: int | None = None) -> tuple[Subspace, Subspace]:
-        """Left and right directions from one SVD; as ``of``."""
+        """``of`` for both sides, left first, from one SVD."""
         svd = update.factored_svd()
         return cls.of_svd(svd, Spectrum.from_values(update, svd.s), k)
 
     @classmethod
     def of_svd(cls, svd: FactoredSVD, spectrum: Spectrum, k: int | None = None) -> tuple[Subspace, Subspace]:
-        """Left and right directions of what is decomposed already; as ``of``."""
+        """``pair`` for an update whose SVD and spectrum are known."""
         if k is not None and k < 1:
             raise ShapeError(f"a subspace has at least one direction, not {k}")
         rank = int(np.count_nonzero(spectrum.values > spectrum.cutoff))
@@ -100,14 +100,14 @@ class Subspace:
 
     @property
     def k(self) -> int:
-        """How many directions span it."""
+        """The number of directions."""
         tall, small = self.factors
         return (tall if small is None else small).shape[-1]
 
     @property
     def in_cluster(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """(k,): whether the cut after direction i falls among values closer than ``CLUSTER_GAP``, where the span of
-        the top i is arbitrary."""
+        """Whether the cut after direction i falls between values closer than ``CLUSTER_GAP``, so that the span of the
+        top i is arbitrary: (k,)."""
         return np.less(self.gaps, CLUSTER_GAP)
 
     def top(self, k: int) -> Subspace:
@@ -125,9 +125,9 @@ class Subspace:
 
 
 def orthonormalize(vectors: Tensor) -> Tensor:
-    """Orthonormal in the working precision, (d, k) → (d, k), spanning the same first i columns for every i.
+    """Columns (d, k) that are orthonormal in the working precision; the first i span what the first i of (d, k) span.
 
-    Singular vectors that were computed in float32 are orthonormal to 1e-7 only; angles need better.
+    Singular vectors that were computed in float32 are orthonormal to 1e-7 only, which is too little for angles.
     """
     working = working_dtype(vectors.device)
     if vectors.dtype == working:
@@ -145,7 +145,7 @@ def _check_pair(a: Subspace, b: Subspace) -> None:
 
 
 def cosines(a: Subspace, b: Subspace) -> Tensor:
-    """UᵀV, (k_a, k_b), on the host: what ``overlap`` and ``angles`` are made of; U and V are not multiplied out.
+    """UᵀV, (k_a, k_b), on the host, from which ``overlap`` and ``angles`` are computed. U and V stay factors.
 
     Raises:
         ShapeError: the sides or the ambient dimensions differ.
@@ -158,32 +158,32 @@ def overlap(a: Subspace, b: Subspace, product: Tensor | None = None) -> Array:
     """φ(i, j) = ‖U_iᵀV_j‖²_F / min(i, j) in [0, 1] for all i ≤ k_a, j ≤ k_b: (k_a, k_b) (Hu et al. 2021, §7.2).
 
     Args:
-        product: UᵀV from ``cosines``, where it is known.
+        product: UᵀV (k_a, k_b) from ``cosines``, where it is known.
 
     Raises:
         ShapeError: the sides or the ambient dimensions differ.
     """
     product = cosines(a, b) if product is None else product
-    squared = product.double().numpy() ** 2
+    squared = product.double().numpy() ** 2  # (k_a, k_b), as all that follows
     sums = squared.cumsum(axis=0).cumsum(axis=1)
     grid: Array = np.minimum(sums / _smaller(*sums.shape), 1.0)
     return grid
 
 
 def _smaller(i_max: int, j_max: int) -> Array:
-    """min(i, j) for i = 1 … i_max, j = 1 … j_max."""
+    """min(i, j) for i = 1 … i_max, j = 1 … j_max: (i_max, j_max)."""
     smaller: Array = np.minimum.outer(np.arange(1.0, i_max + 1), np.arange(1.0, j_max + 1))
     return smaller
 
 
 def angles(a: Subspace, b: Subspace, product: Tensor | None = None) -> Array:
-    """Principal angles in radians, ascending, min(k_a, k_b) of them (Björck & Golub 1973).
+    """Principal angles in radians, ascending, (min(k_a, k_b),) (Björck & Golub 1973).
 
-    cos θ_l = σ_l(UᵀV) is blind below √eps; up to 45° θ comes from sin θ_l, the singular values of V − UUᵀV
-    (Knyazev & Argentati 2002), so that tiny angles are right to rounding.
+    cos θ_l = σ_l(UᵀV) does not resolve angles below √eps. Angles up to 45° come from sin θ_l, the singular values of
+    V − UUᵀV (Knyazev & Argentati 2002), so that tiny ones are precise too.
 
     Args:
-        product: UᵀV from ``cosines``, where it is known.
+        product: UᵀV (k_a, k_b) from ``cosines``, where it is known.
 
     Raises:
         ShapeError: the sides or the ambient dimensions differ.
@@ -195,18 +195,18 @@ def angles(a: Subspace, b: Subspace, product: Tensor | None = None) -> Array:
     small = int((cos.square() >= 0.5).sum())
     theta = cos.clamp(max=1).arccos()
     if small:
-        directions = torch.linalg.svd(product, full_matrices=False)[2][:small].T
+        directions = torch.linalg.svd(product, full_matrices=False)[2][:small].T  # (k_b, small)
         theta[:small] = _sines(a.factors, b.factors, directions).clamp(max=1).arcsin()
-    found: Array = theta.double().numpy()
-    return found
+    radians: Array = theta.double().numpy()
+    return radians
 
 
 def _sines(U: Basis, V: Basis, rotation: Tensor) -> Tensor:
-    """Singular values of (1 − UUᵀ)·V·rotation, ascending, on the host: the directions (k, m) with angles up to 45°.
+    """Singular values (m,) of (1 − UUᵀ)·V·rotation, ascending, on the host; rotation (k, m) picks directions of V.
 
-    Projecting twice leaves of U's own error of orthonormality no more than its square.
+    U is orthonormal up to rounding only. Projecting twice reduces the effect of that error to its square.
     """
-    rest = V.times(rotation.to(V.tall.device))
+    rest = V.times(rotation.to(V.tall.device))  # (d, m)
     for _ in range(2):
         rest = rest - U.times(U.coordinates(Basis(rest)))
     values: Tensor = torch.linalg.svdvals(torch.linalg.qr(rest, mode="r")[1].cpu())
@@ -214,7 +214,7 @@ def _sines(U: Basis, V: Basis, rotation: Tensor) -> Tensor:
 
 
 def distances(a: Subspace, b: Subspace) -> dict[str, float]:
-    """The distances of ``angle_distances`` between two subspaces; 0 where they are equal, or one inside the other.
+    """The distances of ``angle_distances`` between two subspaces; 0 where they are equal or one lies in the other.
 
     Raises:
         ShapeError: the sides or the ambient dimensions differ.
@@ -223,11 +223,11 @@ def distances(a: Subspace, b: Subspace) -> dict[str, float]:
 
 
 def angle_distances(theta: Array) -> dict[str, float]:
-    """Distances from the p = min(k_a, k_b) principal angles θ.
+    """Distances from the p = min(k_a, k_b) principal angles θ (p,) (Edelman, Arias & Smith 1998).
 
-    ``projection`` √(p − Σcos²θ); ``geodesic`` √Σθ²; ``chordal`` ‖sin θ‖, the same number as projection, by the
-    name Conway, Hardin & Sloane 1996 give it; ``fubini_study`` arccos Πcos θ; ``procrustes`` √(2(p − ‖UᵀV‖_*)),
-    which is the least ‖U − VQ‖_F over orthogonal Q where k_a = k_b (Edelman, Arias & Smith 1998 for all).
+    ``projection`` √(p − Σcos²θ); ``geodesic`` √Σθ²; ``chordal`` ‖sin θ‖, which is the same number as projection under
+    the name of Conway, Hardin & Sloane 1996; ``fubini_study`` arccos Πcos θ; ``procrustes`` √(2(p − ‖UᵀV‖_*)), which
+    is the least ‖U − VQ‖_F over orthogonal Q where k_a = k_b.
     """
     sin2 = np.sin(theta) ** 2
     with np.errstate(divide="ignore"):  # a right angle makes the product of cosines zero, its logarithm −∞
@@ -237,7 +237,7 @@ def angle_distances(theta: Array) -> dict[str, float]:
         "projection": chordal,
         "geodesic": float(np.sqrt((theta**2).sum())),
         "chordal": chordal,
-        # tan = √(1 − Πcos²)/Πcos: arccos alone would lose every angle below 1e-8.
+        # tan = √(1 − Πcos²)/Πcos, because arccos alone does not resolve angles below 1e-8.
         "fubini_study": float(np.arctan2(np.sqrt(-np.expm1(log_cos2)), np.exp(log_cos2 / 2))),
         "procrustes": float(2 * np.sqrt((np.sin(theta / 2) ** 2).sum())),
     }
@@ -245,10 +245,10 @@ def angle_distances(theta: Array) -> dict[str, float]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Chance:
-    """What two independent, uniformly random subspaces would overlap, beside a measured grid; all (k_a, k_b).
+    """The overlap of two independent, uniformly random subspaces, for comparison with a measured grid; all (k_a, k_b).
 
     ``expected``: E φ = max(i, j)/d. ``sd``: standard deviation of φ. ``z``: (φ − expected)/sd. ``p``: probability
-    of at least this φ. Cells that leave nothing to chance (i = d or j = d) have sd 0, z 0, p 1.
+    of at least this φ. Where one subspace is the whole space (i = d or j = d), φ is certain: sd 0, z 0, p 1.
     """
 
     expected: Array
@@ -262,12 +262,12 @@ class Chance:
 
 
 def chance(grid: Array, d: int) -> Chance:
-    """The chance level of every cell of an overlap grid of subspaces in dimension d.
+    """The chance level of every cell of an overlap grid (k_a, k_b) of subspaces in dimension d.
 
     S = φ·min(i, j) has E S = ij/d and Var S = 2ij(d − i)(d − j)/(d²(d − 1)(d + 2)). p is the upper tail of the Beta
-    with these moments on the support [max(0, i + j − d), min(i, j)] of S: exact for i = 1, and right in the tail,
-    where a normal law is too optimistic. Each p is of its own cell: looking at a whole grid for the least p needs a
-    correction.
+    distribution with these moments on the support [max(0, i + j − d), min(i, j)] of S. It is exact for i = 1 and
+    accurate in the tail, where a normal distribution gives a p that is too small. Each p is that of its cell alone;
+    the least p of a whole grid needs a correction for multiple tests (``haar.familywise_p_values``).
 
     Raises:
         ShapeError: not a grid, or more directions than dimensions.
@@ -278,13 +278,13 @@ def chance(grid: Array, d: int) -> Chance:
 
 
 def chance_of_cells(i: Array, j: Array, overlap: Array, d: int) -> Chance:
-    """``chance`` of the top i against the top j directions; i and j that broadcast to the shape of ``overlap``."""
+    """``chance`` of the top i against the top j directions; i and j broadcast to the shape of ``overlap``."""
     from scipy.special import betaincc
 
     i, j = np.broadcast_arrays(i, j)
     smaller = np.minimum(i, j)
     expected = np.maximum(i, j) / d
-    # max(d − 1, 1): in one dimension the numerator is zero.
+    # max(d − 1, 1), because d = 1 would divide by zero; the numerator is zero there.
     variance = 2 * i * j * (d - i) * (d - j) / (d**2 * max(d - 1, 1) * (d + 2))
     free = variance > 0
     sd = np.sqrt(variance) / smaller
@@ -296,10 +296,10 @@ def chance_of_cells(i: Array, j: Array, overlap: Array, d: int) -> Chance:
 
 
 def _beta(i: Array, j: Array, d: int, variance: Array) -> tuple[Array, Array, Array, Array]:
-    """Parameters a, b and support (low, width) of the Beta with the mean ij/d and the variance of S."""
+    """Parameters a and b, lower end and width of the Beta distribution with the mean ij/d and the variance of S."""
     low = np.maximum(0.0, i + j - d)
     width = np.minimum(i, j) - low
-    with np.errstate(divide="ignore", invalid="ignore"):  # degenerate cells, which the caller leaves out
+    with np.errstate(divide="ignore", invalid="ignore"):  # cells without variance, which the caller leaves out
         mean = (i * j / d - low) / width
         total = mean * (1 - mean) * width**2 / variance - 1
     return mean * total, (1 - mean) * total, low, width

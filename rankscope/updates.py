@@ -1,4 +1,4 @@
-"""The change of one weight, shape (out, in): kept as factors, or held as a matrix."""
+"""Updates: the change of one weight (out, in), kept as two factors or as a matrix."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from rankscope.linalg import (
 BLOCK = 2**20
 """Entries of a matrix that are subtracted, or squared in float64, at a time."""
 LARGEST_ENTRY = 1e140
-"""Squared and summed over a matrix, the entries of a product must still be float64 numbers."""
+"""The largest entry of a product whose squares, summed over a matrix, are still finite in float64."""
 
 
 class Update(ABC):
-    """The change of one weight. Everything but ``dense()`` works without multiplying factors out."""
+    """The change of one weight (out, in). ``dense()`` alone multiplies factors out."""
 
     @property
     @abstractmethod
@@ -48,7 +48,7 @@ class Update(ABC):
     @property
     @abstractmethod
     def eps(self) -> float:
-        """Relative precision that the singular values are computed with."""
+        """Relative precision of the dtype in which the singular values are computed."""
 
     @property
     @abstractmethod
@@ -57,24 +57,24 @@ class Update(ABC):
 
     @abstractmethod
     def singular_values(self) -> Tensor:
-        """All singular values that can differ from zero, largest first."""
+        """All singular values that can differ from zero, (k,), largest first."""
 
     @abstractmethod
     def svd(self) -> SVD:
-        """Thin SVD (U, s, Vt)."""
+        """Thin SVD: U (out, k), s (k,), Vt (k, in)."""
 
     def factored_svd(self) -> FactoredSVD:
-        """Thin SVD whose U and V are not multiplied out where the update has thin factors."""
+        """Thin SVD whose U (out, k) and V (in, k) stay factors where the update has thin factors."""
         U, s, Vt = self.svd()
         return FactoredSVD(Basis(U), s, Basis(Vt.T))
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """The matrix (out, in) in float32: the only method that forms it."""
+        """The matrix (out, in) in float32. No other public method forms it where factors are thin."""
 
     @abstractmethod
     def __matmul__(self, other: Tensor) -> Tensor:
-        """update · other, other (in, k), in the working precision."""
+        """update · other, (out, k), for other (in, k), in the working precision."""
 
     @property
     @abstractmethod
@@ -90,17 +90,17 @@ class Update(ABC):
 
     @property
     def nominal_rank(self) -> int | None:
-        """The rank that the construction allows, LoRA's r; None for an update that was not made of factors."""
+        """The rank that the construction allows, which is r for LoRA; None for an update without factors."""
         return None
 
     @property
     def product(self) -> LowRank | None:
-        """The same update as thin factors, where its construction has any; None for one without."""
+        """The same update as thin factors; None where its construction has none."""
         return None
 
     @property
     def working_matrix(self) -> Tensor:
-        """The matrix (out, in) in the working precision, formed like that of ``dense()``."""
+        """The matrix (out, in) in the working precision; like ``dense()``, this multiplies factors out."""
         return self.dense().to(working_dtype(self.device))
 
     @property
@@ -112,7 +112,7 @@ class Update(ABC):
         return self * -1.0
 
     def inner(self, other: Update) -> float:
-        """⟨self, other⟩ = tr(selfᵀ · other), forming no matrix where one of the two has thin factors.
+        """⟨self, other⟩ = tr(selfᵀ · other). No matrix is formed where one of the two has thin factors.
 
         Raises:
             ShapeError: the shapes differ.
@@ -120,7 +120,7 @@ class Update(ABC):
         check_same_shape(self, other)
         thin = other.product
         if thin is not None:
-            return float(((self @ thin.right.T) * thin.left).sum())
+            return float(((self @ thin.right.T) * thin.left).sum())  # (out, r) both
         if self.product is not None:
             return other.inner(self)
         return float((self.working_matrix * other.working_matrix).sum())
@@ -128,9 +128,9 @@ class Update(ABC):
 
 @dataclass(frozen=True, repr=False)
 class LowRank(Update):
-    """scale · B · A, with B (out, r) and A (r, in); only ``dense()`` multiplies them out.
+    """scale · B · A, with B (out, r) and A (r, in).
 
-    Half-precision factors are upcast before anything is computed from them.
+    Half-precision factors are converted to the working precision before anything is computed from them.
 
     Raises:
         ShapeError: B and A are not matrices, do not share r, or have an empty side.
@@ -176,12 +176,12 @@ class LowRank(Update):
 
     @property
     def left(self) -> Tensor:
-        """scale · B in the working precision."""
+        """scale · B, (out, r), in the working precision."""
         return self.B.to(working_dtype(self.device)) * self.scale
 
     @property
     def right(self) -> Tensor:
-        """A in the working precision."""
+        """A, (r, in), in the working precision."""
         return self.A.to(working_dtype(self.device))
 
     @property
@@ -190,25 +190,25 @@ class LowRank(Update):
 
     @property
     def energy(self) -> float:
-        # tr(BᵀB · AAᵀ) would save the small SVD, and lose its digits where factors cancel.
+        # tr(BᵀB · AAᵀ) needs no SVD of the core, but loses its digits where factors cancel.
         return float(self.singular_values().square().sum())
 
     @property
     def triangles(self) -> tuple[Tensor, Tensor]:
-        """R_L, R_R (small, on the host) with R_LᵀR_L = BᵀB and R_RᵀR_R = AAᵀ, without the scale; found once."""
-        found = self._recall("triangles")
-        if found is None:
+        """R of B (min(out, r), r) and of Aᵀ (min(in, r), r), without the scale, on the host; computed once."""
+        triangles = self._recall("triangles")
+        if triangles is None:
             working = working_dtype(self.device)
             left, right = self._recall("squares") or (None, None)
-            found = triangular_factor(self.B.to(working), left), triangular_factor(self.A.to(working).T, right)
-            self._remember("triangles", found)
-        return found
+            triangles = triangular_factor(self.B.to(working), left), triangular_factor(self.A.to(working).T, right)
+            self._remember("triangles", triangles)
+        return triangles
 
     def _remember(self, name: str, pair: tuple[Any, Any]) -> None:
         self.__dict__[f"_{name}"] = (self._versions, pair)
 
     def _recall(self, name: str) -> tuple[Any, Any] | None:
-        """What was remembered, unless a factor has been written to since, as training does."""
+        """What ``_remember`` stored; None if a factor has been written to since then, as training does."""
         versions, pair = self.__dict__.get(f"_{name}", (None, None))
         return pair if versions == self._versions else None
 
@@ -218,7 +218,7 @@ class LowRank(Update):
 
     @property
     def terms(self) -> Tensor:
-        """(r,): |scale|·‖b_l‖‖a_l‖, the norms of the rank-one terms that the update is the sum of; on the host."""
+        """The norms |scale|·‖b_l‖‖a_l‖, (r,), of the rank-one terms whose sum the update is; on the host."""
         left, right = (torch.linalg.vector_norm(R, dim=0) for R in self.triangles)
         norms: Tensor = left * right * abs(self.scale)
         return norms
@@ -232,9 +232,9 @@ class LowRank(Update):
     def factored_svd(self) -> FactoredSVD:
         working = working_dtype(self.device)
         squares = self._recall("squares") or (None, None)
-        found, triangles = factored_product_svd(self.B.to(working), self.A.to(working), self.scale, squares)
+        svd, triangles = factored_product_svd(self.B.to(working), self.A.to(working), self.scale, squares)
         self._remember("triangles", triangles)
-        return found
+        return svd
 
     def dense(self) -> Tensor:
         return self.working_matrix.float()
@@ -256,7 +256,7 @@ class LowRank(Update):
 
     def to(self, device: torch.device | str) -> LowRank:
         B, A = self.B.to(device), self.A.to(device)
-        # What is there already is not looked through again.
+        # Factors that are on the device already need no second check.
         return self if B is self.B and A is self.A else LowRank(B, A, self.scale)
 
     def __repr__(self) -> str:
@@ -265,10 +265,10 @@ class LowRank(Update):
 
 @dataclass(frozen=True, repr=False)
 class Dense(Update):
-    """An update held as a matrix in float32 that remembers how coarsely it was stored.
+    """An update held as a float32 matrix (out, in), with what is known of its storage.
 
-    ``stored`` is the dtype of the tuned weight on disk and ``rounding`` the root mean square
-    of the error per entry that rounding to it can have left (0 for float32 and finer).
+    ``stored`` is the dtype of the tuned weight on disk. ``rounding`` is the root mean square of the error per entry
+    that rounding to this dtype can have left, 0 for float32 and finer.
 
     Raises:
         ShapeError: not a matrix, or one with an empty side.
@@ -287,9 +287,10 @@ class Dense(Update):
 
     @classmethod
     def difference(cls, tuned: Tensor, base: Tensor) -> Dense:
-        """tuned − base, both cast to float32 first; the rounding floor is that of ``tuned``'s dtype.
+        """tuned − base for two weights (out, in), both converted to float32 first.
 
-        Rounding to a dtype errs uniformly by up to half a unit in the last place, ulp/√12 rms.
+        The rounding floor is that of ``tuned``'s dtype. The error of rounding is uniform within half a unit in the last
+        place, so its root mean square is ulp/√12. Raises ShapeError where the shapes differ.
         """
         if tuned.shape != base.shape:
             raise ShapeError(f"the tuned weight {tuple(tuned.shape)} and the base {tuple(base.shape)} differ in shape")
@@ -301,10 +302,7 @@ class Dense(Update):
 
     @classmethod
     def from_blocks(cls, parts: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, int], device: torch.device) -> Dense:
-        """``difference`` from blocks of rows (tuned, base) that follow each other and make up ``shape``.
-
-        Memory beside the result: a few blocks.
-        """
+        """``difference`` from consecutive blocks of rows (tuned, base), both (m, in), which together have ``shape``."""
         matrix, squares, start, stored = torch.empty(shape, device=device), 0.0, 0, torch.float32
         for tuned, base in parts:
             tuned, base, stored = tuned.to(device), base.to(device), tuned.dtype
@@ -328,7 +326,7 @@ class Dense(Update):
 
     @property
     def energy(self) -> float:
-        # In blocks, as torch makes a float64 copy of what it takes the norm of.
+        # In blocks of rows, because torch copies to float64 what it takes the norm of.
         working, step = working_dtype(self.device), block_rows(self.shape[1])
         norms = [torch.linalg.vector_norm(rows, dtype=working) for rows in self.matrix.split(step)]  # type: ignore[no-untyped-call]
         return float(torch.stack(norms).square().sum())
@@ -361,22 +359,19 @@ class Dense(Update):
 
 
 def block_rows(columns: int) -> int:
-    """Rows of a matrix that are read and subtracted at a time."""
+    """How many rows of a matrix with this many columns are read and subtracted at a time."""
     return max(1, BLOCK // columns)
 
 
 def cache_gram_matrices(updates: Sequence[Update]) -> None:
-    """Find BᵀB and AAᵀ of all products in one multiplication per shape, for a GPU that single ones leave idle.
-
-    Each product remembers its own, on the host.
-    """
+    """Give low-rank updates their BᵀB and AAᵀ from one multiplication per shape; single ones leave a GPU idle."""
     alike: dict[Hashable, list[LowRank]] = defaultdict(list)
     for update in updates:
         if isinstance(update, LowRank):
             alike[update.B.shape, update.A.shape, update.B.dtype, update.A.dtype, update.device].append(update)
     for group in alike.values():
         working = working_dtype(group[0].device)
-        left = gram(torch.stack([update.B for update in group]).to(working))
+        left = gram(torch.stack([update.B for update in group]).to(working))  # (n, r, r)
         right = gram(torch.stack([update.A for update in group]).to(working).mT)
         lefts, rights = ([None] * len(group) if squares is None else squares.cpu() for squares in (left, right))
         for update, *pair in zip(group, lefts, rights, strict=True):
@@ -384,9 +379,9 @@ def cache_gram_matrices(updates: Sequence[Update]) -> None:
 
 
 def check_finite(tensor: Tensor, what: str) -> float:
-    """The largest magnitude; raises NonFiniteError, with a count, where a tensor holds NaN or infinity."""
+    """The largest magnitude in a tensor of any shape, 0 for an empty one; NonFiniteError for NaN or infinity in it."""
     values = tensor.detach()
-    values = values.float() if values.element_size() == 1 else values  # torch finds no extremes in float8
+    values = values.float() if values.element_size() == 1 else values  # torch has no aminmax for float8
     if not values.numel():
         return 0.0
     low, high = values.aminmax()
@@ -398,5 +393,6 @@ def check_finite(tensor: Tensor, what: str) -> float:
 
 
 def check_same_shape(a: Update, b: Update) -> None:
+    """Raise ShapeError where two updates differ in shape."""
     if a.shape != b.shape:
         raise ShapeError(f"updates of shape {a.shape} and {b.shape} cannot be compared; are they of the same weight?")

@@ -11,7 +11,6 @@ from rankscope.errors import RankscopeError
 from rankscope.inference import Interval, median_interval
 
 Answer = Literal["yes", "no", "undecided"]
-LineName = Literal["performance", "truncation", "spectra", "overlap", "agreement", "weight", "effective", "dimension"]
 
 LOW_RANK_SHARE = 1 / 8
 """A rank is called low up to this share of the smaller side of a weight: factors of a square matrix then hold a quarter
@@ -28,14 +27,14 @@ MIN_LAYERS = 6
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """An answer to one claim.
+    """An answer of one line of evidence to one claim.
 
     ``claim`` is what the hypothesis predicts, and ``answer`` whether the numbers bear it out: "undecided" where they
     cannot tell, with the reason in ``sentence``. ``refuted_by`` says which numbers would have made the answer "no".
     ``value`` with the interval ``low`` to ``high`` is the number that the answer rests on; None where there is none.
     """
 
-    line: LineName
+    line: str
     claim: str
     answer: Answer
     sentence: str

@@ -12,7 +12,7 @@ import pytest
 
 from rankscope.evidence.agreement.figure import plot_agreement
 from rankscope.evidence.agreement.measure import Agreement, RankAgreement, measure_agreement, verdicts
-from rankscope.evidence.agreement.section import section
+from rankscope.evidence.agreement.section import build_section
 from rankscope.evidence.material import Material
 from rankscope.inference import Interval
 from rankscope.result import _array, json_values
@@ -154,7 +154,7 @@ def test_one_seed_has_nothing_to_repeat(study: Study, tmp_path: Path) -> None:
     assert "Not enough seeds" in said.sentence
     assert "1 seed;" in said.sentence
     assert plot_agreement(one).axes
-    assert section(one).pictures
+    assert build_section(one, verdicts(one)).pictures
 
 
 def test_what_is_missing_is_said(study: Study, tmp_path: Path) -> None:
@@ -248,8 +248,8 @@ def test_figure(found: Agreement) -> None:
 
 
 def test_section(found: Agreement) -> None:
-    made = section(found)
-    assert (made.key, len(made.verdicts), len(made.pictures), len(made.tables)) == ("agreement", 1, 1, 2)
+    made = build_section(found, verdicts(found))
+    assert (len(made.verdicts), len(made.pictures), len(made.tables)) == (1, 1, 2)
     assert f"{found.ranks[-1].left.value:.2g}" in made.pictures[0].alt
     assert "another full fine-tuning explains" in made.pictures[0].alt
     assert made.pictures[0].draw().axes
@@ -259,4 +259,4 @@ def test_section(found: Agreement) -> None:
     assert len(made.tables[0].rows) == 4
     assert len(made.tables[1].rows) == 4
     left_out = msgspec.structs.replace(found, skipped=("head: is zero",))
-    assert "Left out: head: is zero." in section(left_out).notes
+    assert "Left out: head: is zero." in build_section(left_out, verdicts(left_out)).notes

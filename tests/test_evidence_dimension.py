@@ -19,7 +19,7 @@ from rankscope.evidence.dimension.measure import (
     measure_dimension,
     verdicts,
 )
-from rankscope.evidence.dimension.section import section
+from rankscope.evidence.dimension.section import build_section
 from rankscope.evidence.material import Material
 from rankscope.inference import Interval, first_reaching
 from rankscope.plots import save
@@ -215,7 +215,7 @@ def test_the_verdict_carries_d90_and_its_ends() -> None:
 
 
 def test_the_section_says_what_the_picture_shows(found: IntrinsicDimension) -> None:
-    shown = section(found)
+    shown = build_section(found, verdicts(found))
     (picture,) = shown.pictures
     assert [len(row) for row in picture.data.rows] == [len(picture.data.header)] * 7
     assert "lora" not in picture.alt

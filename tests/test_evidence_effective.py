@@ -28,7 +28,7 @@ from rankscope.evidence.effective.measure import (
     random_measures,
     verdicts,
 )
-from rankscope.evidence.effective.section import section
+from rankscope.evidence.effective.section import build_section
 from rankscope.evidence.material import Material
 from rankscope.evidence.performance.measure import measure_performance
 from rankscope.inference import Interval
@@ -402,7 +402,7 @@ def test_without_ranks_there_is_nothing_to_fit() -> None:
 
 
 def check_section(found: EffectiveRanks) -> None:
-    made = section(found)
+    made = build_section(found, verdicts(found))
     for table in (*made.tables, *(picture.data for picture in made.pictures)):
         assert all(len(row) == len(table.header) for row in table.rows)
     figure = made.pictures[0].draw()
@@ -447,7 +447,7 @@ def test_a_run_far_worse_than_the_base_stands_on_the_edge(found: EffectiveRanks)
 
 def test_the_section_says_what_was_found(found: EffectiveRanks) -> None:
     check_section(found)
-    made = section(found)
+    made = build_section(found, verdicts(found))
     assert "Full fine-tuning has" in made.pictures[0].alt
     assert "to the power" in made.pictures[0].alt
     assert any("not independent" in note for note in made.notes)

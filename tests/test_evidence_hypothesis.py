@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from rankscope.cli.report_command import command
 from rankscope.errors import ConfigError, FormatError, RankscopeError
-from rankscope.evidence.hypothesis import LINES, Hypothesis, hypothesis
+from rankscope.evidence.hypothesis import Hypothesis, hypothesis
+from rankscope.evidence.lines import LINES
 from rankscope.train.config import StudyConfig
 from rankscope.train.study import Study, run_study
 
@@ -24,7 +25,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 @pytest.fixture(scope="module")
 def found(study: Study) -> Hypothesis:
-    return study.hypothesis()
+    return hypothesis(study)
 
 
 def without(study: Study, folder: Path, *patterns: str) -> Study:
@@ -40,7 +41,7 @@ def without(study: Study, folder: Path, *patterns: str) -> Study:
 def test_every_line_answers_but_those_without_runs(found: Hypothesis) -> None:
     assert set(found.missing) == {"dimension"}
     assert "--method" in found.missing["dimension"]
-    assert {verdict.line for verdict in found.verdicts} == set(LINES) - {"dimension"}
+    assert {verdict.line for verdict in found.verdicts} == {line.name for line in LINES} - {"dimension"}
     # Four planted directions of 64, two seeds: nothing here says that more are needed.
     assert found.answer != "no"
     assert found.runs == {"done": 8}
@@ -73,11 +74,11 @@ def test_lines_can_be_chosen(study: Study) -> None:
     assert chosen.spectra is not None
     assert chosen.answer == "undecided"
     with pytest.raises(ConfigError, match="no line of evidence is called 'rank'"):
-        hypothesis(study, ["rank"])  # type: ignore[list-item]
+        hypothesis(study, ["rank"])
 
 
 def test_without_full_fine_tuning(study: Study, tmp_path: Path) -> None:
-    some = without(study, tmp_path, "full-*").hypothesis()
+    some = hypothesis(without(study, tmp_path, "full-*"))
     assert {"truncation", "agreement"} <= set(some.missing)
     assert "full fine-tuning" in some.missing["truncation"]
     assert some.performance is not None
@@ -85,13 +86,13 @@ def test_without_full_fine_tuning(study: Study, tmp_path: Path) -> None:
 
 
 def test_without_adapters(study: Study, tmp_path: Path) -> None:
-    some = without(study, tmp_path, "lora-*").hypothesis()
+    some = hypothesis(without(study, tmp_path, "lora-*"))
     assert "no LoRA run is done" in some.missing["overlap"]
     assert some.truncation is not None
 
 
 def test_with_one_run(study: Study, tmp_path: Path) -> None:
-    some = without(study, tmp_path, "full-*", "lora-r8-*", "*-s1").hypothesis()
+    some = hypothesis(without(study, tmp_path, "full-*", "lora-r8-*", "*-s1"))
     assert some.verdicts
     assert some.answer == "undecided"
 
@@ -100,21 +101,21 @@ def test_with_a_run_that_diverged(study: Study, tmp_path: Path) -> None:
     copy = without(study, tmp_path)
     path = next(copy.folder.glob("runs/lora-r8-*-s1/run.json"))
     path.write_text(json.dumps({**json.loads(path.read_text()), "status": "diverged", "metrics": {}}))
-    some = Study(copy.folder).hypothesis()
+    some = hypothesis(Study(copy.folder))
     assert some.runs == {"done": 7, "diverged": 1}
     assert some.performance is not None
 
 
 def test_nothing_has_ended(study: Study, tmp_path: Path) -> None:
     with pytest.raises(RankscopeError, match="no run of this study has ended"):
-        without(study, tmp_path, "full-*", "lora-*").hypothesis()
+        hypothesis(without(study, tmp_path, "full-*", "lora-*"))
 
 
 def test_other_data_leaves_the_lines_that_need_no_model(study: Study, tmp_path: Path) -> None:
     copy = without(study, tmp_path)
     path = copy.folder / "study.json"
     path.write_text(path.read_text().replace("rank 4, noise", "rank 5, noise"))
-    some = Study(copy.folder).hypothesis(lines=["truncation", "spectra"])
+    some = hypothesis(Study(copy.folder), lines=["truncation", "spectra"])
     assert "was begun with another data" in some.missing["truncation"]
 
 
@@ -163,7 +164,7 @@ def test_weights_that_were_deleted_cost_the_lines_that_read_them(study: Study, t
     assert all("the weights of" in reason for line, reason in found.missing.items() if line != "dimension")
     assert found.spectra is not None
     assert found.spectra.seeds == {"r = 2": 1, "r = 8": 1}
-    assert copy.hypothesis(lines=["performance"]).verdicts == study.hypothesis(lines=["performance"]).verdicts
+    assert hypothesis(copy, lines=["performance"]).verdicts == hypothesis(study, lines=["performance"]).verdicts
 
 
 @pytest.mark.parametrize("name", ["full-*-s0/update.safetensors", "lora-r8-*-s1/adapter/adapter_config.json"])
@@ -172,7 +173,7 @@ def test_a_damaged_study_is_an_error_and_no_lack_of_evidence(study: Study, tmp_p
     path = next(copy.folder.glob(f"runs/{name}"))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(FormatError, match=path.name):
-        copy.hypothesis(lines=["spectra"])
+        hypothesis(copy, lines=["spectra"])
     ended = CliRunner().invoke(command, [str(copy.folder), "-o", str(tmp_path / "out"), "--quiet"])
     assert isinstance(ended.exception, FormatError)
     assert not (tmp_path / "out").exists()

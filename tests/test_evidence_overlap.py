@@ -21,7 +21,7 @@ from rankscope.evidence.material import Material
 from rankscope.evidence.overlap.figure import plot_directions, plot_overlaps
 from rankscope.evidence.overlap.measure import Overlap, measure_overlap, random_pair, verdicts
 from rankscope.evidence.overlap.pairs import OverlapGrid, RunComparison, RunUpdates, SideOverlap, compare_runs
-from rankscope.evidence.overlap.section import section
+from rankscope.evidence.overlap.section import build_section
 from rankscope.inference import Interval
 from rankscope.result import _array, json_values
 from rankscope.train.config import StudyConfig
@@ -119,13 +119,13 @@ def test_initial_factors_of_a_study_are_no_more_alike_than_chance(found: Overlap
 
 @pytest.mark.parametrize(("of", "sides"), [("A", ["right"]), ("B", ["left"])])
 def test_factors_alone(study: Study, of: MatrixKind, sides: list[str]) -> None:
-    said = measure_overlap(Material(study), of)
+    said = measure_overlap(Material(study, of=of))
     assert said.ranks is not None
     assert list(said.ranks.sides) == sides
     assert all(v.claim.startswith(f"Top directions of {of} ") for v in verdicts(said))
     assert f"{sides[0]} side" in verdicts(said)[0].sentence
     assert plot_overlaps(said).axes
-    assert section(said).pictures
+    assert build_section(said, verdicts(said)).pictures
 
 
 def test_one_seed_or_one_rank_leaves_a_part_undecided(study: Study, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_one_seed_or_one_rank_leaves_a_part_undecided(study: Study, tmp_path: Pa
     assert "only one rank" in ranks.sentence
     for part in (one_seed, one_rank):
         assert len(plot_directions(part).axes) == 2
-        assert len(section(part).verdicts) == 2
+        assert len(build_section(part, verdicts(part)).verdicts) == 2
     with pytest.raises(MissingEvidenceError, match="--ranks or --seeds"):
         measure_overlap(Material(_part(study, tmp_path / "run", "*-r2-*-s0")))
 
@@ -419,8 +419,8 @@ def test_figures(found: Overlap) -> None:
 
 
 def test_section(found: Overlap) -> None:
-    made = section(found)
-    assert (made.key, len(made.verdicts), len(made.pictures), len(made.tables)) == ("overlap", 2, 2, 2)
+    made = build_section(found, verdicts(found))
+    assert (len(made.verdicts), len(made.pictures), len(made.tables)) == (2, 2, 2)
     for picture in made.pictures:
         assert f"{found.ranks.left.top.value:.2g}" in picture.alt  # type: ignore[union-attr]
         assert picture.draw().axes

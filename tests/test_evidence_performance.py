@@ -18,7 +18,7 @@ from rankscope.evidence.entries import Entry
 from rankscope.evidence.material import Material
 from rankscope.evidence.performance.figure import plot_costs, plot_rank_curve
 from rankscope.evidence.performance.measure import Performance, measure_performance, verdicts
-from rankscope.evidence.performance.section import entries_at_budget, section
+from rankscope.evidence.performance.section import build_section, entries_at_budget
 from rankscope.inference import Interval, Reach, first_reaching
 from rankscope.result import json_values
 from rankscope.train.config import StudyConfig
@@ -193,7 +193,7 @@ def test_seeds_in_common_alone_are_compared(plant: Callable[..., Material]) -> N
     assert entry.paired == (0, 2)
     assert entry.share is not None
     assert entry.share.value == pytest.approx((0.47 + 0.435) / (0.50 + 0.46))
-    assert any("seeds in common" in note for note in section(found).notes)
+    assert any("seeds in common" in note for note in build_section(found, verdicts(found)).notes)
     alone = measure_performance(plant(lambda run: None if run.method == "full" and run.seed != 1 else planted(run)))
     assert by_label(alone)["r = 4"].paired == (1,)
     assert answers(alone) == ["undecided", "undecided"]
@@ -312,7 +312,7 @@ def test_a_run_that_diverged_is_named_and_in_no_number(plant: Callable[..., Mate
     # Another rate has every seed: it is the best of those that lost none, and lies on the edge.
     assert entry.lr != 1e-2
     assert entry.edge is not None
-    assert any(record.run.name in note for note in section(found).notes)
+    assert any(record.run.name in note for note in build_section(found, verdicts(found)).notes)
 
 
 @pytest.mark.parametrize(("place", "end", "word"), [(0, "low", "lowest"), (2, "high", "highest")])
@@ -462,7 +462,7 @@ def texts(figure: Figure) -> str:
 
 def check_section(found: Performance) -> None:
     """Every table has as many cells as columns, every picture draws, every axis is named."""
-    made = section(found)
+    made = build_section(found, verdicts(found))
     for table in (*made.tables, *(picture.data for picture in made.pictures)):
         assert table.rows
         assert all(len(row) == len(table.header) for row in table.rows)
@@ -485,7 +485,7 @@ def test_the_figure_shows_the_numbers(plant: Callable[..., Material]) -> None:
     assert by_size[320.0, 1280.0, 5120.0] == pytest.approx(means)
     hollow = [line for line in left.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
     assert [line.get_xdata()[0] for line in hollow] == [16.0]
-    full, base = found.entry_of("full"), found.of("base")
+    full, base = found.entry_of("full"), found.entry_of("base")
     assert full is not None
     assert base is not None
     levels = {line.get_label(): line.get_ydata()[0] for line in left.lines if len(line.get_ydata())}
@@ -547,7 +547,7 @@ def test_two_seeds_leave_room_for_the_scores() -> None:
 def test_the_section_says_what_was_found(plant: Callable[..., Material]) -> None:
     found = measure_performance(plant(planted))
     check_section(found)
-    made = section(found)
+    made = build_section(found, verdicts(found))
     for picture in made.pictures:
         picture.draw().canvas.draw()
     assert "The smallest rank with 90% of full fine-tuning's gain is 4" in made.pictures[0].alt
@@ -579,7 +579,7 @@ def test_one_budget_takes_ranks_of_the_same_size() -> None:
 
 def test_the_papers_tables_are_there_for_several_targets() -> None:
     found = result(*target_entries())
-    tables = {table.name: table for table in section(found).tables}
+    tables = {table.name: table for table in build_section(found, verdicts(found)).tables}
     which, crossed = tables["which-matrices"], tables["ranks-of-targets"]
     assert which.header == ("", "q", "v", "q,v")
     assert which.rows[0] == ("rank r", 4, 4, 2)
@@ -587,5 +587,8 @@ def test_the_papers_tables_are_there_for_several_targets() -> None:
     assert crossed.header == ("matrices", "r = 1", "r = 2", "r = 4")
     assert crossed.rows[2] == ("q,v", 1, 2, 4)
     budget = msgspec.structs.replace(found, budget=400, entries=(*entries_at_budget(target_entries(), None), FULL))
-    assert [table.name for table in section(budget).tables] == ["performance-scores", "which-matrices"]
-    assert [table.name for table in section(result(entry(1, BELOW))).tables] == ["performance-scores"]
+    assert [table.name for table in build_section(budget, verdicts(budget)).tables] == [
+        "performance-scores",
+        "which-matrices",
+    ]
+    assert [table.name for table in build_section(result(entry(1, BELOW)), []).tables] == ["performance-scores"]

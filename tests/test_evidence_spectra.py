@@ -17,7 +17,7 @@ from rankscope.analysis.layer_spectra import spectrum
 from rankscope.evidence.material import Material
 from rankscope.evidence.spectra.figure import plot_joint_spectra, plot_ranks_by_kind, rank_colours
 from rankscope.evidence.spectra.measure import FULL_LABEL, Spectra, measure_spectra, verdicts
-from rankscope.evidence.spectra.section import section
+from rankscope.evidence.spectra.section import build_section
 from rankscope.result import json_values
 from rankscope.spectra import MEASURES, gd_count, mp_count, noise_measures
 from rankscope.spectra import Spectrum as OneSpectrum
@@ -334,7 +334,7 @@ def test_higher_ranks_are_darker() -> None:
 
 
 def test_the_section_lists_every_layer_beside_its_noise(both: Spectra) -> None:
-    made = section(both)
+    made = build_section(both, verdicts(both))
     (table,) = made.tables
     assert len(table.rows) == 8 * (4 + 1)
     assert all(len(row) == len(table.header) for row in table.rows)
@@ -354,7 +354,7 @@ def test_the_section_lists_every_layer_beside_its_noise(both: Spectra) -> None:
 
 
 def test_a_rounding_floor_gets_its_columns() -> None:
-    (table,) = section(measure_spectra(Stand([bfloat(1.0)], {2: [adapters([2.0, 1.0])]}))).tables
+    (table,) = build_section(measure_spectra(Stand([bfloat(1.0)], {2: [adapters([2.0, 1.0])]})), []).tables
     assert table.header[-2:] == ("rounding share", "above rounding")
     assert all(len(row) == len(table.header) for row in table.rows)
     full = next(row for row in table.rows if row[1] == "full fine-tuning")
@@ -363,5 +363,5 @@ def test_a_rounding_floor_gets_its_columns() -> None:
 
 
 def test_layers_stand_in_natural_order(both: Spectra, tmp_path: Path) -> None:
-    names = list(dict.fromkeys(row[0] for row in section(both).tables[0].rows))
+    names = list(dict.fromkeys(row[0] for row in build_section(both, verdicts(both)).tables[0].rows))
     assert names == sorted(NAMES)

@@ -28,7 +28,7 @@ from rankscope.evidence.truncation.measure import (
     measure_truncation,
     verdicts,
 )
-from rankscope.evidence.truncation.section import section
+from rankscope.evidence.truncation.section import build_section
 from rankscope.inference import Interval, Reach, first_reaching
 from rankscope.result import json_values
 from rankscope.train.config import StudyConfig, make_study_config
@@ -189,8 +189,8 @@ def test_kinds_add_up_where_they_do_not_interact(found: Truncation) -> None:
 
 def test_an_accelerator_gives_the_same(low: Material, classified: Watching) -> None:
     fake_device = pytest.importorskip("fake_device")
-    rows = [(low, low.full_rows()[0]), (low, low.lora_rows()[-1]), (classified, classified.full()[0])]
-    rows.append((classified, classified.lora()[0]))
+    rows = [(low, low.full_rows()[0]), (low, low.lora_rows()[-1]), (classified, classified.full_rows()[0])]
+    rows.append((classified, classified.lora_rows()[0]))
 
     def scores(device: str) -> list[float]:
         parts = [CutModel(Material(material.study, device), row) for material, row in rows]
@@ -284,7 +284,7 @@ def is_matrix(name: str, weight: Tensor) -> bool:
 
 
 def test_heads_biases_and_norms_are_whole_at_every_rank(classified: Watching) -> None:
-    row = classified.full()[0]
+    row = classified.full_rows()[0]
     base = dict(classified.task.model(1).named_parameters())
     raw = load_file(classified.study.path(row.record.run) / "update.safetensors")
     changes = {name: raw.get(name, raw.get(name.removesuffix(".weight"))) for name in base}
@@ -304,7 +304,7 @@ def test_heads_biases_and_norms_are_whole_at_every_rank(classified: Watching) ->
 
 
 def test_one_kind_alone_is_cut(classified: Watching) -> None:
-    row = classified.full()[0]
+    row = classified.full_rows()[0]
     base = dict(classified.task.model(1).named_parameters())
     update = CutModel(classified, row)
     update.score_top_part(16)
@@ -317,7 +317,7 @@ def test_one_kind_alone_is_cut(classified: Watching) -> None:
 
 def test_a_whole_adapter_computes_what_the_stored_one_does(classified: Watching) -> None:
     """Its head, its biases and its factors, against the adapter layers' own forward pass."""
-    row = classified.lora()[0]
+    row = classified.lora_rows()[0]
     update = CutModel(classified, row)
     stored = classified.task.model(1)
     lora.load(stored, classified.study.path(row.record.run) / "adapter")
@@ -338,7 +338,7 @@ def test_a_whole_adapter_computes_what_the_stored_one_does(classified: Watching)
 
 
 def test_an_adapter_cut_to_nothing_keeps_its_head_and_biases(classified: Watching) -> None:
-    row = classified.lora()[0]
+    row = classified.lora_rows()[0]
     raw = load_file(classified.study.path(row.record.run) / "adapter" / "adapter_model.safetensors")
     update = CutModel(classified, row)
     update.score_top_part(0)
@@ -376,7 +376,7 @@ def test_transposed_and_tied_weights_are_cut_as_they_are_used(tmp_path: Path) ->
     settings = {**SMALL, "methods": (), "ranks": (), "full_lrs": (1e-2,)}
     study = StudyConfig(task="lm", model=str(tmp_path / "model"), data=str(texts(tmp_path)), **settings)
     material = Watching(run_study(study, tmp_path / "study"))
-    row = material.full()[0]
+    row = material.full_rows()[0]
     update = CutModel(material, row)
     assert update.score_top_part(16) == pytest.approx(row.score, rel=1e-6)
     whole = material.seen
@@ -533,7 +533,7 @@ def test_the_figure_shows_every_curve_and_marks_enough(found: Truncation) -> Non
 
 
 def test_the_section_has_the_numbers(found: Truncation) -> None:
-    made = section(found)
+    made = build_section(found, verdicts(found))
     (picture,) = made.pictures
     assert len(picture.data.rows) == 8 + 8 + 6
     assert all(len(row) == len(picture.data.header) for row in picture.data.rows)

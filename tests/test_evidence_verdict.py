@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from rankscope.evidence.hypothesis import conclusion
+from rankscope.evidence.hypothesis import conclude
 from rankscope.inference import Interval
 from rankscope.verdict import (
     LOW_RANK_SHARE,
     Answer,
-    LineName,
     Verdict,
     answer_above,
     answer_low_rank,
@@ -18,7 +17,7 @@ from rankscope.verdict import (
 )
 
 
-def verdict(line: LineName, answer: Answer) -> Verdict:
+def verdict(line: str, answer: Answer) -> Verdict:
     return Verdict(line=line, claim="c", answer=answer, sentence="s", refuted_by="r")
 
 
@@ -76,11 +75,11 @@ def test_above_a_line_is_what_lies_above_it_whole(ends: tuple[float, ...], answe
 def test_the_answer_rests_on_what_the_task_needs(
     performance: Answer | None, truncation: Answer | None, answer: Answer, words: str
 ) -> None:
-    lines: tuple[LineName, ...] = ("performance", "truncation")
+    lines: tuple[str, ...] = ("performance", "truncation")
     given = [verdict(line, a) for line, a in zip(lines, (performance, truncation), strict=True) if a]
     # What is in the weights has no say, and of each line only the first verdict.
     given += [verdict("spectra", "no"), verdict("overlap", "yes")]
     given += [verdict("performance", "no")] if performance else []
-    found, sentence = conclusion(given)
+    found, sentence = conclude(given)
     assert found == answer
     assert words in sentence

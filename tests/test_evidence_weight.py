@@ -35,7 +35,7 @@ from rankscope.evidence.weight.measure import (
     measure_weight,
     verdicts,
 )
-from rankscope.evidence.weight.section import section
+from rankscope.evidence.weight.section import build_section
 from rankscope.inference import Interval
 from rankscope.linalg import dense_svd
 from rankscope.result import json_values
@@ -211,7 +211,7 @@ def test_what_cannot_be_measured_is_said() -> None:
     assert LAYERS[0] in found.skipped[0]
     assert "is zero" in found.skipped[0]
     assert "differ in shape" in found.skipped[1]
-    assert "2 not measured" in section(found).notes[-1]
+    assert "2 not measured" in build_section(found, verdicts(found)).notes[-1]
     with pytest.raises(MissingEvidenceError, match="is zero"):
         measured({(1, 0): {LAYERS[0]: updates[LAYERS[0]]}, (None, 0): {LAYERS[3]: Dense(normal(SIDE, SIDE))}})
 
@@ -274,8 +274,8 @@ def test_results_round_trip_and_are_drawn(trained: Study) -> None:
         assert len(figure.axes) == panels
         labelled = [axes for axes in figure.axes if axes.get_xlabel()]
         assert labelled
-    said = section(found)
-    assert said.key == "weight"
+    said = build_section(found, verdicts(found))
+    assert said.lead
     assert [picture.name for picture in said.pictures] == ["weight", "weight-positions", "weight-intruders"]
     for table in (*said.tables, *(picture.data for picture in said.pictures)):
         assert table.rows

@@ -382,11 +382,11 @@ def test_what_has_no_answer_is_refused() -> None:
         (lambda: mean_interval([]), "no value"),
         (lambda: median_interval([]), "no value"),
         (lambda: equivalence([], 1.0), "no value"),
-        (lambda: ratio_interval([1.0, 2.0], [1.0]), "no pairs"),
+        (lambda: ratio_interval([1.0, 2.0], [1.0]), "cannot be paired"),
         (lambda: ratio_interval([1.0, 2.0], [1.0, -1.0]), "mean zero"),
         (lambda: rank_correlation([1.0, 2.0], [1.0]), "two pairs"),
         (lambda: rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), "all the same"),
-        (lambda: slope([1.0, 1.0], [1.0, 2.0]), "two different x"),
+        (lambda: slope([1.0, 1.0], [1.0, 2.0]), "two different values"),
         (lambda: slope([1.0, 2.0], [1.0]), "as many y as x"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -132,7 +132,7 @@ def only_whole(folder: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], type[RankscopeError], str]] = {
     "no config": (remove("adapter_config.json"), FormatError, "adapter_config.json: no such file"),
-    "no weights": (remove("adapter_model.safetensors"), FormatError, "adapter_model.safetensors: no such file"),
+    "no weights": (remove("adapter_model.safetensors"), FormatError, "has adapter_config.json but neither"),
     "truncated": (truncate, FormatError, "not a whole safetensors file"),
     "another method": (config(peft_type="LOHA"), FormatError, "peft_type is 'LOHA'"),
     "dora": (config(use_dora=True), FormatError, "adapter_config.json: uses use_dora"),

@@ -324,7 +324,7 @@ def test_a_truncated_spectrum_knows_what_it_left_out() -> None:
     assert (top.k90, top.k95) == (full.k90, full.k95)
     assert top.measures() == {"stable_rank": top.stable_rank, "k90": 2, "k95": 2}
     for name in ("entropy_rank", "energy_entropy_rank", "participation_ratio", "nuclear_rank", "numerical_rank", "k99"):
-        with pytest.raises(RankscopeError, match=rf"{name} cannot be told from the top 2 of 5.*3\.6%"):
+        with pytest.raises(RankscopeError, match=rf"{name} cannot be computed from the top 2 of 5.*3\.6%"):
             getattr(top, name)
     assert "unknown" in repr(top)
     assert full.top(9).complete

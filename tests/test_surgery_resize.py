@@ -275,12 +275,12 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "the bias of A": ({f"{PREFIX}block.q.lora_A.bias": normal(2)}, {}, "lora_A.bias, which is not known"),
     "a factor without a leaf": ({f"{PREFIX}block.q.lora_A": normal(2, 7)}, {}, "q.lora_A, which is not known"),
     "a head twice": (
-        {f"{PREFIX}score.weight": normal(2), f"{PREFIX}score.modules_to_save.default.weight": normal(2)},
+        {f"{PREFIX}score.weight": normal(2), f"{PREFIX}score.modules_to_save.default.weight": -normal(2)},
         {},
         "score.* and .*score.*, which are one and the same",
     ),
     "a bias of B twice": (
-        {f"{PREFIX}block.q.lora_B.bias": normal(5), f"{PREFIX}block.q.lora_B.default.bias": normal(5)},
+        {f"{PREFIX}block.q.lora_B.bias": normal(5), f"{PREFIX}block.q.lora_B.default.bias": -normal(5)},
         {},
         "lora_B.*bias and .*, which are one and the same",
     ),
@@ -327,7 +327,7 @@ def test_what_is_no_adapter(tmp_path: Path) -> None:
         resize(tmp_path / "nowhere", Rank(1), tmp_path / "out")
     store = open_store(write_adapter(tmp_path / "a"))
     resize(store, Rank(1), tmp_path / "out")  # a store is taken as well as a path
-    with pytest.raises(ConfigError, match=r"layer block\.q: nothing tells signal from noise.*float32 factors"):
+    with pytest.raises(ConfigError, match=r"layer block\.q: the noise in a product of float32 factors is not known"):
         resize(store, AboveNoise(), tmp_path / "none")
 
 

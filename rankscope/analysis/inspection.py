@@ -26,9 +26,8 @@ from rankscope.formats.loralib import NoAlphaError
 from rankscope.formats.names import layer_kind
 from rankscope.formats.opening import Opening
 from rankscope.formats.peft_config import resolve_pattern
-from rankscope.formats.peft_folder import AdapterStore, weights_file
-from rankscope.formats.peft_keys import CONFIG_NAME
 from rankscope.formats.peft_lora import PeftStore
+from rankscope.formats.peft_store import AdapterStore
 from rankscope.formats.pickle_file import open_tensors
 from rankscope.formats.recipes import element_count
 from rankscope.formats.store import NoBaseError, open_source
@@ -233,7 +232,7 @@ def _base(store: Store) -> str | None:
     """The base that the source itself names."""
     named: Sequence[object] = ()
     if isinstance(store, AdapterStore):
-        named = (read_json(store.path / CONFIG_NAME).get("base_model_name_or_path"),)
+        named = (store.folder.config.get("base_model_name_or_path"),)
     elif isinstance(store, DiffusersStore):
         components = {split_component(name)[0] for name in store.layers}
         named = [
@@ -248,8 +247,7 @@ def _files(store: Store) -> _Files:
     if isinstance(store, FileStore):
         return _Files(store.file.infos, (store.file.path,))
     if isinstance(store, AdapterStore):
-        file = open_tensors(weights_file(store.path))
-        return _Files(file.infos, (file.path,))
+        return _Files(store.folder.file.infos, (store.folder.file.path,))
     if isinstance(store, CheckpointStore):
         checkpoint = Checkpoint(store.path)
         return _Files(checkpoint.infos, checkpoint.paths)

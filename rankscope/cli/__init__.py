@@ -19,7 +19,7 @@ COMMANDS = {
     "spectrum": "Singular spectra and effective ranks of adapters or of a tuned checkpoint.",
     "compare": "Overlap, angles and distance of two adapters or updates, with chance levels.",
     "inspect": "What a file or folder is: format, method, ranks, targets, what cannot be read.",
-    "report": "The hypothesis tested on a study, along eight lines of evidence, as one page.",
+    "report": "The hypothesis tested on a study, along several lines of evidence, as one page.",
     "resize": "Shrink an adapter: the same update at lower rank.",
     "convert": "An adapter in the format of another tool: PEFT, kohya, diffusers.",
     "extract": "A LoRA adapter from a full fine-tune.",

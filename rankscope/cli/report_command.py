@@ -14,10 +14,22 @@ from rankscope.cli.output import print_json, print_rows, progress_tracker
 
 if TYPE_CHECKING:
     from rankscope.evidence.hypothesis import Hypothesis
+    from rankscope.train.results import RunResult
     from rankscope.train.study import Study
 
 
-@click.command()
+class ReportCommand(click.Command):
+    """Its help ends with the lines of evidence, as their table has them. Loads them only where help is asked for."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from rankscope.evidence import lines as table
+
+        rows = [(line.name, f"{line.title}{' *' if line.decisive else ''}") for line in table.LINES]
+        with formatter.section("Lines of evidence (*: the answer rests on these)"):
+            formatter.write_dl(rows)
+
+
+@click.command(cls=ReportCommand)
 @click.argument("study", metavar="STUDY")
 @click.option("-o", "--output", metavar="FOLDER", help="Where to write [the study's folder].")
 @click.option("--lines", metavar="NAME,…", help="Only these lines of evidence [all].")
@@ -48,9 +60,9 @@ def command(
 ) -> None:
     """Is the update low-rank, how much rank does the task need, and does effective rank go with performance?
 
-    Reads a study of rankscope train, evaluates the model with updates cut to lower rank, and answers along eight
-    lines of evidence: performance, truncation, spectra, overlap, agreement, weight, effective, dimension. Writes
-    report.html (one page that needs nothing else), results.json, and figures/ (png, svg and csv of each).
+    Reads a study of rankscope train, evaluates the model with updates cut to lower rank, and answers along each
+    line of evidence. Writes report.html (one page that needs nothing else), results.json, and figures/ (png, svg
+    and csv of each).
 
     \b
     Examples:
@@ -75,16 +87,17 @@ def write_study_report(
     device: str = "auto",
     quiet: bool = False,
     cache: str | None = None,
+    rows: Sequence[RunResult] | None = None,
 ) -> Hypothesis:
-    """Measure, and write page, results and figures."""
+    """Measure, and write page, results and figures; ``rows`` are the results of the runs, where they are known."""
     from rankscope.analysis.svd_cache import SVDCache
     from rankscope.evidence.hypothesis import hypothesis
-    from rankscope.evidence.page import build_document
+    from rankscope.evidence.study_page import build_document
     from rankscope.formats.file_io import write_json
     from rankscope.report.figure_files import write_figures
     from rankscope.report.page import write_page
 
-    found = hypothesis(study, lines, of, device, progress_tracker(quiet, "evidence"), cache)  # type: ignore[arg-type]
+    found = hypothesis(study, lines, of, device, progress_tracker(quiet, "evidence"), cache, rows)
     if cache and not quiet:
         entries, size = SVDCache(Path(cache).expanduser()).disk_usage
         click.echo(f"{cache} keeps {entries} decompositions, {size / 1e6:.1f} MB", err=True)

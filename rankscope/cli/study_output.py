@@ -13,6 +13,7 @@ import click
 import msgspec
 
 from rankscope.cli.cost_table import cost_entries, cost_legend, cost_rows
+from rankscope.measures import measures_shown
 from rankscope.train.latency import Latency
 from rankscope.train.method_table import find_method
 from rankscope.train.results import DEFAULT_MEASURE, RunResult, baseline_score
@@ -23,7 +24,7 @@ from rankscope.train.study import Study
 if TYPE_CHECKING:
     from rankscope.plots import PerformancePoint
 
-RANKS = {"entropy": "entropy_rank", "stable": "stable_rank", "k90": "k90"}
+RANKS = {measure.title: measure.name for measure in measures_shown("study")}
 RUNS_HEADER = ("method", "lr", "seed", "trainable", "validation", "test", *RANKS, "s/step")
 SERVING_HEADER = ("examples in a pass", "base", "merged", "unmerged")
 LABELS_HEADER = ("method", "lr", "seeds", "validation", "test", *RANKS, "lost")
@@ -89,7 +90,7 @@ def _runs_legend(study: Study, found: Sequence[RunResult], verbose: bool) -> lis
     lines = [f"validation, test: {study.metric} ({way} is better){spread}."]
     if any(_mark(row) for row in found):
         lines.append("* the best rate of its method, targets and rank by validation, the mean over seeds.")
-    lines.append("entropy, stable, k90: effective ranks of the update, median over layers.")
+    lines.append(f"{', '.join(RANKS)}: effective ranks of the update, median over layers.")
     if any(row.choice and row.choice.edge for row in found):
         lines += [
             "! the best rate is the lowest or the highest that was tried: a better one may lie beyond,",

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from rankscope.cli.options import Command, combine_options
-from rankscope.cli.output import format_count, print_json, print_notes, print_rows, progress_tracker, skipped_lines
-from rankscope.table import format_number
+from rankscope.cli.output import format_count, print_json, print_notes, print_table, progress_tracker, skipped_lines
 
 if TYPE_CHECKING:
     import torch
 
-    from rankscope.surgery.surgery_result import LayerChange, SurgeryResult
+    from rankscope.surgery.surgery_result import SurgeryResult
     from rankscope.surgery.truncate import RankChoice
 
 SurgeryFunction = Callable[..., "SurgeryResult"]
@@ -135,69 +134,11 @@ def print_surgery(result: SurgeryResult, as_json: bool, verbose: bool, quiet: bo
     """Notes, then the table or JSON, then where the output is."""
     print_notes(quiet, result.notes)
     if result.carried:
-        print_notes(
-            quiet, [f"{format_count(len(result.carried), 'tensor')} went along whole, beside the low-rank layers"]
-        )
+        print_notes(quiet, [f"copied {format_count(len(result.carried), 'tensor')} whole, beside the low-rank layers"])
     print_notes(quiet, skipped_lines(result.skipped, verbose))
     if as_json:
         print_json(result.to_json())
-    elif any(layer.rank_after is None for layer in result.layers):
-        _print_sums(result)
     else:
-        _print_factors(result)
+        print_table(result.table())
     if not quiet:
         click.echo(f"wrote {result.output}", err=True)
-
-
-def _print_factors(result: SurgeryResult) -> None:
-    total = result.total
-    header = ["layer", "out × in", "r", "new r", "parameters", "norm", "energy kept", "error", "rel. error"]
-    rows = [
-        [
-            layer.name,
-            _shape(layer),
-            format_number(layer.rank_before),
-            format_number(layer.rank_after),
-            format_number(layer.parameters_after),
-            format_number(layer.norm),
-            f"{layer.retained:.2%}",
-            format_number(layer.error, 3),
-            format_number(layer.relative_error, 3),
-        ]
-        for layer in result.layers
-    ]
-    sizes = f"{total.parameters_before} → {total.parameters_after}"
-    energy = f"{total.retained:.2%}"
-    last = ["all", "", "", "", sizes, format_number(total.norm), energy, format_number(total.error, 3)]
-    print_rows(header, [*rows, [*last, format_number(total.relative_error, 3)]], totals=1)
-
-
-def _print_sums(result: SurgeryResult) -> None:
-    total = result.total
-    back = total.from_original is not None
-    header = ["layer", "out × in", "r", "norm", "rounding", "rel. rounding", *(["from original"] if back else [])]
-    rows = [
-        [
-            layer.name,
-            _shape(layer),
-            format_number(layer.rank_before),
-            format_number(layer.norm),
-            format_number(layer.error, 3),
-            format_number(layer.relative_error, 3),
-            *([format_number(layer.from_original, 3)] if back else []),
-        ]
-        for layer in result.layers
-    ]
-    last = [
-        "all",
-        "",
-        "",
-        format_number(total.norm),
-        format_number(total.error, 3),
-        format_number(total.relative_error, 3),
-    ]
-    print_rows(header, [*rows, [*last, *([format_number(total.from_original, 3)] if back else [])]], totals=1)
-
-
-def _shape(layer: LayerChange) -> str:
-    return f"{layer.shape[0]} × {layer.shape[1]}"

@@ -1,1 +1,1 @@
-"""What a study says about the low-intrinsic-rank hypothesis: a module for each line of evidence, verdicts by rules."""
+"""What a study says about the low-intrinsic-rank hypothesis: a folder for each line of evidence, verdicts by rules."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from rankscope.analysis.display import html_table
 from rankscope.analysis.sources import Track
-from rankscope.evidence.hypothesis import LINES, Hypothesis, hypothesis
+from rankscope.evidence.hypothesis import Hypothesis, hypothesis
 from rankscope.evidence.spectra.measure import FULL_LABEL
 from rankscope.inference import mean_interval
 from rankscope.noise import noise_edge
@@ -25,7 +25,7 @@ from rankscope.result import Result
 from rankscope.train.config import PlantedSpectrum, StudyConfig, make_study_config
 from rankscope.train.planted import ROWS_PER_SPLIT, PlantedModel, PlantedTask
 from rankscope.train.study import Study, run_study
-from rankscope.verdict import GAIN_SHARE, LOW_RANK_SHARE, Answer, LineName
+from rankscope.verdict import GAIN_SHARE, LOW_RANK_SHARE, Answer
 
 SCHEMA = "rankscope.calibration/1"
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -95,7 +95,7 @@ class CalibrationCase(msgspec.Struct, frozen=True, kw_only=True):
     truncation: int | None
     counted: float | None
     within: dict[str, bool] | None
-    answers: dict[LineName, Answer]
+    answers: dict[str, Answer]
 
 
 class Coverage(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,7 +151,7 @@ def calibrate(
     folder: Path | str,
     cases: Sequence[PlantedUpdate] = CASES,
     seeds: int = 24,
-    lines: Sequence[LineName] | None = None,
+    lines: Sequence[str] | None = None,
     track: Track = iter,
     train: Callable[[StudyConfig, Path], Study] = run_study,
 ) -> Calibration:
@@ -171,7 +171,7 @@ def calibrate(
 
 
 def _case(
-    plant: PlantedUpdate, folder: Path, lines: Sequence[LineName] | None, train: Callable[[StudyConfig, Path], Study]
+    plant: PlantedUpdate, folder: Path, lines: Sequence[str] | None, train: Callable[[StudyConfig, Path], Study]
 ) -> CalibrationCase:
     config = plant.study_config(ranks=RANKS, seeds=(0, 1, 2))
     study = train(config, folder / f"r{plant.rank}-{plant.spectrum}-noise{plant.noise:g}")
@@ -205,11 +205,11 @@ def is_within_one_step(found: int | None, needed: int) -> bool:
     return abs(place(found) - place(needed)) <= 1
 
 
-def _first_answers(said: Hypothesis) -> dict[LineName, Answer]:
-    firsts: dict[LineName, Answer] = {}
-    for verdict in said.verdicts:
+def _first_answers(said: Hypothesis) -> dict[str, Answer]:
+    firsts: dict[str, Answer] = {}
+    for verdict in said.verdicts:  # in the order of the table of lines
         firsts.setdefault(verdict.line, verdict.answer)
-    return {line: firsts[line] for line in LINES if line in firsts}
+    return firsts
 
 
 def _mean_count_above_noise(said: Hypothesis) -> float | None:

@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Self
 
 from rankscope.analysis.display import html_table
 from rankscope.analysis.layer_comparison import MatrixKind
 from rankscope.analysis.sources import Track
-from rankscope.errors import ConfigError, FormatError, RankscopeError
-from rankscope.evidence.agreement.measure import Agreement
-from rankscope.evidence.dimension.measure import IntrinsicDimension
-from rankscope.evidence.effective.measure import EffectiveRanks
+from rankscope.errors import FormatError, RankscopeError
+from rankscope.evidence import lines as table
 from rankscope.evidence.material import Material
-from rankscope.evidence.overlap.measure import Overlap
-from rankscope.evidence.performance.measure import Performance
-from rankscope.evidence.spectra.measure import Spectra
-from rankscope.evidence.truncation.measure import Truncation
-from rankscope.evidence.weight.measure import WeightComparison
-from rankscope.result import Result
+from rankscope.result import Result, convert_json, json_values
+from rankscope.train.results import RunResult
 from rankscope.train.study import Study
-from rankscope.verdict import Answer, LineName, Verdict
+from rankscope.verdict import Answer, Verdict
 
 SCHEMA = "rankscope.report/1"
-LINES: tuple[LineName, ...] = get_args(LineName)
-DECISIVE: tuple[LineName, ...] = ("performance", "truncation")
-"""The lines that ask what the task needs. The others look at weights, where what is there need not matter."""
 
 
 class Hypothesis(Result, frozen=True, eq=False, kw_only=True):
-    """What a study says: each line of evidence, None where the study lacks what it needs (``missing`` says what).
+    """What a study says, along each line of evidence.
 
-    ``answer`` follows from the first verdict of each of the ``DECISIVE`` lines. ``study`` is the folder's name,
-    ``made_by`` the command, versions, machine, fingerprints and settings. ``to_json`` and ``from_json`` are inverses.
+    ``results`` holds the result of each line by its name; ``missing`` says why a line has none. The result of a line
+    is an attribute, too: ``hypothesis.truncation`` is ``hypothesis.results.get("truncation")``. ``answer`` follows from
+    the first verdict of each decisive line. ``runs`` counts the runs by how they ended. ``study`` is the name of the
+    folder, ``made_by`` the command, versions, machine, fingerprints and settings. ``to_json`` and ``from_json`` are
+    inverses; JSON has a key for each line, in place of ``results``.
     """
 
     schemas: ClassVar = (SCHEMA,)
@@ -45,113 +38,125 @@ class Hypothesis(Result, frozen=True, eq=False, kw_only=True):
     metric: str
     higher_is_better: bool
     runs: dict[str, int]
-    """How many runs ended how."""
     answer: Answer
     sentence: str
     verdicts: tuple[Verdict, ...]
-    missing: dict[LineName, str]
-    performance: Performance | None = None
-    truncation: Truncation | None = None
-    spectra: Spectra | None = None
-    overlap: Overlap | None = None
-    agreement: Agreement | None = None
-    weight: WeightComparison | None = None
-    effective: EffectiveRanks | None = None
-    dimension: IntrinsicDimension | None = None
+    missing: dict[str, str]
+    results: dict[str, Any]
     made_by: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        """The result of the line of this name; None where it is missing."""
+        if any(line.name == name for line in table.LINES):
+            return self.results.get(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def verdicts_of(self, line: str) -> list[Verdict]:
+        """The verdicts of one line."""
+        return [verdict for verdict in self.verdicts if verdict.line == line]
+
+    def to_json(self) -> dict[str, Any]:
+        """Strict JSON values: no NaN, no infinity; a key for each line, null where it has no result."""
+        names = [line.name for line in table.LINES]
+        values: dict[str, Any] = {}
+        for key, value in json_values(self).items():
+            values |= {name: value.get(name) for name in (*names, *value)} if key == "results" else {key: value}
+        return values
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """The result that ``to_json`` described.
+
+        Raises:
+            FormatError: another schema, or fields that are missing or of another type.
+        """
+        results: dict[str, Any] = {}
+        if isinstance(value, Mapping) and value.get("schema") in cls.schemas:
+            results = {
+                line.name: convert_json(value[line.name], line.result, SCHEMA)
+                for line in table.LINES
+                if value.get(line.name) is not None
+            }
+            value = {**value, "results": results}
+        return super().from_json(value)
 
     def __repr__(self) -> str:
         return f"Hypothesis({self.study!r}: {self.answer}; {self.sentence})"
 
     def _repr_html_(self) -> str:
-        rows = [[one.line, one.answer, one.sentence] for one in self.verdicts]
+        rows = [[verdict.line, verdict.answer, verdict.sentence] for verdict in self.verdicts]
         return html_table(repr(self), ["line", "answer", "sentence"], rows, self.missing.values())
 
 
 def hypothesis(
-    study: Study,
-    lines: Sequence[LineName] | None = None,
+    study: Study | Path | str,
+    lines: Sequence[str] | None = None,
     of: MatrixKind = "update",
     device: str = "cpu",
     track: Track = iter,
     cache: str | os.PathLike[str] | None = None,
+    rows: Sequence[RunResult] | None = None,
 ) -> Hypothesis:
     """Test the low-intrinsic-rank hypothesis on a study.
 
     Args:
-        lines: which lines of evidence; None takes all.
+        study: a study or its folder.
+        lines: names of the lines of evidence to follow, as in ``evidence.lines``; None follows all.
         of: what the overlap across ranks and seeds is of: "update" is ΔW, "A" the paper's literal form.
         device: where models are evaluated and matrices decomposed.
         track: wraps lists that take long and may show progress.
         cache: folder that keeps the decompositions of the base's weights for another time; it may be deleted.
+        rows: what ``train.results.run_results`` says of this study, where it was asked already: spectra take time.
 
     Raises:
         ConfigError: an unknown line.
-        FormatError: a file of the study is damaged.
-        RankscopeError: nothing has ended in the study.
+        FormatError: the folder is no study, or a file of it is damaged.
+        RankscopeError: no run of the study has ended.
     """
-    wanted = LINES if lines is None else tuple(lines)
-    if unknown := [line for line in wanted if line not in LINES]:
-        raise ConfigError(f"lines: no line of evidence is called {unknown[0]!r}; there are {', '.join(LINES)}")
-    material = Material(study, device, track, Path(cache).expanduser() if cache is not None else None)
+    chosen = table.select_lines(lines)
+    study = study if isinstance(study, Study) else Study(study)
+    material = Material(study, device, track, Path(cache).expanduser() if cache is not None else None, of, rows)
     if not any(record.run.method != "base" for record in study.done()):
         raise RankscopeError(f"{study.folder}: no run of this study has ended yet; let it go on with rankscope train")
-    found: dict[LineName, Any] = {}
-    missing: dict[LineName, str] = {}
-    for line in material.track([line for line in LINES if line in wanted]):
+    results: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    for line in material.track(chosen):
         try:
-            found[line] = _measure(line, material, of)
+            results[line.name] = material.measure_once(line.measure)
         except FormatError:  # a damaged study is no lack of evidence
             raise
-        except RankscopeError as error:  # one line that cannot be drawn does not take the others with it
-            missing[line] = str(error)
-    verdicts = [verdict for line, result in found.items() for verdict in _module(line).verdicts(result)]
-    answer, sentence = conclusion(verdicts)
+        except RankscopeError as error:  # a line that cannot be measured leaves the others alone
+            missing[line.name] = str(error)
+    verdicts = [verdict for line in chosen if line.name in results for verdict in line.verdicts(results[line.name])]
+    answer, sentence = conclude(verdicts)
     return Hypothesis(
         study=study.folder.resolve().name,
         metric=study.metric,
         higher_is_better=study.higher_is_better,
-        runs=_count(study),
+        runs=dict(Counter(record.status for record in study.records)),
         answer=answer,
         sentence=sentence,
         verdicts=tuple(verdicts),
         missing=missing,
+        results=results,
         made_by=material.describe(),
-        **found,
     )
 
 
-def _module(line: LineName) -> ModuleType:
-    return import_module(f"rankscope.evidence.{line}.measure")
+def conclude(verdicts: Sequence[Verdict]) -> tuple[Answer, str]:
+    """What the decisive lines say together, and a sentence: "yes" or "no" where all that have an answer agree.
 
-
-def _measure(line: LineName, material: Material, of: MatrixKind) -> Any:
-    """The result of one line; each module has a function of its own name."""
-    measure: Callable[..., Any] = getattr(_module(line), f"measure_{line}")
-    return measure(material, of) if line == "overlap" else measure(material)
-
-
-def _count(study: Study) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for record in study.records:
-        counts[record.status] = counts.get(record.status, 0) + 1
-    return counts
-
-
-def conclusion(verdicts: Sequence[Verdict]) -> tuple[Answer, str]:
-    """What the decisive lines say together: "yes" or "no" where all that have an answer agree.
-
-    A line that is undecided or missing leaves the answer to the other; two that disagree leave it open.
+    A line that is undecided or missing leaves the answer to the others; lines that disagree leave it open.
     """
-    first = {line: next((v for v in verdicts if v.line == line), None) for line in DECISIVE}
+    decisive = [line.name for line in table.LINES if line.decisive]
+    first = {line: next((verdict for verdict in verdicts if verdict.line == line), None) for line in decisive}
     answers = {line: v.answer for line, v in first.items() if v is not None and v.answer != "undecided"}
-    said = ", ".join(f"{line} says {answer}" for line, answer in answers.items())
-    silent = [line for line in DECISIVE if line not in answers]
-    rest = f"; {' and '.join(silent)} cannot tell" if silent else ""
+    reasons = ", ".join(f"{line} says {answer}" for line, answer in answers.items())
+    silent = " and ".join(line for line in decisive if line not in answers)
     if not answers:
-        return "undecided", f"This study cannot tell whether a low rank is enough: {' and '.join(silent)} cannot tell."
+        return "undecided", f"This study cannot tell whether a low rank is enough: {silent} cannot tell."
     if len(set(answers.values())) > 1:
-        return "undecided", f"The lines disagree on whether a low rank is enough: {said}."
+        return "undecided", f"The lines disagree on whether a low rank is enough: {reasons}."
     answer = next(iter(answers.values()))
     enough = "A low rank is enough for this task" if answer == "yes" else "A low rank is not enough for this task"
-    return answer, f"{enough}: {said}{rest}."
+    return answer, f"{enough}: {reasons}{f'; {silent} cannot tell' if silent else ''}."

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from rankscope.analysis.layer_comparison import MatrixKind
 from rankscope.analysis.sources import Track
 from rankscope.analysis.svd_cache import SVDCache
 from rankscope.errors import RankscopeError
@@ -27,6 +28,8 @@ from rankscope.train.tasks import make_task
 from rankscope.train.weights import weight_matrix
 from rankscope.verdict import MissingEvidenceError
 
+T = TypeVar("T")
+
 
 class Material:
     """A study with its runs measured, its task ready to evaluate models, and the base's weights.
@@ -35,18 +38,38 @@ class Material:
         device: where models are evaluated and matrices decomposed; "auto" is the best there is.
         track: wraps lists that take long and may show progress.
         cache: folder that keeps the decompositions of the base's weights; None keeps none.
+        of: what the overlap across ranks and seeds is of: "update" is ΔW, "A" and "B" are the factors.
+        rows: the results of the runs, where they are measured already; None measures them when they are asked for.
     """
 
-    def __init__(self, study: Study, device: str = "cpu", track: Track = iter, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        study: Study,
+        device: str = "cpu",
+        track: Track = iter,
+        cache: Path | None = None,
+        of: MatrixKind = "update",
+        rows: Sequence[RunResult] | None = None,
+    ) -> None:
         self.study = study
         self.bases = SVDCache(cache)
         self.device = resolve_device(device)
         self.track = track
+        self.of = of
+        self._rows = rows
+        self._results: dict[Callable[[Material], Any], Any] = {}
 
     @cached_property
     def rows(self) -> list[RunResult]:
         """Every run that has ended."""
-        return run_results(self.study)
+        return run_results(self.study) if self._rows is None else list(self._rows)
+
+    def measure_once(self, measure: Callable[[Material], T]) -> T:
+        """What ``measure`` says of this study; where it was asked before, its result from then."""
+        if measure not in self._results:
+            self._results[measure] = measure(self)
+        result: T = self._results[measure]
+        return result
 
     def best_rows(self, method: str, targets: str | None = None) -> list[RunResult]:
         """The runs of a method on these targets that are done, at the best rate of each rank: by rank, then seed."""

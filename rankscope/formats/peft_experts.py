@@ -15,7 +15,7 @@ from rankscope.errors import FormatError
 from rankscope.formats.abstract_store import UpdateInfo
 from rankscope.formats.file_io import TensorInfo
 from rankscope.formats.peft_config import AdapterConfig
-from rankscope.formats.peft_folder import BaseCheckpoint
+from rankscope.formats.peft_store import BaseCheckpoint
 from rankscope.updates import LowRank
 
 AMBIGUOUS_FACTORS = (

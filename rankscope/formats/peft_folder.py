@@ -1,209 +1,210 @@
-"""What all adapters in PEFT's folder layout share: the file, what is in it besides factors, and the base."""
+"""What one folder in PEFT's layout holds, by the names of the base model: the only place that sorts an adapter's keys.
+
+A saved adapter has keys without its name; a state dict of a running model has them with it
+(``lora_A.mine.weight``, ``score.modules_to_save.mine.weight``), and its frozen weights besides. With ``bias="all"``
+PEFT saves the bias of a module in ``modules_to_save`` under both kinds of key.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from rankscope.errors import FormatError
-from rankscope.formats.abstract_store import Store, UpdateInfo
-from rankscope.formats.checkpoint import CONV1D_NAME, Checkpoint, non_matrix_reason
-from rankscope.formats.checkpoint_store import VOCABULARY_LAYERS
-from rankscope.formats.file_io import TensorInfo
-from rankscope.formats.names import WEIGHT_SUFFIX, natural_key, pair_names
-from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME, ParsedKey, strip_peft_prefix
-from rankscope.formats.pickle_file import open_tensors
-from rankscope.formats.recipes import upcast_float8
-from rankscope.updates import Dense, LowRank, Update
+from rankscope.formats.file_io import TensorFile, read_json
+from rankscope.formats.names import natural_key
+from rankscope.formats.peft_keys import (
+    CONFIG_NAME,
+    OLD_WEIGHTS_NAME,
+    PEFT_PREFIX,
+    WEIGHTS_NAME,
+    ParsedKey,
+    parse_factor_key,
+    strip_peft_prefix,
+)
+from rankscope.formats.pickle_file import PickledFile, open_tensors
 
+MAGNITUDE_PART = "lora_magnitude_vector"
+TensorKind = Literal[
+    "weight", "bias", "parameter", "token rows", "factor bias", "base weight", "untrained copy", "unknown"
+]
 SAVED_MODULE_REASON = "modules_to_save: a full weight, no low-rank update"
 TOKEN_ROWS_REASON = "trainable token rows: full rows of an embedding, no low-rank update"
+BIAS_REASON = "a bias: one-dimensional, no spectrum"
+UNKNOWN_REASON = "unknown key"
+COPY_REASON = "the untrained copy of a whole module"
 
-# Keys that are no factors; the first pattern that is found gives the reason.
-SKIP_REASONS = (
-    (re.compile(r"\.lora_B\.(?:.+\.)?bias$"), "lora_bias: the bias of B changes the layer's bias, not its weight"),
-    (re.compile(r"trainable_tokens"), TOKEN_ROWS_REASON),
-    (re.compile(r"base_layer\.weight$"), "the base weight, saved along"),
-    (re.compile(r"original_module\.weight$"), "the untrained copy of a whole module"),
-    (re.compile(r"\.bias$"), "a bias: one-dimensional, no spectrum"),
-    (re.compile(r"\.weight$"), SAVED_MODULE_REASON),
+
+class KeyRule(NamedTuple):
+    """Keys that ``pattern`` finds are of this kind; ``reason``: why they are no low-rank update."""
+
+    kind: TensorKind
+    pattern: re.Pattern[str]
+    reason: str
+
+
+# Keys that are no factors; the first rule whose pattern is in a key tells what it is.
+KEY_RULES = (
+    KeyRule(
+        "factor bias",
+        re.compile(r"\.lora_B\.(?:.+\.)?bias$"),
+        "lora_bias: the bias of B changes the layer's bias, not its weight",
+    ),
+    KeyRule("token rows", re.compile(r"\.trainable_tokens_delta(?:\.[^.]+)?$"), TOKEN_ROWS_REASON),
+    KeyRule("unknown", re.compile(r"trainable_tokens"), TOKEN_ROWS_REASON),
+    KeyRule("base weight", re.compile(r"\.base_layer\.weight$"), "the base weight, saved along"),
+    KeyRule("untrained copy", re.compile(r"\.original_module\.(?:.+\.)?bias$"), BIAS_REASON),
+    KeyRule("untrained copy", re.compile(r"\.original_module\."), COPY_REASON),
+    KeyRule("unknown", re.compile(r"\.lora_"), UNKNOWN_REASON),
+    KeyRule("bias", re.compile(r"\.bias$"), BIAS_REASON),
+    KeyRule("weight", re.compile(r"\.weight$"), SAVED_MODULE_REASON),
+    KeyRule("parameter", re.compile(""), UNKNOWN_REASON),
 )
-_SAVED = re.compile(r"\.modules_to_save(?:\.[^.]+)?(?=\.)")  # a live state dict's wrapper, with the adapter's name
-_TOKENS = re.compile(r"(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?$")
+WHOLE_KINDS: tuple[TensorKind, ...] = ("weight", "bias", "parameter")
+# What a live state dict has before a module's own path: the wrapper of PEFT, with the adapter's name.
+_SAVED_MODULE = re.compile(r"\.modules_to_save(?:\.[^.]+)?(?=\.)")
+_TOKEN_ROWS = re.compile(r"(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?$")
+_FACTOR_BIAS = re.compile(r"\.lora_B\.(?:.+\.)?bias$")
 
 
-class BaseCheckpoint:
-    """The base checkpoint as an adapter sees it: its tensors by the names that the adapter has for them.
+class StoredTensor(NamedTuple):
+    """A tensor that is no factor: its ``key`` in the file, the key that PEFT ``saves`` it under, and what it is of.
 
-    Raises:
-        FormatError: it cannot be read.
+    ``name`` is that of the tensor in the base model; of token rows and of a factor's bias, the module's path.
     """
 
-    def __init__(self, base: Path, names: Iterable[str]) -> None:
-        self.checkpoint = Checkpoint(base)
-        self._tensors = dict(pair_names(set(names), self.checkpoint.infos).pairs)
-
-    def info(self, name: str) -> TensorInfo | None:
-        """The header of a tensor (``layers.0.q.weight``), None where the base has none of that name."""
-        return self.checkpoint.infos[self._tensors[name]] if name in self._tensors else None
-
-    def shape(self, name: str, fan_in_fan_out: bool = False) -> tuple[int, int] | None:
-        """(out, in) of a matrix; ``fan_in_fan_out`` decides where the checkpoint does not tell how it is stored."""
-        info = self.info(name)
-        if info is None or non_matrix_reason(info, stacks=True):
-            return None
-        found = self.checkpoint.matrix_shape(self._tensors[name])
-        return found[::-1] if fan_in_fan_out and self.checkpoint.conv1d is None else found
-
-    def read(self, name: str) -> Tensor:
-        """The tensor as stored."""
-        return self.checkpoint.read(self._tensors[name])
-
-    def matrix(self, name: str) -> Tensor:
-        """The tensor as a matrix (out, in), stored dtype."""
-        return self.checkpoint.matrix(self._tensors[name])
+    key: str
+    saved_key: str
+    name: str
+    kind: TensorKind
+    reason: str
 
 
-class AdapterStore(Store):
-    """The updates of one adapter; ``_put`` gives a name its info and the functions of a store that read it.
+@dataclass(frozen=True)
+class PeftFolder:
+    """One adapter: its configuration as it was written, the open file, and the keys of its tensors.
 
-    They are given the store when they are called: if they held it, it would keep its file mapped after its last use,
-    until Python looks for cycles.
+    ``factors``: keys by module and part (``lora_A`` …). ``others``: all else, in natural order.
     """
 
-    kind = "peft"
+    path: Path
+    config: dict[str, Any]
+    file: TensorFile | PickledFile
+    factors: dict[str, dict[str, str]]
+    others: tuple[StoredTensor, ...]
 
-    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
-        super().__init__(path, device)
-        self._file = open_tensors(weights_file(path))
-        self._readers: dict[str, Callable[[Any], Update]] = {}
-        self._origins: dict[str, Callable[[Any], Tensor | None]] = {}
-        self._others: list[str] = []
+    @classmethod
+    def open(cls, path: Path, parse: Callable[[str], ParsedKey | None] = parse_factor_key) -> PeftFolder:
+        """Sort the keys of a folder; reads headers, and a tensor only where two keys stand for the same one.
 
-    def _put(
-        self,
-        name: str,
-        info: UpdateInfo,
-        read: Callable[[Any], Update],
-        weight: Callable[[Any], Tensor | None] | None = None,
-    ) -> None:
-        if name in self._infos:
-            raise FormatError(f"{self._file.path}: two parts of it are called {name}; rename one of the modules")
-        self._infos[name], self._readers[name] = info, read
-        if weight is not None:
-            self._origins[name] = weight
-
-    def _read(self, name: str) -> Update:
-        return self._readers[name](self).to(self.device)
-
-    def _read_weight(self, name: str) -> Tensor | None:
-        return self._origins[name](self) if name in self._origins else None
-
-    def _gather(self, parse: Callable[[str], ParsedKey | None]) -> dict[str, dict[str, str]]:
-        """Keys by module and part; all that ``parse`` knows nothing of is kept in ``_others``.
+        Args:
+            parse: what a key says of a factor, None where it is none; by default that of LoRA.
 
         Raises:
-            FormatError: the file holds more than one adapter.
+            FormatError: a file is missing or damaged, the file holds more than one adapter, or two tensors that
+                should be one differ.
         """
-        layers: dict[str, dict[str, str]] = defaultdict(dict)
+        config = read_json(path / CONFIG_NAME)
+        file = open_tensors(weights_file(path))
+        factors: dict[str, dict[str, str]] = defaultdict(dict)
+        others = []
         adapters = set()
-        for key in sorted(self._file.infos, key=natural_key):
+        for key in sorted(file.infos, key=natural_key):
             parsed = parse(key)
             if parsed is None:
-                self._others.append(key)
+                others.append(_describe_key(key))
                 continue
             adapters.add(parsed.adapter)
-            keys = layers[parsed.module]
-            if keys.setdefault(parsed.part, key) != key:
+            other = factors[parsed.module].setdefault(parsed.part, key)
+            if other != key:
                 raise FormatError(
-                    f"{self._file.path}: {parsed.module} has {parsed.part} twice, as {keys[parsed.part]} and "
-                    f"{key}; save one adapter only"
+                    f"{file.path}: {parsed.module!r} has {parsed.part} twice, as {other} and {key}; "
+                    "save one adapter only"
                 )
         if len(adapters) > 1:
             names = ", ".join(sorted(repr(name) for name in adapters))
-            raise FormatError(f"{self._file.path}: holds the adapters {names}; save one only")
-        return dict(layers)
+            raise FormatError(f"{file.path}: holds the adapters {names}; save one adapter only")
+        folder = cls(path, config, file, dict(factors), tuple(others))
+        folder._check_doubles()
+        return folder
 
-    def _other_names(self) -> set[str]:
-        """Names in the base of what the adapter holds besides factors."""
-        found = {base_tensor_name(key) for key in self._others}
-        return found | {_token_module(key) + WEIGHT_SUFFIX for key in self._others if _TOKENS.search(key)}
+    @property
+    def whole(self) -> dict[str, StoredTensor]:
+        """What was trained whole (weights, biases and buffers of heads), by its name in the base model."""
+        return self._by_name(*WHOLE_KINDS)
 
-    def _add_others(self, origin: BaseCheckpoint | None, indices: object) -> None:
-        """Whole weights and token rows as updates where the base has them; all else is listed."""
-        for key in self._others:
-            reason: str | None = _reason(key)
-            if origin is not None and reason == SAVED_MODULE_REASON:
-                reason = self._add_whole(key, origin)
-            elif origin is not None and reason == TOKEN_ROWS_REASON and _TOKENS.search(key):
-                reason = self._add_tokens(key, origin, indices)
-            elif reason in (SAVED_MODULE_REASON, TOKEN_ROWS_REASON):
-                reason = f"{reason}; with --base it is read as tuned − base"
-            if reason is not None:
-                self._skip(strip_peft_prefix(key), reason)
+    @property
+    def biases(self) -> dict[str, StoredTensor]:
+        """Biases that were trained, by their name in the base model."""
+        return self._by_name("bias")
 
-    def _add_whole(self, key: str, origin: BaseCheckpoint) -> str | None:
-        """Tuned − base of a module that was trained whole, or the reason why there is none."""
-        name, info = base_tensor_name(key), self._file.infos[key]
-        found = origin.info(name)
-        if found is None:
-            return f"{SAVED_MODULE_REASON}; the base has no {name}"
-        reason = non_matrix_reason(info) or non_matrix_reason(found)
-        if reason:
-            return f"modules_to_save: {reason}"
-        rows = None
-        if info.shape != found.shape:
-            if info.shape[1:] != found.shape[1:] or not VOCABULARY_LAYERS.search(name):
-                return f"modules_to_save: its shape is {info.shape}, that in the base {found.shape}"
-            rows = min(info.shape[0], found.shape[0])
-            self.notes.append(
-                f"{name}: {info.shape[0]} rows, {found.shape[0]} in the base; the first {rows} are compared"
-            )
-        turned = bool(origin.checkpoint.conv1d) and len(info.shape) == 2 and CONV1D_NAME.search(name) is not None
+    @property
+    def token_rows(self) -> dict[str, StoredTensor]:
+        """Trained rows of embeddings, by module."""
+        return self._by_name("token rows")
 
-        def read(store: AdapterStore) -> Dense:
-            tuned = store._file.read(key).flatten(1)
-            return Dense.difference((tuned.T if turned else tuned)[:rows], origin.matrix(name)[:rows])
+    @property
+    def base_weights(self) -> dict[str, StoredTensor]:
+        """Weights of the base that were saved along, by name."""
+        return self._by_name("base weight")
 
-        out, into = origin.shape(name) or (0, 0)
-        told = UpdateInfo((rows or out, into), None, 1.0, info.dtype, "full")
-        self._put(name.removesuffix(WEIGHT_SUFFIX), told, read, lambda _: origin.matrix(name)[:rows])
-        return None
+    @property
+    def factor_biases(self) -> dict[str, StoredTensor]:
+        """The biases of B (``lora_bias``), by module."""
+        return self._by_name("factor bias")
 
-    def _add_tokens(self, key: str, origin: BaseCheckpoint, indices: object) -> str | None:
-        """The changed rows of an embedding, as a product with their places, or the reason why there is none."""
-        module, info = _token_module(key), self._file.infos[key]
-        shape, places = origin.shape(module + WEIGHT_SUFFIX), _indices(indices, module)
-        if shape is None or len(info.shape) != 2 or info.shape[1] != shape[1]:
-            return f"{TOKEN_ROWS_REASON}; the base has no embedding that they fit"
-        if len(places) != info.shape[0] or not places or len({*places}) < len(places):
-            return f"{TOKEN_ROWS_REASON}; {CONFIG_NAME} does not tell which rows they are"
-        if not all(0 <= place < shape[0] for place in places):
-            return f"{TOKEN_ROWS_REASON}; the base has {shape[0]} rows, none for {max(places)}"
+    @property
+    def unknown(self) -> list[StoredTensor]:
+        """Tensors whose meaning is not known."""
+        return [tensor for tensor in self.others if tensor.kind == "unknown"]
 
-        def read(store: AdapterStore) -> LowRank:
-            rows = upcast_float8(store._file.read(key)).float() - origin.matrix(module + WEIGHT_SUFFIX)[places].float()
-            where = torch.zeros(shape[0], len(places))
-            where[places, torch.arange(len(places))] = 1.0
-            return LowRank(where, rows)
+    @property
+    def magnitudes(self) -> dict[str, str]:
+        """Keys of DoRA's magnitudes, by module."""
+        return {module: keys[MAGNITUDE_PART] for module, keys in self.factors.items() if MAGNITUDE_PART in keys}
 
-        name = module if module not in self._infos else f"{module}:tokens"
-        told = UpdateInfo(shape, len(places), 1.0, info.dtype, "tokens")
-        self._put(name, told, read, lambda _: origin.matrix(module + WEIGHT_SUFFIX))
-        return None
+    def _by_name(self, *kinds: TensorKind) -> dict[str, StoredTensor]:
+        """The first key of each tensor; ``_check_doubles`` has seen that others hold the same."""
+        tensors: dict[str, StoredTensor] = {}
+        for tensor in self.others:
+            if tensor.kind in kinds:
+                tensors.setdefault(tensor.name, tensor)
+        return tensors
+
+    def _check_doubles(self) -> None:
+        """Refuse two keys of one tensor with different values.
+
+        Raises:
+            FormatError: there are such.
+        """
+        seen: dict[str, str] = {}
+        for tensor in self.others:
+            if tensor.kind not in (*WHOLE_KINDS, "token rows", "factor bias"):
+                continue
+            first = seen.setdefault(tensor.saved_key, tensor.key)
+            if first != tensor.key and not self._equal(first, tensor.key):
+                raise FormatError(
+                    f"{self.file.path}: holds {first} and {tensor.key}, which are one and the same; "
+                    "save one adapter only"
+                )
+
+    def _equal(self, first: str, second: str) -> bool:
+        if self.file.infos[first] != self.file.infos[second]:
+            return False
+        return torch.equal(self.file.read(first), self.file.read(second))
 
 
 def weights_file(folder: Path) -> Path:
-    """The adapter's weights.
+    """The file of the adapter's weights.
 
     Raises:
-        FormatError: there are none.
+        FormatError: there is none.
     """
     for name in (WEIGHTS_NAME, OLD_WEIGHTS_NAME):
         if (folder / name).exists():
@@ -211,23 +212,23 @@ def weights_file(folder: Path) -> Path:
     raise FormatError(f"{folder}: has {CONFIG_NAME} but neither {WEIGHTS_NAME} nor {OLD_WEIGHTS_NAME}")
 
 
-def _reason(key: str) -> str:
-    return next((reason for pattern, reason in SKIP_REASONS if pattern.search(key)), "unknown key")
+def model_tensor_name(key: str) -> str:
+    """The name in the base model of a tensor that an adapter holds whole, saved or live."""
+    name = _SAVED_MODULE.sub("", strip_peft_prefix(key))
+    return name.replace(".token_adapter.", ".").replace(".base_layer.", ".")
 
 
-def base_tensor_name(key: str) -> str:
-    """The name in the base of a tensor that was saved whole, under whatever live adapter name."""
-    return _SAVED.sub("", strip_peft_prefix(key))
-
-
-def _token_module(key: str) -> str:
-    return strip_peft_prefix(_TOKENS.sub("", key))
-
-
-def _indices(indices: object, module: str) -> list[int]:
-    """Rows of a module's embedding that were trained; a plain list is the input embedding's. Empty if not told."""
-    if isinstance(indices, dict):
-        indices = next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), None)
-    if isinstance(indices, list) and all(isinstance(row, int) for row in indices):
-        return indices
-    return []
+def _describe_key(key: str) -> StoredTensor:
+    rule = next(rule for rule in KEY_RULES if rule.pattern.search(key))
+    path = strip_peft_prefix(key)
+    if rule.kind == "token rows":
+        module = _TOKEN_ROWS.sub("", path)
+        wrapper = ".token_adapter" if ".token_adapter." in path else ""
+        return StoredTensor(
+            key, f"{PEFT_PREFIX}{module}{wrapper}.trainable_tokens_delta", module, rule.kind, rule.reason
+        )
+    if rule.kind == "factor bias":
+        module = _FACTOR_BIAS.sub("", path)
+        return StoredTensor(key, f"{PEFT_PREFIX}{module}.lora_B.bias", module, rule.kind, rule.reason)
+    saved = PEFT_PREFIX + _SAVED_MODULE.sub("", path)
+    return StoredTensor(key, saved, model_tensor_name(key), rule.kind, rule.reason)

@@ -71,6 +71,17 @@ def parse_key(key: str, pattern: re.Pattern[str] = _LORA_KEY) -> ParsedKey | Non
     return ParsedKey(strip_peft_prefix(match["module"]), match["part"], adapter.strip("."), leaf)
 
 
+def parse_factor_key(key: str) -> ParsedKey | None:
+    """What the key of a factor of LoRA, or of DoRA's magnitude, says; None for all else, the bias of B among it."""
+    parsed = parse_key(key)
+    if parsed is None:
+        return None
+    if parsed.part == "lora_magnitude_vector":
+        return parsed if parsed.leaf != "bias" else None
+    leaf = "" if parsed.part.startswith("lora_embedding") else "weight"
+    return parsed if parsed.leaf == leaf else None
+
+
 def strip_peft_prefix(name: str) -> str:
     """The path within the model: without the wrapper that PEFT puts in front."""
     return name.removeprefix(PEFT_PREFIX)

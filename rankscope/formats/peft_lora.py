@@ -19,9 +19,9 @@ from rankscope.formats.checkpoint import BaseWeights
 from rankscope.formats.names import WEIGHT_SUFFIX
 from rankscope.formats.peft_config import BASE_MODIFYING_INITS, AdapterConfig, read_adapter_config
 from rankscope.formats.peft_experts import Experts, find_experts
-from rankscope.formats.peft_folder import AdapterStore, BaseCheckpoint
-from rankscope.formats.peft_keys import CONFIG_NAME, LayerType, ParsedKey, parse_key
+from rankscope.formats.peft_keys import CONFIG_NAME, LayerType
 from rankscope.formats.peft_shapes import block_diagonal, check_magnitude, layer_geometry
+from rankscope.formats.peft_store import AdapterStore, BaseCheckpoint, tensor_names_in_base
 from rankscope.formats.recipes import upcast_float8
 from rankscope.linalg import working_dtype
 from rankscope.updates import Dense, LowRank, check_finite
@@ -101,7 +101,7 @@ class PeftStore(AdapterStore):
         self.notes += self.config.notes()
         self._factors: dict[str, _Factors] = {}
         self._claims: list[tuple[str, int, int]] = []
-        layers = [_LayerKeys(module, keys) for module, keys in self._gather(parse_factor_key).items()]
+        layers = [_LayerKeys(module, keys) for module, keys in self.folder.factors.items()]
         origin = BaseCheckpoint(base, self._names_in_base(layers)) if base is not None else None
         self._initial = self._open_initial(initial or _find_initial(path, self.config.base_modifying_init))
         self._add_layers(layers, origin)
@@ -114,7 +114,7 @@ class PeftStore(AdapterStore):
         self._add_others(origin, self.config.trainable_token_indices)
 
     def _names_in_base(self, layers: list[_LayerKeys]) -> set[str]:
-        names = self._other_names() | {layer.module + WEIGHT_SUFFIX for layer in layers}
+        names = tensor_names_in_base(self._others) | {layer.module + WEIGHT_SUFFIX for layer in layers}
         owners = {layer.owner for layer in layers}
         return names | {f"{owner}.{name}" for owner in owners for name in self.config.target_parameter_names(owner)}
 
@@ -275,17 +275,6 @@ def _find_initial(folder: Path, init: str | None) -> Path | None:
         return None
     places = [home / name for home in (folder, folder.parent) for name in INITIAL_FOLDERS]
     return next((place for place in places if (place / CONFIG_NAME).is_file() and place != folder), None)
-
-
-def parse_factor_key(key: str) -> ParsedKey | None:
-    """What a factor's key says; None for all else, the bias of B among it."""
-    parsed = parse_key(key)
-    if parsed is None:
-        return None
-    if parsed.part == "lora_magnitude_vector":
-        return parsed if parsed.leaf != "bias" else None
-    leaf = "" if parsed.part.startswith("lora_embedding") else "weight"
-    return parsed if parsed.leaf == leaf else None
 
 
 def _minus(now: LowRank, start: LowRank) -> LowRank:

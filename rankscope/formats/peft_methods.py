@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +20,8 @@ from rankscope.formats.checkpoint import BaseWeights
 from rankscope.formats.lycoris import LOHA, LOKR
 from rankscope.formats.names import WEIGHT_SUFFIX
 from rankscope.formats.peft_config import read_method_config
-from rankscope.formats.peft_folder import AdapterStore, BaseCheckpoint
 from rankscope.formats.peft_keys import CONFIG_NAME, PEFT_PREFIX, ParsedKey, key_pattern, parse_key
+from rankscope.formats.peft_store import AdapterStore, BaseCheckpoint, tensor_names_in_base
 from rankscope.formats.recipes import BASE_WEIGHT, AdaptedModule, Recipe, SkippedPartError
 from rankscope.updates import Update
 
@@ -140,15 +142,14 @@ class PeftMethodStore(AdapterStore):
         if kind not in METHODS:
             why = UNSUPPORTED_METHODS.get(kind, "no method of that name is known")
             raise FormatError(f"{path / CONFIG_NAME}: peft_type {kind} is not read: {why}")
-        super().__init__(path, device)
         self.method = METHODS[kind]
-        self._pattern = key_pattern(self.method.parts)
+        super().__init__(path, device, partial(_parse_method_key, key_pattern(self.method.parts)))
         self._shared: dict[str, str] = {}
-        layers = self._gather(self._parse)
+        layers = self.folder.factors
         self._take_shared()
         fan = bool(self.config.fan_in_fan_out)
         origin = (
-            BaseCheckpoint(base, self._other_names() | {name + WEIGHT_SUFFIX for name in layers})
+            BaseCheckpoint(base, tensor_names_in_base(self._others) | {name + WEIGHT_SUFFIX for name in layers})
             if base is not None
             else None
         )
@@ -166,19 +167,15 @@ class PeftMethodStore(AdapterStore):
         if recipes and self.method.note:
             self.notes.append(self.method.note)
 
-    def _parse(self, key: str) -> ParsedKey | None:
-        parsed = parse_key(key, self._pattern) if self.method.parts else None
-        return parsed if parsed is not None and parsed.leaf != "bias" else None
-
     def _take_shared(self) -> None:
         """Find the tensors that all modules share, and the copies that some versions store beside each module."""
         for part in self.method.shared:
             pattern = key_pattern((part,))
-            found = [key for key in self._others if pattern.fullmatch(key)]
-            own = [key for key in found if not key.startswith(PEFT_PREFIX)]
-            if found:
-                self._shared[part] = (own or found)[0]
-            self._others = [key for key in self._others if key not in found]
+            keys = [tensor.key for tensor in self._others if pattern.fullmatch(tensor.key)]
+            own = [key for key in keys if not key.startswith(PEFT_PREFIX)]
+            if keys:
+                self._shared[part] = (own or keys)[0]
+            self._others = [tensor for tensor in self._others if tensor.key not in keys]
 
     def _recipes(
         self, layers: Mapping[str, Mapping[str, str]], origin: BaseCheckpoint | None, fan: bool
@@ -207,3 +204,9 @@ class PeftMethodStore(AdapterStore):
 
     def _weight(self, name: str) -> Tensor | None:
         return self._weights.matrix(name) if self._weights else None
+
+
+def _parse_method_key(pattern: re.Pattern[str], key: str) -> ParsedKey | None:
+    """What the key of a part of this method says; None for all else."""
+    parsed = parse_key(key, pattern)
+    return parsed if parsed is not None and parsed.leaf != "bias" else None

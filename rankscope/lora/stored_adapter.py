@@ -12,20 +12,14 @@ import msgspec
 from torch import Tensor
 
 from rankscope.errors import FormatError, prefix_errors
-from rankscope.formats.file_io import TensorFile, read_json
+from rankscope.formats.file_io import read_json
 from rankscope.formats.peft_config import BASE_MODIFYING_INITS, AdapterConfig, read_adapter_config
-from rankscope.formats.peft_keys import (
-    CONFIG_NAME,
-    OLD_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    parse_key,
-    strip_peft_prefix,
-)
-from rankscope.formats.pickle_file import PickledFile, open_tensors
+from rankscope.formats.peft_folder import PeftFolder, TensorKind
+from rankscope.formats.peft_keys import CONFIG_NAME, strip_peft_prefix
 from rankscope.lora.spec import AdapterSpec, Bias
 
-# PEFT's wrappers, which show in the keys of biases and whole modules.
-PEFT_WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)\.")
+# Tensors of adapters that are more than plain LoRA.
+FOREIGN_KINDS: tuple[TensorKind, ...] = ("factor bias", "token rows", "unknown")
 
 # What the configuration can ask for that makes the forward pass something else than that of W0 + scale · BA.
 # (The reader of configurations refuses more: what does not even store B and A.)
@@ -59,36 +53,38 @@ def read_adapter(folder: Path) -> StoredAdapter:
         ConfigError: a value in the configuration that makes no sense.
     """
     config = read_adapter_config(folder / CONFIG_NAME)
-    raw = read_json(folder / CONFIG_NAME)
     with prefix_errors(folder / CONFIG_NAME):
-        check_plain_lora(raw)
-    new, old = folder / WEIGHTS_NAME, folder / OLD_WEIGHTS_NAME
-    path = old if old.exists() and not new.exists() else new
-    file = open_tensors(path)
-    with prefix_errors(path):
-        factors, whole = _read_tensors(file)
+        check_plain_lora(read_json(folder / CONFIG_NAME))
+    stored = PeftFolder.open(folder)
+    with prefix_errors(stored.file.path):
+        factors, whole = _read_tensors(stored)
     with prefix_errors(folder / CONFIG_NAME):
-        spec = make_adapter_spec(config, raw, {name: A.shape[0] for name, (A, _) in factors.items()})
+        spec = make_adapter_spec(config, stored.config, {name: A.shape[0] for name, (A, _) in factors.items()})
     return StoredAdapter(spec, factors, whole)
 
 
-def _read_tensors(file: TensorFile | PickledFile) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Pairs of factors by module, and all other tensors by their path in the model."""
+def _read_tensors(folder: PeftFolder) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Pairs of factors by module, and all other tensors by their path in the model.
+
+    What plain LoRA lacks (magnitudes, biases of factors) is among the others; no model has a place for it.
+    """
     halves: dict[str, dict[str, Tensor]] = {}
-    whole: dict[str, Tensor] = {}
-    for key in file.infos:
-        parsed = parse_key(key)
-        if ".original_module." in key:
-            continue  # the untrained copy of a whole module
-        if parsed is None or parsed.part[-1] not in "AB" or parsed.leaf == "bias":
-            whole[PEFT_WRAPPER.sub(".", strip_peft_prefix(key))] = file.read(key).clone()
-            continue
-        pair = halves.setdefault(parsed.module, {})
-        if parsed.part[-1] in pair:
-            raise FormatError(f"{parsed.module!r} has {parsed.part} twice; save one adapter only")
-        pair[parsed.part[-1]] = file.read(key).clone()
+    names = {tensor.key: tensor.name for tensor in (*folder.whole.values(), *folder.base_weights.values())}
+    names |= {
+        tensor.key: strip_peft_prefix(tensor.saved_key) for tensor in folder.others if tensor.kind in FOREIGN_KINDS
+    }
+    for module, keys in folder.factors.items():
+        for part, key in keys.items():
+            if part[-1] not in "AB":
+                names[key] = strip_peft_prefix(key)
+            elif (
+                halves.setdefault(module, {}).setdefault(part[-1], tensor := folder.file.read(key).clone())
+                is not tensor
+            ):
+                raise FormatError(f"{module!r} has factors of a linear layer and of an embedding; which are meant?")
     if not halves:
         raise FormatError("holds no LoRA factors")
+    whole = {names[key]: folder.file.read(key).clone() for key in folder.file.infos if key in names}
     return {name: _check_pair(name, pair) for name, pair in halves.items()}, whole
 
 

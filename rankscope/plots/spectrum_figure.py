@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from rankscope.analysis.layer_spectra import LayerSpectrum, SpectrumResult
 from rankscope.errors import ConfigError
 from rankscope.formats.names import layer_kind
+from rankscope.measures import measures_shown
 from rankscope.plots.figure import COLOURS, FONT_SIZE, GREY, escape_math, new_figure, set_log2_axis, style_grid
 
 PANELS_A_ROW = 4
@@ -34,7 +35,8 @@ LEGEND: dict[str, Any] = {
     "handletextpad": 0.4,
     "frameon": False,
 }
-MARKS = {"stable_rank": "o", "k90": "s", "entropy_rank": "D"}
+HIGHEST_MARK, MARK_STEP = 0.97, 0.04
+"""Places of the marks, as shares of the height of the axes."""
 
 
 def plot_spectra(results: Sequence[SpectrumResult], figure: Figure | None = None) -> Figure:
@@ -108,18 +110,21 @@ def _panel(axes: Axes, result: SpectrumResult, colours: dict[str, str]) -> None:
 
 
 def _marks(axes: Axes, result: SpectrumResult, changed: Sequence[LayerSpectrum]) -> list[Line2D]:
-    """Effective ranks along the upper edge, each with a thin line down; at three heights, as they may agree."""
+    """Effective ranks along the upper edge, each with a thin line down, at heights of their own, as they may agree."""
     handles = []
-    for height, (measure, marker) in zip((0.97, 0.93, 0.89), MARKS.items(), strict=True):
-        rank = result.total.median.get(measure)
+    for number, measure in enumerate(measures_shown("plot")):
+        rank = result.total.median.get(measure.name)
         if rank is None:  # a sketch leaves it open
             continue
-        noise = [layer.noise[measure] or 0 for layer in changed if layer.noise]
+        noise = [layer.noise[measure.name] or 0 for layer in changed if layer.noise]
         beside = f" (noise {statistics.median(noise):.3g})" if noise else ""
-        label = f"{measure.removesuffix('_rank')} {rank:.3g}{beside}"
+        label = f"{measure.title} {rank:.3g}{beside}"
         axes.axvline(rank, color=GREY, linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
-        axes.plot([rank], [height], marker, color="#222222", markersize=4, transform=axes.get_xaxis_transform())
-        handles.append(Line2D([], [], color="#222222", marker=marker, markersize=4, linestyle="none", label=label))
+        height = round(HIGHEST_MARK - MARK_STEP * number, 2)
+        axes.plot([rank], [height], measure.mark, color="#222222", markersize=4, transform=axes.get_xaxis_transform())
+        handles.append(
+            Line2D([], [], color="#222222", marker=measure.mark, markersize=4, linestyle="none", label=label)
+        )
     return handles
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from rankscope.plots.figure import encode
 from rankscope.table import Cell as Cell
 from rankscope.table import Table as Table
 from rankscope.verdict import Verdict
@@ -17,7 +19,7 @@ from rankscope.verdict import Verdict
 class Picture:
     """A figure, what it shows in words for whoever cannot see it, and the numbers in it.
 
-    ``name`` is the stem of its files (png, svg, csv). ``draw`` is called when the page is written.
+    ``name`` is the stem of its files (png, svg, csv). ``draw`` is called once, when the figure is first asked for.
     """
 
     name: str
@@ -26,16 +28,32 @@ class Picture:
     draw: Callable[[], Figure]
     data: Table
 
+    @cached_property
+    def figure(self) -> Figure:
+        """The figure, drawn once for the page and the files beside it."""
+        return self.draw()
 
-@dataclass(frozen=True)
+    @cached_property
+    def png(self) -> bytes:
+        """The figure as points, encoded once."""
+        return encode(self.figure, "png")
+
+    @cached_property
+    def svg(self) -> bytes:
+        """The figure as lines, encoded once."""
+        return encode(self.figure, "svg")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
-    """One question and what was found. ``key`` is its anchor; ``lead`` says in a sentence what is looked at and why.
+    """One question and its answer. ``lead`` says in a sentence what is looked at and why.
 
-    ``missing`` says what the section would need, where it has nothing to show.
+    ``key`` is its anchor; ``missing`` says what the section would need, where it has nothing to show. The page of a
+    study takes ``key`` and ``title`` of a line of evidence from ``evidence.lines``.
     """
 
-    key: str
-    title: str
+    key: str = ""
+    title: str = ""
     lead: str
     verdicts: Sequence[Verdict] = ()
     pictures: Sequence[Picture] = ()

@@ -13,14 +13,14 @@ from torch import Tensor
 from rankscope.errors import FormatError, prefix_errors
 from rankscope.formats.abstract_store import Store, UpdateInfo
 from rankscope.formats.adapter_file import FileStore
-from rankscope.formats.file_io import TensorFile, TensorInfo, read_json
+from rankscope.formats.file_io import TensorFile, TensorInfo
 from rankscope.formats.loralib import NoAlphaError
 from rankscope.formats.peft_config import BASE_MODIFYING_INITS
-from rankscope.formats.peft_folder import base_tensor_name, weights_file
-from rankscope.formats.peft_keys import CONFIG_NAME, PEFT_PREFIX, factor_bias_key, magnitude_key, parse_key
-from rankscope.formats.peft_lora import parse_factor_key
-from rankscope.formats.peft_write import FactorLayout, rank_settings
-from rankscope.formats.pickle_file import PickledFile, open_tensors
+from rankscope.formats.peft_folder import PeftFolder
+from rankscope.formats.peft_keys import CONFIG_NAME, factor_bias_key, magnitude_key
+from rankscope.formats.peft_store import AdapterStore
+from rankscope.formats.peft_write import FactorLayout
+from rankscope.formats.pickle_file import PickledFile
 from rankscope.formats.recipes import float_dtype, upcast_float8
 from rankscope.formats.store import open as open_store
 from rankscope.formats.streaming import LazyTensor
@@ -30,8 +30,6 @@ AdapterSource = str | os.PathLike[str] | Store
 
 CONVERT_HINT = "convert it first: rankscope convert {} --to peft -o NEW"
 BIAS_SETTINGS = ("none", "lora_only", "all")  # each trains what the one before does, and more
-# Settings of ways to start, which mean nothing beside finished factors (PEFT warns of some).
-INIT_CONFIG_KEYS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
 
 
 @dataclass
@@ -73,41 +71,41 @@ class Adapter:
             raise FormatError(f"{source}: is a loralib file; {CONVERT_HINT.format(source)} --alpha α") from error
         if isinstance(store, FileStore):
             raise FormatError(f"{store.path}: is a {store.kind} file; {CONVERT_HINT.format(store.path)}")
-        if store.kind != "peft":
+        if not isinstance(store, AdapterStore):
             raise FormatError(f"{source}: is no adapter in PEFT's layout; convert it, or extract one from full weights")
-        folder = store.path
-        config = read_json(folder / CONFIG_NAME)
-        with prefix_errors(folder / CONFIG_NAME):
-            _check_config(config)
-        opened = cls(str(folder), store, open_tensors(weights_file(folder)), config)
-        with prefix_errors(opened.file.path):
-            opened._sort()
-        return opened
+        folder = store.folder
+        with prefix_errors(folder.path / CONFIG_NAME):
+            _check_config(folder.config)
+        adapter = cls(str(folder.path), store, folder.file, folder.config)
+        with prefix_errors(folder.file.path):
+            adapter._add_tensors(folder)
+        return adapter
 
-    def _sort(self) -> None:
-        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-        for key, info in self.file.infos.items():
-            if ".original_module." in key:
-                continue  # the untrained copy of a module that was trained whole
-            parsed, factor = parse_key(key), parse_factor_key(key)
-            if parsed is None and ".lora_" not in key:
-                _take(self.whole, PEFT_PREFIX + base_tensor_name(key), key)
-            elif parsed is None or (factor is None and (parsed.part, parsed.leaf) != ("lora_B", "bias")):
-                raise FormatError(f"holds {key}, which is not known; nothing is changed that is not understood")
-            elif parsed.module not in self.store:
-                reasons = {one.name: one.reason for one in self.store.skipped}
-                raise FormatError(f"layer {parsed.module} cannot be handled: {reasons.get(parsed.module, 'not read')}")
-            elif factor is None:
-                _take(self.factor_biases, parsed.module, key)
-            elif factor.part == "lora_magnitude_vector":
-                self.magnitudes[factor.module] = key
-            else:
-                shapes.setdefault(factor.module, {})[factor.part] = info.shape
-        self.places = {module: _place(parts) for module, parts in shapes.items()}
-        self.ranks = {module: next(iter(_halves(parts)))[0] for module, parts in shapes.items()}
+    def _add_tensors(self, folder: PeftFolder) -> None:
+        if folder.unknown:
+            raise FormatError(
+                f"holds {folder.unknown[0].key}, which is not known; nothing is changed that is not understood"
+            )
+        reasons = {item.name: item.reason for item in self.store.skipped}
+        for module in [*folder.factors, *folder.factor_biases]:
+            if module not in self.store:
+                raise FormatError(f"layer {module} cannot be handled: {reasons.get(module, 'not read')}")
+        for module, keys in folder.factors.items():
+            shapes = {part: self.file.infos[key].shape for part, key in keys.items()}
+            self.places[module] = _place(shapes)
+            self.ranks[module] = _halves(shapes)[0][0]
+        self.magnitudes = self._in_file_order(folder.magnitudes)
+        self.factor_biases = self._in_file_order({name: bias.key for name, bias in folder.factor_biases.items()})
+        tensors = [*folder.whole.values(), *folder.base_weights.values(), *folder.token_rows.values()]
+        self.whole = self._in_file_order({tensor.saved_key: tensor.key for tensor in tensors})
         for module, key in self.factor_biases.items():
             _check_factor_bias(key, self.file.infos[key], self.info(module).shape[0])
         _check_start(self.config, all(self.info(name).nominal_rank != r for name, r in self.ranks.items()))
+
+    def _in_file_order(self, keys: Mapping[str, str]) -> dict[str, str]:
+        """The same in the order of the keys in the file, which records keep."""
+        places = {key: place for place, key in enumerate(self.file.infos)}
+        return dict(sorted(keys.items(), key=lambda item: places[item[1]]))
 
     def names(self) -> list[str]:
         """Layers with factors, in natural order."""
@@ -162,16 +160,6 @@ class Adapter:
         return {factor_bias_key(name): LazyTensor.of(self.factor_bias(name)) for name in self.factor_biases}
 
 
-def _take(slots: dict[str, str], name: str, key: str) -> None:
-    """Note that ``key`` holds what ``name`` stands for.
-
-    Raises:
-        FormatError: another key does.
-    """
-    if slots.setdefault(name, key) != key:
-        raise FormatError(f"holds {slots[name]} and {key}, which are one and the same; save one adapter only")
-
-
 def _check_factor_bias(key: str, info: TensorInfo, out: int) -> None:
     if info.shape != (out,) or not info.dtype.is_floating_point:
         stored = str(info.dtype).removeprefix("torch.")
@@ -190,12 +178,6 @@ def _place(shapes: Mapping[str, tuple[int, ...]]) -> FactorLayout:
     if "lora_embedding_A" in shapes:
         return FactorLayout("embedding")
     return FactorLayout("conv", A[2:], A[0] // B[1]) if len(A) > 2 else FactorLayout()
-
-
-def config_with_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], **settings: Any) -> dict[str, Any]:
-    """A configuration with other ranks: α = r everywhere; keys that are not known here go along."""
-    kept = {key: value for key, value in config.items() if key not in INIT_CONFIG_KEYS}
-    return {**kept, "init_lora_weights": True, "inference_mode": True, **rank_settings(ranks), **settings}
 
 
 def _check_config(config: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from rankscope.formats.layouts import AdapterContents, LayerFactors, pipeline_co
 from rankscope.formats.peft_write import write_peft_folder
 from rankscope.formats.streaming import LazyTensor, write_streamed
 from rankscope.surgery.adapter import AdapterSource
-from rankscope.surgery.gather import gather_layers, read_base_names, read_names
+from rankscope.surgery.convertible_adapter import ConvertibleAdapter, read_base_names, read_names
 from rankscope.surgery.operation import Operation, Track
 from rankscope.surgery.output_folder import copy_tokenizer, free_output_path
 from rankscope.surgery.surgery_result import LayerChange, SurgeryResult, error_over_norm, format_count
@@ -70,11 +70,11 @@ def convert(
         raise ConfigError(f"{out}: PEFT's format is a folder; give a name without {SUFFIX}")
     known = [*(read_base_names(base) if base is not None else ()), *(read_names(names) if names is not None else ())]
     operation = Operation(name="convert", out=out, device=device, track=track, command=command)
-    source = gather_layers(adapter, alpha=alpha, device=device, names=known)
+    source = ConvertibleAdapter.open(adapter, alpha=alpha, device=device, names=known)
     if source.kind == to:
         raise ConfigError(f"{source.label}: is in the format {to} already")
-    source.choose(component, to == "peft")
-    pieces, skipped = _split_by_format(source.read(track), to)
+    source.choose_component(component, to == "peft")
+    pieces, skipped = _split_by_format(source.read_layers(track), to)
     with prefix_errors(source.label):
         written = _to_format(pieces, to, base, [module for _, module in known])
     fields = {

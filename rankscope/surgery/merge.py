@@ -103,7 +103,7 @@ def _write_checkpoint(
 ) -> SurgeryResult:
     """Write the checkpoint with the adapters added, or subtracted for ``unmerge``."""
     if not sources:
-        raise ConfigError("there is no adapter; give at least one")
+        raise ConfigError("no adapter is given; give at least one adapter")
     weights = check_weights(weights, len(sources))
     path = local_path(base)
     if (path / CONFIG_NAME).is_file():

@@ -1,4 +1,4 @@
-"""What adapters change in a checkpoint: tensor by tensor, planned from the headers, made when it is written."""
+"""What adapters change in a checkpoint, tensor by tensor: planned from the headers, computed when it is written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rankscope.formats.abstract_store import examples
 from rankscope.formats.checkpoint import CONV1D_NAME, Checkpoint, non_matrix_reason
 from rankscope.formats.file_io import TensorInfo
 from rankscope.formats.names import WEIGHT_SUFFIX, Pairing, natural_key, pair_names
-from rankscope.formats.peft_keys import strip_peft_prefix
+from rankscope.formats.peft_folder import model_tensor_name
 from rankscope.formats.peft_lora import WHOLE_SUFFIX
 from rankscope.formats.streaming import LazyTensor
 from rankscope.surgery.adapter import Adapter
@@ -26,13 +26,12 @@ from rankscope.surgery.surgery_result import LayerChange, error_over_norm
 from rankscope.surgery.tying import HEAD_WEIGHT, TIED_EMBEDDING, find_tied_embedding, has_head, is_tied, untie_config
 from rankscope.updates import Update, check_finite
 
-BASE_LAYER_SUFFIX = (
-    ".base_layer.weight"  # the base's own weight, which PEFT saves beside the factors of embeddings and heads
-)
+# PEFT saves the base's own weight under this name beside the factors of embeddings and heads.
+BASE_LAYER_SUFFIX = ".base_layer.weight"
 
 
 class _Contribution(NamedTuple):
-    """What one adapter contributes: the update of a layer, or a tensor of its file; ``key`` names either."""
+    """What one adapter adds, times ``weight``: the update of a layer or a tensor of its file, which ``key`` names."""
 
     adapter: Adapter
     key: str
@@ -41,16 +40,24 @@ class _Contribution(NamedTuple):
 
 @dataclass
 class _TensorChange:
-    """What becomes of one tensor: that of the checkpoint called ``stored``, or what replaces it, plus updates.
+    """How one tensor of the output is made.
 
-    ``shape`` is (out, in) of the updates, ``turned`` says that the tensor holds them (in, out).
+    Attributes:
+        stored: its name in the checkpoint; None for a new tensor.
+        layer: the layer of the adapters whose updates are added, if there are any.
+        kind: "linear", "embedding" or "conv".
+        shape: (out, in) of the updates.
+        transposed: whether the tensor is stored (in, out).
+        updates: layers whose updates are added.
+        whole: tensors that replace the stored one.
+        biases: layers whose ``lora_B.bias``, (out,), is added.
     """
 
     stored: str | None
     layer: str | None = None
     kind: str = "linear"
     shape: tuple[int, int] = (0, 0)
-    turned: bool = False
+    transposed: bool = False
     updates: list[_Contribution] = field(default_factory=list)
     whole: list[_Contribution] = field(default_factory=list)
     biases: list[_Contribution] = field(default_factory=list)
@@ -59,10 +66,14 @@ class _TensorChange:
 class MergePlan:
     """The plan for one checkpoint and the adapters that are added to it, each with its weight.
 
-    ``config``: the configuration that fits the result. ``added``: tensors that the checkpoint does not have.
+    Attributes:
+        config: the configuration that fits the output.
+        changed: the changes of tensors of the checkpoint, by their name in it.
+        added: the changes that make tensors which the checkpoint does not have.
+        notes: remarks for the record.
 
     Raises:
-        FormatError: an adapter of another base, or one that means what no weight of it can hold.
+        FormatError: an adapter is of another base, or no weight can hold what it changes.
         ShapeError: two adapters differ in the shape of a layer.
     """
 
@@ -80,53 +91,54 @@ class MergePlan:
         self.changed: dict[str, _TensorChange] = {}
         self.added: dict[str, _TensorChange] = {}
         self._rounding: dict[str, Rounding] = {}
-        wanted = {name + WEIGHT_SUFFIX for adapter in adapters for name in adapter.places}
-        wanted |= {model_tensor_name(key) for adapter in adapters for key in adapter.whole}
-        wanted |= {f"{name}.bias" for adapter in adapters for name in adapter.factor_biases}
-        self._pairing = pair_names(wanted, checkpoint.infos)
-        self._theirs = dict(self._pairing.pairs)
+        names = {name + WEIGHT_SUFFIX for adapter in adapters for name in adapter.places}
+        names |= {model_tensor_name(key) for adapter in adapters for key in adapter.whole}
+        names |= {f"{name}.bias" for adapter in adapters for name in adapter.factor_biases}
+        self._pairing = pair_names(names, checkpoint.infos)
+        self._stored_names = dict(self._pairing.pairs)
         for adapter, weight in zip(adapters, weights, strict=True):
             with prefix_errors(adapter.label):
                 self._add(adapter, weight)
-        self._settle_tying(all(adapter.config.get("ensure_weight_tying") for adapter in adapters))
-        self._settle_vocabulary()
-        planned = [change for change in self._all() if change.updates]
-        self._progress = iter(track(planned))
-
-    def _all(self) -> list[_TensorChange]:
-        return [*self.changed.values(), *self.added.values()]
+        self._untie_head(all(adapter.config.get("ensure_weight_tying") for adapter in adapters))
+        self._update_vocabulary_size()
+        changes = [*self.changed.values(), *self.added.values()]
+        self._progress = iter(track([change for change in changes if change.updates]))
 
     def _add(self, adapter: Adapter, weight: float) -> None:
-        missing = [name for name in adapter.places if name + WEIGHT_SUFFIX not in {*self._theirs, HEAD_WEIGHT}]
+        """Plan all that one adapter changes."""
+        missing = [name for name in adapter.places if name + WEIGHT_SUFFIX not in {*self._stored_names, HEAD_WEIGHT}]
         if missing:
             raise FormatError(
                 f"{self.checkpoint.path} has no weight for {len(missing)} of its {len(adapter.places)} layers "
                 f"({examples(missing)}); is this the base that was tuned?"
             )
         for key in adapter.whole:
-            self._replace(adapter, key, weight)
+            self._add_whole_tensor(adapter, key, weight)
         for name in adapter.names():
-            self._update(adapter, name, weight)
+            self._add_update(adapter, name, weight)
         for name in adapter.factor_biases:
-            if f"{name}.bias" not in self._theirs:
-                raise FormatError(f"{self.checkpoint.path} has no bias for {name}, which the adapter changes")
-            change = self._change_of(f"{name}.bias")
-            change.biases.append(_Contribution(adapter, name, weight))
-            found, wanted = self._info(change), (adapter.info(name).shape[0],)
-            if found.shape != wanted or not found.dtype.is_floating_point:
-                raise FormatError(
-                    f"{self.checkpoint.path}: {name}.bias is {_describe_tensor(found)}, where the adapter changes "
-                    f"{wanted} floating-point numbers"
-                )
+            self._add_factor_bias(adapter, name, weight)
+
+    def _add_factor_bias(self, adapter: Adapter, name: str, weight: float) -> None:
+        if f"{name}.bias" not in self._stored_names:
+            raise FormatError(f"{self.checkpoint.path} has no bias for {name}, which the adapter changes")
+        change = self._change_of(f"{name}.bias")
+        change.biases.append(_Contribution(adapter, name, weight))
+        info, shape = self._info(change), (adapter.info(name).shape[0],)
+        if info.shape != shape or not info.dtype.is_floating_point:
+            raise FormatError(
+                f"{self.checkpoint.path}: {name}.bias is {_describe_tensor(info)}, where the adapter changes "
+                f"{shape} floating-point numbers; is this the base that was tuned?"
+            )
 
     def _change_of(self, tensor: str) -> _TensorChange:
         """The change of a tensor by its name in the adapters."""
-        if tensor in self._theirs:
-            stored = self._theirs[tensor]
+        if tensor in self._stored_names:
+            stored = self._stored_names[tensor]
             return self.changed.setdefault(stored, _TensorChange(stored))
         return self.added.setdefault(_checkpoint_name(tensor, self._pairing), _TensorChange(None))
 
-    def _update(self, adapter: Adapter, name: str, weight: float) -> None:
+    def _add_update(self, adapter: Adapter, name: str, weight: float) -> None:
         shape, change = adapter.info(name).shape, self._change_of(name + WEIGHT_SUFFIX)
         if change.layer is not None and change.shape != shape:
             raise ShapeError(f"layer {name} is {shape} here and {change.shape} in another adapter")
@@ -138,41 +150,48 @@ class MergePlan:
         if change.whole and len(self._info(change).shape) < 2:
             raise FormatError(f"{name}{WEIGHT_SUFFIX} is {self._info(change).shape}, to which no update can be added")
         if change.stored is not None and not change.whole:
-            change.turned = self._is_transposed(change.stored, name, shape, bool(adapter.config.get("fan_in_fan_out")))
+            change.transposed = self._is_transposed(
+                change.stored, name, shape, bool(adapter.config.get("fan_in_fan_out"))
+            )
 
     def _is_transposed(self, stored: str, name: str, shape: tuple[int, int], fan_in_fan_out: bool) -> bool:
+        """Whether the checkpoint stores a weight (in, out) whose update has ``shape`` (out, in)."""
         info = self.checkpoint.infos[stored]
         reason = non_matrix_reason(info, stacks=True)
-        found = (info.shape[0], math.prod(info.shape[1:])) if info.shape else (1, 1)
-        if reason or found not in (shape, shape[::-1]):
+        matrix = (info.shape[0], math.prod(info.shape[1:])) if info.shape else (1, 1)
+        if reason or matrix not in (shape, shape[::-1]):
             raise FormatError(
-                f"{self.checkpoint.path}: {stored} is {reason or f'{found[0]} × {found[1]}'}, but the update of "
+                f"{self.checkpoint.path}: {stored} is {reason or f'{matrix[0]} × {matrix[1]}'}, but the update of "
                 f"{name} is {shape[0]} × {shape[1]}; is this the base that was tuned?"
             )
-        if found[0] != found[1] or not CONV1D_NAME.search(stored):
-            return found != shape
-        known = self.checkpoint.conv1d
-        return fan_in_fan_out if known is None else known
+        if matrix[0] != matrix[1] or not CONV1D_NAME.search(stored):
+            return matrix != shape
+        conv1d = self.checkpoint.conv1d
+        return fan_in_fan_out if conv1d is None else conv1d
 
-    def _replace(self, adapter: Adapter, key: str, weight: float) -> None:
-        tensor, place = model_tensor_name(key), adapter.whole[key]  # the file may have it under a live name
+    def _add_whole_tensor(self, adapter: Adapter, key: str, weight: float) -> None:
+        # The file may have the tensor under the name that it has in a live PEFT model.
+        tensor, stored_key = model_tensor_name(key), adapter.whole[key]
         saved = adapter.config.get("modules_to_save") or []
-        if tensor == HEAD_WEIGHT and tensor not in self._theirs and key.endswith(BASE_LAYER_SUFFIX):
-            if self._is_embedding(adapter.file.read(place)):
+        if tensor == HEAD_WEIGHT and tensor not in self._stored_names and key.endswith(BASE_LAYER_SUFFIX):
+            if self._is_embedding(adapter.file.read(stored_key)):
                 return
-        elif tensor not in self._theirs and not any(f".{name}." in f".{tensor}" for name in saved):
+        elif tensor not in self._stored_names and not any(f".{name}." in f".{tensor}" for name in saved):
             raise FormatError(f"{self.checkpoint.path} has no {tensor}, which the adapter replaces")
         change = self._change_of(tensor)
-        self._check_fits(tensor, change, adapter.file.infos[place])
-        change.whole.append(_Contribution(adapter, place, weight))
+        self._check_fits(tensor, change, adapter.file.infos[stored_key])
+        change.whole.append(_Contribution(adapter, stored_key, weight))
         shapes = {part.adapter.file.infos[part.key].shape for part in change.whole}
         if change.stored is not None:
             shapes.add(self.checkpoint.infos[change.stored].shape)
         if (len(change.whole) > 1 or weight != 1) and (change.stored is None or len(shapes) > 1):
-            raise FormatError(f"{tensor} is new or of another size than the base's: only one adapter can give it")
+            raise FormatError(
+                f"{tensor} is new or of another size than the base's, so only one adapter can give it; "
+                "merge that adapter alone"
+            )
 
     def _check_fits(self, tensor: str, change: _TensorChange, info: TensorInfo) -> None:
-        """Refuse what cannot stand where the base has its tensor: only sizes may differ."""
+        """Raise FormatError where a tensor cannot replace the base's: only sizes may differ."""
         if change.stored is None:
             if tensor == HEAD_WEIGHT and len(info.shape) != 2:
                 raise FormatError(f"{tensor} is {info.shape}, no weight of an output layer")
@@ -185,13 +204,13 @@ class MergePlan:
             )
 
     def _is_embedding(self, weight: Tensor) -> bool:
-        """Whether a weight is that of the embedding which the output layer is tied to."""
+        """Whether a weight (vocabulary, dim) equals that of the embedding which the output layer is tied to."""
         infos, shape = self.checkpoint.infos, tuple(weight.shape)
         tied = [name for name, info in infos.items() if TIED_EMBEDDING.search(name) and tuple(info.shape) == shape]
         return len(tied) == 1 and torch.equal(weight, self.checkpoint.read(tied[0]).to(weight.dtype))
 
-    def _settle_tying(self, adapters_tie: bool) -> None:
-        """Give an output layer that was its embedding a weight of its own, where the two now differ."""
+    def _untie_head(self, adapters_tie: bool) -> None:
+        """Give an output layer that is tied to its embedding a weight of its own, where the two now differ."""
         infos = self.checkpoint.infos
         moved = [name for name in self.changed if TIED_EMBEDDING.search(name)]
         tied = is_tied(self.config, infos)
@@ -208,7 +227,7 @@ class MergePlan:
             self.config = untie_config(self.config)
             self.notes.append(f"the output layer, which was the embedding, has a weight of its own now ({HEAD_WEIGHT})")
 
-    def _settle_vocabulary(self) -> None:
+    def _update_vocabulary_size(self) -> None:
         """Follow an embedding that has more rows than the base's."""
         for name, change in self.changed.items():
             before, after = self.checkpoint.infos[name].shape, self._info(change).shape
@@ -217,7 +236,7 @@ class MergePlan:
                 self.notes.append(f"{name} has {after[0]} rows, {before[0]} in the base; vocab_size says so now")
 
     def _info(self, change: _TensorChange) -> TensorInfo:
-        """Shape and dtype of the result: those of the checkpoint, but the shape of what replaces a tensor."""
+        """Shape and dtype of the result: those of the checkpoint, except the shape of a tensor that is replaced."""
         whole = [part.adapter.file.infos[part.key] for part in change.whole]
         if change.stored is None:
             return whole[0]
@@ -225,11 +244,11 @@ class MergePlan:
         return TensorInfo(whole[0].shape, stored.dtype) if whole else stored
 
     def replacement_tensors(self) -> dict[str, LazyTensor]:
-        """What takes the place of tensors of the checkpoint."""
+        """The tensors that replace those of the checkpoint, by name."""
         return {name: self._lazy_tensor(name, change) for name, change in self.changed.items()}
 
     def new_tensors(self) -> dict[str, LazyTensor]:
-        """Tensors that the checkpoint does not have."""
+        """The tensors that the checkpoint does not have, by name."""
         return {name: self._lazy_tensor(name, change) for name, change in self.added.items()}
 
     def _lazy_tensor(self, name: str, change: _TensorChange) -> LazyTensor:
@@ -237,29 +256,29 @@ class MergePlan:
         return LazyTensor(info, lambda: self._build_tensor(name, change, info))
 
     def _build_tensor(self, name: str, change: _TensorChange, info: TensorInfo) -> Tensor:
-        start = self._start(change)
+        start = self._read_start(change)
         if change.biases:
             parts = [part.adapter.factor_bias(part.key).double() * part.weight for part in change.biases]
             start = in_float64(start) + reduce(torch.add, parts)
         if not change.updates:
-            made = start.to(info.dtype)
+            result = start.to(info.dtype)
             if change.biases or len(change.whole) > 1 or any(part.weight != 1 for part in change.whole):
-                check_finite(made, f"the sum in {str(info.dtype).removeprefix('torch.')}")
-            return made
+                check_finite(result, f"the sum in {str(info.dtype).removeprefix('torch.')}")
+            return result
         next(self._progress, None)
         flat = start.reshape(start.shape[0], -1).to(change.updates[0].adapter.store.device)
         result, self._rounding[name] = add_and_round(
-            flat, [_orient_update(p, change.turned) for p in change.updates], info.dtype
+            flat, [_read_update(part, change.transposed) for part in change.updates], info.dtype
         )
         return result.reshape(info.shape)
 
-    def _start(self, change: _TensorChange) -> Tensor:
-        """The stored tensor, or what replaces it: W + Σ w(Wᵢ − W)."""
+    def _read_start(self, change: _TensorChange) -> Tensor:
+        """The tensor W of the checkpoint, or what replaces it: W + Σ w(Wᵢ − W)."""
         parts = [(part.adapter.file.read(part.key), part.weight) for part in change.whole]
         if len(parts) == 1 and parts[0][1] == 1:
             return parts[0][0]
         if change.stored is None:
-            raise FormatError("is new to the checkpoint and has no start")
+            raise FormatError("is new to the checkpoint, so there is no weight that it could be added to")
         stored = self.checkpoint.read(change.stored)
         if not parts:
             return stored
@@ -267,21 +286,16 @@ class MergePlan:
         return exact + sum((weight * (in_float64(tensor) - exact) for tensor, weight in parts), torch.zeros_like(exact))
 
     def layers(self, unmerged: bool) -> tuple[LayerChange, ...]:
-        """The record of each layer, after everything was written."""
+        """The record of each layer; to be called after everything was written."""
         for _ in self._progress:
             pass
         changes = {name: change for name, change in (self.changed | self.added).items() if change.layer is not None}
-        found = [_record(change, self._rounding[name], unmerged) for name, change in changes.items()]
-        return tuple(sorted(found, key=lambda layer: natural_key(layer.name)))
-
-
-def model_tensor_name(key: str) -> str:
-    """The name in the model of a tensor that an adapter holds whole."""
-    return strip_peft_prefix(key).replace(".base_layer.", ".")
+        layers = [_layer_change(change, self._rounding[name], unmerged) for name, change in changes.items()]
+        return tuple(sorted(layers, key=lambda layer: natural_key(layer.name)))
 
 
 def _checkpoint_name(tensor: str, pairing: Pairing) -> str:
-    """A new tensor's name in a checkpoint whose names have another wrapper in front than the adapter's."""
+    """A new tensor's name in a checkpoint whose names have another prefix than the adapter's."""
     for ours, theirs in pairing.pairs:
         if ours != theirs:
             if ours.endswith(theirs):
@@ -294,14 +308,15 @@ def _describe_tensor(info: TensorInfo) -> str:
     return f"{info.shape} of {str(info.dtype).removeprefix('torch.')}"
 
 
-def _orient_update(part: _Contribution, turned: bool) -> Update:
+def _read_update(part: _Contribution, transposed: bool) -> Update:
+    """The update of a layer times its weight: (out, in), or (in, out) if ``transposed``."""
     store, name = part.adapter.store, part.key
     update = store[name + WHOLE_SUFFIX] if name in part.adapter.magnitudes else store[name]
     update = update * part.weight if part.weight != 1 else update
-    return update.T if turned else update
+    return update.T if transposed else update
 
 
-def _record(change: _TensorChange, rounding: Rounding, unmerged: bool) -> LayerChange:
+def _layer_change(change: _TensorChange, rounding: Rounding, unmerged: bool) -> LayerChange:
     holders = [part.adapter for part in change.updates]
     layer = change.layer or ""
     return LayerChange(

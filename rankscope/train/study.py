@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -32,9 +32,6 @@ from rankscope.train.session import Session
 from rankscope.train.sweep import Sweep
 from rankscope.train.task import Task
 from rankscope.train.tasks import make_task
-
-if TYPE_CHECKING:
-    from rankscope.evidence.hypothesis import Hypothesis
 
 STUDY_SCHEMA = "rankscope.study/2"
 
@@ -152,12 +149,6 @@ class Study:
                     f"{self.folder} was begun with another {key} ({begun.get(key)}, now {now.get(key)}); "
                     "runs on the one and the other cannot be compared"
                 )
-
-    def hypothesis(self, **options: Any) -> Hypothesis:
-        """The low-intrinsic-rank hypothesis, tested on this study; options as of ``rankscope.evidence.hypothesis``."""
-        from rankscope.evidence.hypothesis import hypothesis
-
-        return hypothesis(self, **options)
 
     def _repr_html_(self) -> str:
         cells = "".join(

@@ -17,6 +17,7 @@ from rankscope.formats.file_io import TensorInfo
 from rankscope.formats.peft_keys import strip_peft_prefix
 from rankscope.lora.layer import AdapterLayer
 from rankscope.lora.pissa import difference_factors
+from rankscope.measures import measures_shown
 from rankscope.spectra import Spectrum
 from rankscope.subspace import Subspace, orthonormalize, overlap
 from rankscope.updates import Dense, LowRank, Update
@@ -162,7 +163,7 @@ def measure_update(layer: TrackedWeight, k: int) -> dict[str, float]:
     spectrum = Spectrum.from_values(update, svd.s)
     if not spectrum.nonzero:
         return {}
-    found = {"stable": spectrum.stable_rank, "entropy": spectrum.entropy_rank, "k90": float(spectrum.k90)}
+    found = {measure.title: float(measure(spectrum)) for measure in measures_shown("callback")}
     reference = layer.reference(k)
     if reference is not None:
         top = Subspace(orthonormalize(svd.Vt[: min(k, spectrum.nonzero)].T), "right")

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rankscope.evidence.agreement.figure import plot_agreement
-from rankscope.evidence.agreement.measure import Agreement, LayerRow, RankAgreement, verdicts
+from rankscope.evidence.agreement.measure import Agreement, LayerRow, RankAgreement
 from rankscope.report.document import Cell, Picture, Section, Table
-from rankscope.verdict import MAX_CORRECTED_P
+from rankscope.verdict import MAX_CORRECTED_P, Verdict
 
 LORA, FULL = "LoRA", "another full fine-tuning, cut"
 
 
-def section(found: Agreement) -> Section:
+def build_section(found: Agreement, verdicts: Sequence[Verdict]) -> Section:
     """LoRA against full fine-tuning, as evidence on whether both look for the same update."""
     return Section(
-        key="agreement",
-        title="LoRA against full fine-tuning",
         lead=(
             "If full fine-tuning's update is low-rank at heart, LoRA should find that part of it: at each rank LoRA's "
             "update is set beside the best approximation of that rank, and beside full fine-tuning with another seed."
         ),
-        verdicts=verdicts(found),
+        verdicts=verdicts,
         pictures=(_picture(found),),
         tables=(_summary(found), _layers(found)),
         notes=tuple(_notes(found)),

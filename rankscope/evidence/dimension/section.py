@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from rankscope.evidence.dimension.figure import plot_dimension
-from rankscope.evidence.dimension.measure import DimensionCurve, IntrinsicDimension, verdicts
+from rankscope.evidence.dimension.measure import DimensionCurve, IntrinsicDimension
 from rankscope.report.document import Cell, Picture, Section, Table
 from rankscope.train.method_table import find_method
-from rankscope.verdict import GAIN_SHARE, format_interval
+from rankscope.verdict import GAIN_SHARE, Verdict, format_interval
 
 HEADER = (
     "method",
@@ -24,16 +25,14 @@ HEADER = (
 )
 
 
-def section(found: IntrinsicDimension) -> Section:
+def build_section(found: IntrinsicDimension, verdicts: Sequence[Verdict]) -> Section:
     """The section of this line of evidence."""
     return Section(
-        key="dimension",
-        title="Intrinsic dimension",
         lead=(
             f"How many numbers does the task need, if they move all {found.parameters:,} parameters along random "
             f"directions? d90 is the smallest number tried that reaches {GAIN_SHARE:.0%} of full fine-tuning's gain."
         ),
-        verdicts=verdicts(found),
+        verdicts=verdicts,
         pictures=[_picture(found)],
         notes=_notes(found),
     )

@@ -20,13 +20,14 @@ from rankscope.inference import (
     rank_correlation,
     slope,
 )
+from rankscope.measures import measures_shown
 from rankscope.spectra import Spectrum
 from rankscope.train.config import make_generator
 from rankscope.train.results import DEFAULT_MEASURE, RunResult
 from rankscope.updates import LowRank
 from rankscope.verdict import GAIN_SHARE, LOW_RANK_SHARE, Answer, Verdict, format_interval
 
-SHOWN_MEASURES = (DEFAULT_MEASURE, "stable_rank", "k90")
+SHOWN_MEASURES = tuple(measure.name for measure in measures_shown("evidence"))
 """The measures of effective rank that are set against performance."""
 DRAWS = 4
 """Random products drawn for each shape and rank: their stable rank varies by a few per cent."""
@@ -117,7 +118,7 @@ def measure_effective(material: Material) -> EffectiveRanks:
     Raises:
         MissingEvidenceError: no LoRA run is done, or the weights of one at a best rate are gone.
     """
-    found = measure_performance(material)
+    found = material.measure_once(measure_performance)
     best = group_by_rank(material.require_weights(material.lora_rows()))
     random = {rank: random_measures(_products(rows[0])) for rank, rows in best.items()}
     curve = tuple(

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from rankscope.evidence.effective.figure import plot_effective
-from rankscope.evidence.effective.measure import SHOWN_MEASURES, EffectiveRanks, verdicts
+from rankscope.evidence.effective.measure import SHOWN_MEASURES, EffectiveRanks
 from rankscope.inference import CONFIDENCE_LEVEL
 from rankscope.report.document import Cell, Picture, Section, Table
 from rankscope.train.results import DEFAULT_MEASURE
-from rankscope.verdict import format_interval
+from rankscope.verdict import Verdict, format_interval
 
 
-def section(found: EffectiveRanks) -> Section:
+def build_section(found: EffectiveRanks, verdicts: Sequence[Verdict]) -> Section:
     """Effective rank against performance, as evidence on how much of its rank an update uses."""
     return Section(
-        key="effective",
-        title="Effective rank against performance",
         lead=(
             "The rank that is given is not the rank that is used: every run of the study is set where its update's "
             "effective rank and its score are, and stable rank is followed as r grows."
         ),
-        verdicts=verdicts(found),
+        verdicts=verdicts,
         pictures=(_picture(found),),
         tables=(_correlations(found), _ranks(found)),
         notes=tuple(_notes(found)),

@@ -37,12 +37,11 @@ class Overlap(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     random: tuple[RunComparison, ...]
 
 
-def measure_overlap(material: Material, of: MatrixKind = "update") -> Overlap:
+def measure_overlap(material: Material) -> Overlap:
     """Compare the adapters of a study, at the best rate of each rank, across ranks and across seeds.
 
-    Args:
-        of: "update" compares ΔW on both sides; "A" the right singular vectors of A, the paper's literal form; "B" the
-            left ones of B.
+    ``material.of`` says what is compared: "update" is ΔW on both sides; "A" the right singular vectors of A, the
+    paper's literal form; "B" the left ones of B.
 
     Raises:
         MissingEvidenceError: there is nothing to compare: one rank of one seed.
@@ -56,10 +55,11 @@ def measure_overlap(material: Material, of: MatrixKind = "update") -> Overlap:
     seeds, random = [], []
     for rank in material.track(repeated):
         runs = [read_run_updates(material, row) for row in ranks[rank]]
-        seeds.append(compare_runs(list(combinations(runs, 2)), of))
-        random.append(compare_runs([random_pair(runs[0].updates, rank)], of))
+        seeds.append(compare_runs(list(combinations(runs, 2)), material.of))
+        random.append(compare_runs([random_pair(runs[0].updates, rank)], material.of))
     pairs = [(read_run_updates(material, a), read_run_updates(material, b)) for a, b in across]
-    return Overlap(of=of, ranks=compare_runs(pairs, of) if pairs else None, seeds=tuple(seeds), random=tuple(random))
+    across_ranks = compare_runs(pairs, material.of) if pairs else None
+    return Overlap(of=material.of, ranks=across_ranks, seeds=tuple(seeds), random=tuple(random))
 
 
 def _same_seed(ranks: Mapping[int, Sequence[RunResult]]) -> list[tuple[RunResult, RunResult]]:

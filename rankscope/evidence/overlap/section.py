@@ -5,26 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rankscope.evidence.overlap.figure import ComparisonRow, plot_directions, plot_overlaps, select_comparisons
-from rankscope.evidence.overlap.measure import MATRIX_SYMBOLS, Overlap, explain_side, verdicts
+from rankscope.evidence.overlap.measure import MATRIX_SYMBOLS, Overlap, explain_side
 from rankscope.evidence.overlap.pairs import RunComparison, SideOverlap
 from rankscope.haar import DRAWS
 from rankscope.report.document import Cell, Picture, Section, Table
-from rankscope.verdict import MAX_CORRECTED_P
+from rankscope.verdict import MAX_CORRECTED_P, Verdict
 
 MEANS = "φ(i, j) = ‖U_iᵀV_j‖²_F / min(i, j): 1 where the top i directions of one and the top j of the other are shared."
 
 
-def section(found: Overlap) -> Section:
+def build_section(found: Overlap, verdicts: Sequence[Verdict]) -> Section:
     """Overlap across ranks and seeds, as evidence on whether the directions learned are the task's own."""
     rows = select_comparisons(found)
     return Section(
-        key="overlap",
-        title="Overlap across ranks and seeds",
         lead=(
             f"If the task asks for few directions, runs of another rank or seed find them again: the top directions of "
             f"{MATRIX_SYMBOLS[found.of]} are compared, each overlap beside what independent random subspaces would have."
         ),
-        verdicts=verdicts(found),
+        verdicts=verdicts,
         pictures=(_grids(found, rows), _directions(found, rows)),
         tables=(_summary(found), _layers(found)),
         notes=tuple(_notes(found)),

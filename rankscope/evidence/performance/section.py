@@ -7,25 +7,23 @@ from functools import partial
 
 from rankscope.evidence.entries import LAST_STRETCH, Entry
 from rankscope.evidence.performance.figure import plot_costs, plot_rank_curve
-from rankscope.evidence.performance.measure import Performance, verdicts
+from rankscope.evidence.performance.measure import Performance
 from rankscope.inference import CONFIDENCE_LEVEL, Interval
 from rankscope.report.document import Cell, Picture, Section, Table
-from rankscope.verdict import GAIN_SHARE, format_interval
+from rankscope.verdict import GAIN_SHARE, Verdict, format_interval
 
 NEAR = 0.1
 """Target sets are at one budget where their numbers of trained parameters are this close, relatively."""
 
 
-def section(found: Performance) -> Section:
+def build_section(found: Performance, verdicts: Sequence[Verdict]) -> Section:
     """Performance against rank, as evidence on how much rank the task needs."""
     return Section(
-        key="performance",
-        title="Performance against rank",
         lead=(
             "If the task needs little rank, a small r does what full fine-tuning does: every rank is scored on the "
             "test split at its own best learning rate, chosen on validation, beside full fine-tuning and the base."
         ),
-        verdicts=verdicts(found),
+        verdicts=verdicts,
         pictures=(_curve(found), _costs(found)),
         tables=tuple(table for table in (_scores(found), *_targets(found)) if table),
         notes=tuple(_notes(found)),

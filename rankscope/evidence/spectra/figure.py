@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 
 from rankscope.errors import ConfigError
 from rankscope.evidence.spectra.measure import FULL_LABEL, JointSpectrum, KindRanks, Spectra, SpectrumCurve
+from rankscope.measures import measures_shown
 from rankscope.plots.figure import FONT_SIZE, GREY, new_figure, set_log2_axis, style_grid
 from rankscope.plots.performance import FULL_COLOUR as FULL_COLOUR
 from rankscope.plots.performance import FULL_NAME
@@ -24,7 +25,6 @@ DECADES = 3
 """The axis ends this far below the largest σ."""
 DARK = "#222222"
 REACH = 0.36  # half the width of a segment beside its kind
-SHOWN = {"k90": "directions with 90 % of the energy (k90)", "entropy_rank": "entropy rank"}
 
 
 def rank_colours(ranks: Sequence[int]) -> dict[int, str]:
@@ -127,11 +127,11 @@ def plot_ranks_by_kind(found: Spectra) -> Figure:
     panels: list[Axes] = list(figure.subplots(1, 2, sharey=True))
     colours = rank_colours(found.ranks)
     names = list(dict.fromkeys(kind.kind for kind in found.kinds))
-    for panel, (measure, title) in zip(panels, SHOWN.items(), strict=True):
+    for panel, measure in zip(panels, measures_shown("kinds"), strict=True):
         style_grid(panel)
-        panel.set_title(title, fontsize=FONT_SIZE + 2)
+        panel.set_title(measure.label, fontsize=FONT_SIZE + 2)
         for place, name in enumerate(names):
-            _ranks(panel, place, measure, [kind for kind in found.kinds if kind.kind == name], colours)
+            _ranks(panel, place, measure.name, [kind for kind in found.kinds if kind.kind == name], colours)
         panel.set_xticks(range(len(names)), names, fontsize=FONT_SIZE, rotation=30 if len(names) > 4 else 0, ha="right")
         panel.set_xlim(-0.6, len(names) - 0.4)
         panel.set_xlabel("kind of module", fontsize=FONT_SIZE + 1)

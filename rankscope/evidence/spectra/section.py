@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rankscope.evidence.spectra.figure import plot_joint_spectra, plot_ranks_by_kind
-from rankscope.evidence.spectra.measure import FULL_LABEL, JointSpectrum, KindRanks, LayerRanks, Spectra, verdicts
+from rankscope.evidence.spectra.measure import FULL_LABEL, JointSpectrum, KindRanks, LayerRanks, Spectra
 from rankscope.formats.names import natural_key
 from rankscope.report.document import Cell, Picture, Section, Table
 from rankscope.spectra import MEASURES
-from rankscope.verdict import LOW_RANK_SHARE
+from rankscope.verdict import LOW_RANK_SHARE, Verdict
 
 NOISE = "noise"
 TITLES = tuple(name.replace("_", " ") for name in MEASURES)
 
 
-def section(found: Spectra) -> Section:
+def build_section(found: Spectra, verdicts: Sequence[Verdict]) -> Section:
     """Singular values and effective ranks of all methods."""
     return Section(
-        key="spectra",
-        title="Spectra of the updates",
         lead=(
             "How many directions does an update have? A measure of rank alone says little: pure noise has a rank, too, "
             "so each is shown beside that of a noise matrix of its shape."
         ),
-        verdicts=verdicts(found),
+        verdicts=verdicts,
         pictures=(*([_joint(found)] if found.joint else []), _by_kind(found)),
         tables=(_layers(found),),
         notes=tuple(_notes(found)),

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from rankscope.evidence.truncation.figure import plot_truncation
-from rankscope.evidence.truncation.measure import KindPoint, Truncation, TruncationCurve, verdicts
+from rankscope.evidence.truncation.measure import KindPoint, Truncation, TruncationCurve
 from rankscope.report.document import Cell, Picture, Section, Table
-from rankscope.verdict import GAIN_SHARE
+from rankscope.verdict import GAIN_SHARE, Verdict
 
 
-def section(found: Truncation) -> Section:
+def build_section(found: Truncation, verdicts: Sequence[Verdict]) -> Section:
     """Updates cut to rank k and evaluated."""
     return Section(
-        key="truncation",
-        title="The update cut to rank k",
         lead=(
             "What is in an update need not matter to the task. So each matrix of the update is replaced by its best "
             "rank-k part and the model is evaluated again: how much rank keeps what was learned?"
         ),
-        verdicts=verdicts(found),
+        verdicts=verdicts,
         pictures=(_picture(found),),
         tables=(_kinds(found),),
         notes=tuple(_notes(found)),

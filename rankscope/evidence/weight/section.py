@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from rankscope.analysis.intruders import INTRUDER_THRESHOLD, SWEEP_THRESHOLDS
 from rankscope.evidence.weight.figure import plot_intruders, plot_positions, plot_weight
 from rankscope.evidence.weight.layers import FULL_RANKS, POSITION_DIRECTIONS
-from rankscope.evidence.weight.measure import AmplificationSummary, WeightComparison, verdicts
+from rankscope.evidence.weight.measure import AmplificationSummary, WeightComparison
 from rankscope.inference import Interval
 from rankscope.report.document import Cell, Picture, Section, Table
+from rankscope.verdict import Verdict
 
 PUBLISHED = ((4, 0.32, 21.67, 0.02, 6.91, 21.5), (64, 1.90, 37.71, 0.33, 3.57, 1.9))
 """Table 7 of Hu et al. 2021: r; ‖UᵀWV‖ with the directions of ΔW, of W, random; ‖ΔW‖; amplification."""
@@ -17,16 +19,14 @@ PUBLISHED_NAME = "published: GPT-3, one W_q"
 PUBLISHED_DIM = 12288
 
 
-def section(found: WeightComparison) -> Section:
+def build_section(found: WeightComparison, verdicts: Sequence[Verdict]) -> Section:
     """What the updates do to the weights that they are added to."""
     return Section(
-        key="weight",
-        title="The update against the weight",
         lead=(
             "LoRA's paper (§7.3) found that an update strengthens directions that the weight has but does not stress. "
             "Here the same is measured in every adapted layer, beside what random directions would give."
         ),
-        verdicts=verdicts(found),
+        verdicts=verdicts,
         pictures=[_amplification(found), _positions(found), _intruders(found)],
         tables=[_table7(found), _layers(found), _intruder_layers(found)],
         notes=_notes(found),

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
+from dataclasses import replace
 from typing import Any
 
 import rankscope
-from rankscope.evidence.hypothesis import LINES, Hypothesis
+from rankscope.evidence import lines as table
+from rankscope.evidence.hypothesis import Hypothesis
 from rankscope.report.document import Document, Section
-from rankscope.verdict import GAIN_SHARE, LOW_RANK_SHARE, MARGIN, LineName
-
-TITLES: dict[LineName, str] = {
-    "performance": "Performance against rank",
-    "truncation": "The update cut to rank k",
-    "spectra": "Spectra of the updates",
-    "overlap": "Overlap across ranks and seeds",
-    "agreement": "LoRA against full fine-tuning",
-    "weight": "The update against the weight",
-    "effective": "Effective rank against performance",
-    "dimension": "Intrinsic dimension",
-}
-"""What a section is called where there is nothing to show in it."""
+from rankscope.verdict import GAIN_SHARE, LOW_RANK_SHARE, MARGIN
 
 
 def build_document(found: Hypothesis, command: str = "") -> Document:
@@ -41,31 +30,38 @@ def build_document(found: Hypothesis, command: str = "") -> Document:
 
 def _sections(found: Hypothesis) -> list[Section]:
     sections: list[Section] = []
-    for line in LINES:
-        result = getattr(found, line)
+    for line in table.LINES:
+        result = found.results.get(line.name)
         if result is not None:
-            sections.append(import_module(f"rankscope.evidence.{line}.section").section(result))
-        elif line in found.missing:
-            sections.append(Section(key=line, title=TITLES[line], lead="", missing=found.missing[line]))
+            section = line.section(result, found.verdicts_of(line.name))
+            sections.append(replace(section, key=line.name, title=line.title))
+        elif line.name in found.missing:
+            sections.append(Section(key=line.name, title=line.title, lead="", missing=found.missing[line.name]))
     return sections
 
 
 def _method() -> Section:
     """Where the lines were drawn: a reader who would draw them elsewhere can tell what would change."""
+    decisive = [f"“{line.title}”" for line in table.LINES if line.decisive]
     return Section(
         key="rules",
         title="Rules of the verdicts",
         lead="Each verdict follows from its numbers by a rule fixed beforehand, not by judgement.",
         notes=(
-            f"A rank is low up to {LOW_RANK_SHARE:g} of the smaller side of a weight; LoRA's factors on a square weight then hold "
-            f"{2 * LOW_RANK_SHARE:.0%} of its numbers.",
-            f"Enough is {GAIN_SHARE:.0%} of full fine-tuning's gain over the untouched base, at each rank's own best rate.",
+            f"A rank is low up to {LOW_RANK_SHARE:g} of the smaller side of a weight; LoRA's factors on a square "
+            f"weight then hold {2 * LOW_RANK_SHARE:.0%} of its numbers.",
+            f"Enough is {GAIN_SHARE:.0%} of full fine-tuning's gain over the untouched base, each rank at its own best "
+            "learning rate.",
             f"Equivalent is a gain within {MARGIN:.0%} of full fine-tuning's, by two one-sided t tests at .05.",
-            "The answer above the page rests on what the task needs: performance against rank, and the update of full "
-            "fine-tuning cut to rank k. What is in the weights beside that need not matter to the task.",
+            f"The answer at the top rests on what the task needs: {_join(decisive)}. What else is in the weights need "
+            "not matter to the task.",
             "Intervals are of the mean over seeds, at 95 %, on this model and these data; they say nothing of others.",
         ),
     )
+
+
+def _join(names: list[str]) -> str:
+    return " and ".join([*filter(None, [", ".join(names[:-1])]), *names[-1:]])
 
 
 def _facts(found: Hypothesis) -> Mapping[str, str]:
