@@ -218,3 +218,9 @@ def test_a_wrong_prefix_is_told_by_its_config(tmp_path: Path) -> None:
     for read in (formats.open, read_adapter, Adapter.open):
         with pytest.raises(FormatError, match=r"neither adapter_model.safetensors nor adapter_model.bin"):
             read(tmp_path)
+
+
+def test_one_module_says_what_a_configuration_holds() -> None:
+    package = Path(formats.__file__).parent.parent
+    writers = [path.name for path in package.rglob("*.py") if '"peft_type": "' in path.read_text(encoding="utf-8")]
+    assert writers == ["peft_write.py"]

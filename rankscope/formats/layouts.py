@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,14 @@ from rankscope.formats.diffusers import LORA_ADAPTER_METADATA_KEY
 from rankscope.formats.kohya import ALPHA_KEY, MODULE_KEY, NAMES_KEY, RANK_KEY
 from rankscope.formats.lycoris import ALPHA_LEAF, LOCON, MAGNITUDE_LEAF
 from rankscope.formats.peft_keys import PEFT_PREFIX, magnitude_key
-from rankscope.formats.peft_write import FactorLayout, exact_targets, factor_tensors, whole_number
+from rankscope.formats.peft_write import (
+    FactorLayout,
+    alpha_settings,
+    exact_targets,
+    factor_tensors,
+    lora_config,
+    whole_number,
+)
 from rankscope.updates import LowRank
 
 _TEXT = re.compile(r"text_encoder(?:_(?P<number>\d))?")
@@ -74,20 +81,15 @@ def to_peft(pieces: Sequence[LayerFactors], base: str | None, paths: Iterable[st
             tensors[magnitude_key(piece.module)] = _reshape_magnitude(piece)
     dora = check_magnitudes(pieces)
     targets = [piece.module for piece in pieces]
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        **alpha_settings({piece.module: (piece.rank, piece.alpha) for piece in pieces}),
-        "lora_dropout": 0.0,
-        "target_modules": exact_targets(targets, {*paths, *targets}),
-        "use_dora": dora,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-    }
+    config = lora_config(
+        {
+            **alpha_settings({piece.module: (piece.rank, piece.alpha) for piece in pieces}),
+            "lora_dropout": 0.0,
+            "target_modules": exact_targets(targets, {*paths, *targets}),
+        },
+        base=base,
+        dora=dora,
+    )
     return AdapterContents(tensors, {}, config, [piece.update for piece in pieces])
 
 
@@ -97,17 +99,6 @@ def _reshape_magnitude(piece: LayerFactors) -> Tensor:
         raise FormatError(f"layer {piece.name} has no magnitude")
     ones = [1] * len(piece.place.kernel)
     return piece.magnitude.reshape(1, -1, *ones) if ones else piece.magnitude
-
-
-def alpha_settings(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """r, lora_alpha and their patterns for layers of these (r, α); nothing is baked into the factors."""
-    r, alpha = Counter(layers.values()).most_common(1)[0][0]
-    # ^ keeps a path from matching another path's end.
-    ranks = {f"^{re.escape(name)}": own for name, (own, _) in layers.items() if own != r}
-    alphas = {f"^{re.escape(name)}": whole_number(own) for name, (_, own) in layers.items() if own != alpha}
-    return {
-        "r": r, "lora_alpha": whole_number(alpha), "rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": False
-    }  # fmt: skip
 
 
 def check_magnitudes(pieces: Sequence[LayerFactors]) -> bool:

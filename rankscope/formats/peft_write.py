@@ -1,4 +1,4 @@
-"""Writing a LoRA adapter in PEFT's folder layout: adapter_config.json and adapter_model.safetensors."""
+"""The only writer of PEFT's folder layout: what adapter_config.json and adapter_model.safetensors hold."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from rankscope.formats.names import matches_path_end
 from rankscope.formats.peft_keys import CONFIG_NAME, WEIGHTS_NAME, LayerType, factor_keys
 from rankscope.formats.streaming import LazyTensor, write_streamed
 from rankscope.updates import LowRank
+
+# Settings of ways to start, which mean nothing beside finished factors (PEFT warns of some).
+INIT_CONFIG_KEYS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
 
 
 class FactorLayout(NamedTuple):
@@ -78,6 +81,54 @@ def rank_settings(ranks: Mapping[str, int]) -> dict[str, Any]:
         "alpha_pattern": dict(others),
         "use_rslora": False,
     }
+
+
+def alpha_settings(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """r, lora_alpha and their patterns for layers of these (r, α); nothing is baked into the factors."""
+    r, alpha = Counter(layers.values()).most_common(1)[0][0]
+    # ^ keeps a path from matching another path's end.
+    ranks = {f"^{re.escape(name)}": own for name, (own, _) in layers.items() if own != r}
+    alphas = {f"^{re.escape(name)}": whole_number(own) for name, (_, own) in layers.items() if own != alpha}
+    return {
+        "r": r, "lora_alpha": whole_number(alpha), "rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": False
+    }  # fmt: skip
+
+
+def lora_config(
+    settings: Mapping[str, Any],
+    *,
+    base: str | None,
+    task_type: str | None = None,
+    dora: bool = False,
+    bias: str = "none",
+    fan_in_fan_out: bool = False,
+    init: bool | str = True,
+    modules_to_save: Sequence[str] = (),
+) -> dict[str, Any]:
+    """``adapter_config.json`` of a new adapter.
+
+    Args:
+        settings: ranks, α, dropout and target modules under PEFT's keys, which the file keeps in this order.
+        base: what the configuration names as the base model.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        **settings,
+        "use_dora": dora,
+        "bias": bias,
+        "fan_in_fan_out": fan_in_fan_out,
+        "init_lora_weights": init,
+        "modules_to_save": list(modules_to_save) or None,
+    }
+
+
+def config_with_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], **settings: Any) -> dict[str, Any]:
+    """``adapter_config.json`` of an adapter made from another: α = r everywhere; keys not known here go along."""
+    kept = {key: value for key, value in config.items() if key not in INIT_CONFIG_KEYS}
+    return {**kept, "init_lora_weights": True, "inference_mode": True, **rank_settings(ranks), **settings}
 
 
 def exact_targets(targets: Sequence[str], paths: Iterable[str]) -> str | list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from rankscope.formats.peft_keys import PEFT_PREFIX, factor_keys
-from rankscope.formats.peft_write import whole_number, write_peft_folder
+from rankscope.formats.peft_write import lora_config, whole_number, write_peft_folder
 from rankscope.formats.streaming import LazyTensor
 from rankscope.lora.layer import AdapterLayer, FactorPair
 from rankscope.lora.spec import AdapterSpec
@@ -42,11 +42,7 @@ def write_adapter(
     task_type: str | None,
 ) -> None:
     """Write the folder that ``PeftModel.from_pretrained`` reads; ``tensors`` have PEFT's keys already."""
-    config = {
-        "peft_type": "LORA",
-        "task_type": task_type,
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
+    settings = {
         "r": spec.rank,
         "lora_alpha": whole_number(spec.alpha),
         "lora_dropout": spec.dropout,
@@ -54,10 +50,14 @@ def write_adapter(
         "rank_pattern": dict(spec.rank_pattern),
         "alpha_pattern": dict(spec.alpha_pattern),
         "use_rslora": spec.rslora,
-        "use_dora": False,
-        "bias": spec.bias,
-        "fan_in_fan_out": fan_in_fan_out,
-        "init_lora_weights": "gaussian" if spec.init == "gaussian" else True,
-        "modules_to_save": list(spec.modules_to_save) or None,
     }
+    config = lora_config(
+        settings,
+        base=base_name,
+        task_type=task_type,
+        bias=spec.bias,
+        fan_in_fan_out=fan_in_fan_out,
+        init="gaussian" if spec.init == "gaussian" else True,
+        modules_to_save=spec.modules_to_save,
+    )
     write_peft_folder(folder, config, {key: LazyTensor.of(tensor) for key, tensor in tensors.items()})

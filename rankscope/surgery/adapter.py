@@ -19,7 +19,7 @@ from rankscope.formats.peft_config import BASE_MODIFYING_INITS
 from rankscope.formats.peft_folder import PeftFolder
 from rankscope.formats.peft_keys import CONFIG_NAME, factor_bias_key, magnitude_key
 from rankscope.formats.peft_store import AdapterStore
-from rankscope.formats.peft_write import FactorLayout, rank_settings
+from rankscope.formats.peft_write import FactorLayout
 from rankscope.formats.pickle_file import PickledFile
 from rankscope.formats.recipes import float_dtype, upcast_float8
 from rankscope.formats.store import open as open_store
@@ -30,8 +30,6 @@ AdapterSource = str | os.PathLike[str] | Store
 
 CONVERT_HINT = "convert it first: rankscope convert {} --to peft -o NEW"
 BIAS_SETTINGS = ("none", "lora_only", "all")  # each trains what the one before does, and more
-# Settings of ways to start, which mean nothing beside finished factors (PEFT warns of some).
-INIT_CONFIG_KEYS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
 
 
 @dataclass
@@ -180,12 +178,6 @@ def _place(shapes: Mapping[str, tuple[int, ...]]) -> FactorLayout:
     if "lora_embedding_A" in shapes:
         return FactorLayout("embedding")
     return FactorLayout("conv", A[2:], A[0] // B[1]) if len(A) > 2 else FactorLayout()
-
-
-def config_with_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], **settings: Any) -> dict[str, Any]:
-    """A configuration with other ranks: α = r everywhere; keys that are not known here go along."""
-    kept = {key: value for key, value in config.items() if key not in INIT_CONFIG_KEYS}
-    return {**kept, "init_lora_weights": True, "inference_mode": True, **rank_settings(ranks), **settings}
 
 
 def _check_config(config: Mapping[str, Any]) -> None:

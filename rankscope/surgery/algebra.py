@@ -17,10 +17,10 @@ from rankscope.formats.abstract_store import SkippedItem, examples
 from rankscope.formats.file_io import TensorInfo
 from rankscope.formats.names import natural_key, pair_names
 from rankscope.formats.peft_keys import factor_bias_key, strip_peft_prefix
-from rankscope.formats.peft_write import exact_targets, factor_tensors, write_peft_folder
+from rankscope.formats.peft_write import config_with_ranks, exact_targets, factor_tensors, write_peft_folder
 from rankscope.formats.recipes import float_dtype
 from rankscope.formats.streaming import LazyTensor
-from rankscope.surgery.adapter import BIAS_SETTINGS, Adapter, AdapterSource, config_with_ranks
+from rankscope.surgery.adapter import BIAS_SETTINGS, Adapter, AdapterSource
 from rankscope.surgery.addition import in_float64
 from rankscope.surgery.operation import Operation, Track
 from rankscope.surgery.output_folder import copy_tokenizer

@@ -12,7 +12,14 @@ import torch
 from rankscope.errors import FormatError, prefix_errors
 from rankscope.formats.abstract_store import SkippedItem
 from rankscope.formats.peft_keys import PEFT_PREFIX, strip_peft_prefix
-from rankscope.formats.peft_write import FactorLayout, exact_targets, factor_tensors, rank_settings, write_peft_folder
+from rankscope.formats.peft_write import (
+    FactorLayout,
+    exact_targets,
+    factor_tensors,
+    lora_config,
+    rank_settings,
+    write_peft_folder,
+)
 from rankscope.formats.streaming import LazyTensor
 from rankscope.surgery.full_finetune import FullFinetune
 from rankscope.surgery.modules_to_save import ModulesToSave, find_modules_to_save
@@ -177,17 +184,11 @@ def _config(source: FullFinetune, ranks: dict[str, int], saved: ModulesToSave, b
     classes = source.config.get("architectures") or [""]
     causal = isinstance(classes, list) and str(classes[0]).endswith(("CausalLM", "LMHeadModel"))
     paths = {source.model_path(name.rpartition(".")[0]) for name in source.infos} | ranks.keys()
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if causal else None,
-        "base_model_name_or_path": None if base is None else str(base),
-        "inference_mode": True,
-        **rank_settings(ranks),
-        "lora_dropout": 0.0,
-        "target_modules": exact_targets(list(ranks), paths),
-        "use_dora": False,
-        "bias": "all" if saved.biases else "none",
-        "fan_in_fan_out": any(source.is_conv1d(name) for name in ranks),
-        "init_lora_weights": True,
-        "modules_to_save": [source.model_path(module) for module in saved.modules] or None,
-    }
+    return lora_config(
+        {**rank_settings(ranks), "lora_dropout": 0.0, "target_modules": exact_targets(list(ranks), paths)},
+        base=None if base is None else str(base),
+        task_type="CAUSAL_LM" if causal else None,
+        bias="all" if saved.biases else "none",
+        fan_in_fan_out=any(source.is_conv1d(name) for name in ranks),
+        modules_to_save=[source.model_path(module) for module in saved.modules],
+    )
