@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,6 +17,7 @@ from matplotlib.figure import Figure
 
 import rankscope
 from rankscope.cli.report_command import command
+from rankscope.cli.train_command import command as train
 from rankscope.evidence import lines as table
 from rankscope.evidence.hypothesis import Hypothesis, hypothesis
 from rankscope.evidence.lines import LINES, Line, select_lines
@@ -159,3 +162,53 @@ def test_a_folder_is_a_study_too(study: Study) -> None:
 def test_what_has_no_line_is_no_attribute(study: Study) -> None:
     with pytest.raises(AttributeError, match="ranks"):
         hypothesis(study, ["spectra"]).ranks  # noqa: B018
+
+
+# Work that is done once
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, *places: str) -> Counter[str]:
+    """Calls of these functions by name, wherever they are looked up; ``places`` are "module.function"."""
+    calls: Counter[str] = Counter()
+    for place in places:
+        module, _, name = place.rpartition(".")
+        original = getattr(sys.modules[module], name)
+
+        def counting(*given: Any, _original: Any = original, _name: str = name, **options: Any) -> Any:
+            calls[_name] += 1
+            return _original(*given, **options)
+
+        monkeypatch.setattr(place, counting)
+    return calls
+
+
+def test_a_report_measures_each_thing_once(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_calls(
+        monkeypatch,
+        "rankscope.train.results.spectrum",
+        "rankscope.evidence.performance.measure.make_entry",
+        "rankscope.evidence.performance.measure.verdict_on_gain",
+        "rankscope.evidence.performance.figure.new_figure",
+        "rankscope.report.document.encode",
+    )
+    asked = [str(study.folder), "-o", str(tmp_path), "--lines", "performance,effective", "--quiet"]
+    assert CliRunner().invoke(command, asked, catch_exceptions=False).exit_code == 0
+    labels = {record.run.label for record in study.best()}
+    matrices = [record for record in study.done() if record.run.method != "base"]
+    # Three pictures: two of performance, one of effective rank; each of them as png and as svg.
+    assert calls == {
+        "spectrum": len(matrices),
+        "make_entry": len(labels),
+        "verdict_on_gain": 1,
+        "new_figure": 2,
+        "encode": 6,
+    }
+
+
+def test_training_with_a_report_measures_spectra_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_calls(monkeypatch, "rankscope.train.results.spectrum")
+    grid = ["--ranks", "1", "--lrs", "0.01", "--full-lrs", "0.001", "--steps", "2", "--evaluations", "0"]
+    asked = ["--task", "planted", *grid, "-o", str(tmp_path / "study"), "--report", "--quiet"]
+    assert CliRunner().invoke(train, asked, catch_exceptions=False).exit_code == 0
+    assert calls == {"spectrum": 2}
+    assert (tmp_path / "study" / "report.html").exists()

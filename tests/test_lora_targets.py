@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_lora_bank import generator, make_net
+from bank_makers import make_net
+from makers import generator
 from torch import nn
 
 from rankscope.errors import ConfigError, ShapeError

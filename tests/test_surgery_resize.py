@@ -327,7 +327,7 @@ def test_what_is_no_adapter(tmp_path: Path) -> None:
         resize(tmp_path / "nowhere", Rank(1), tmp_path / "out")
     store = open_store(write_adapter(tmp_path / "a"))
     resize(store, Rank(1), tmp_path / "out")  # a store is taken as well as a path
-    with pytest.raises(ConfigError, match=r"layer block\.q: nothing tells signal from noise.*float32 factors"):
+    with pytest.raises(ConfigError, match=r"layer block\.q: the noise in a product of float32 factors is not known"):
         resize(store, AboveNoise(), tmp_path / "none")
 
 

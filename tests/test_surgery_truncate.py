@@ -184,7 +184,7 @@ def test_the_edge_is_what_rounding_does_to_the_product(size: float) -> None:
 
 def test_noise_of_exact_factors_cannot_be_told() -> None:
     update = planted((9, 8), [2.0, 1.0])
-    with pytest.raises(ConfigError, match="product of float64 factors; choose"):
+    with pytest.raises(ConfigError, match="product of float64 factors is not known; choose"):
         AboveNoise().rank(update, Spectrum.of(update))
 
 

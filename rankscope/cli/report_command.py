@@ -14,6 +14,7 @@ from rankscope.cli.output import print_json, print_rows, progress_tracker
 
 if TYPE_CHECKING:
     from rankscope.evidence.hypothesis import Hypothesis
+    from rankscope.train.results import RunResult
     from rankscope.train.study import Study
 
 
@@ -86,8 +87,9 @@ def write_study_report(
     device: str = "auto",
     quiet: bool = False,
     cache: str | None = None,
+    rows: Sequence[RunResult] | None = None,
 ) -> Hypothesis:
-    """Measure, and write page, results and figures."""
+    """Measure, and write page, results and figures; ``rows`` are the results of the runs, where they are known."""
     from rankscope.analysis.svd_cache import SVDCache
     from rankscope.evidence.hypothesis import hypothesis
     from rankscope.evidence.study_page import build_document
@@ -95,7 +97,7 @@ def write_study_report(
     from rankscope.report.figure_files import write_figures
     from rankscope.report.page import write_page
 
-    found = hypothesis(study, lines, of, device, progress_tracker(quiet, "evidence"), cache)
+    found = hypothesis(study, lines, of, device, progress_tracker(quiet, "evidence"), cache, rows)
     if cache and not quiet:
         entries, size = SVDCache(Path(cache).expanduser()).disk_usage
         click.echo(f"{cache} keeps {entries} decompositions, {size / 1e6:.1f} MB", err=True)

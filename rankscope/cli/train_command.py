@@ -170,4 +170,4 @@ def command(
         from rankscope.cli.report_command import print_verdicts, write_study_report
 
         click.echo()
-        print_verdicts(write_study_report(study, Path(output), device=config.device, quiet=quiet))
+        print_verdicts(write_study_report(study, Path(output), device=config.device, quiet=quiet, rows=found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,21 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     kind, target = check_suffix(path), Path(path).expanduser()
     if target.is_dir():
         raise FormatError(f"{target}: is a folder; give the plot a name of its own")
-    undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 
     def write(file: Path) -> None:
-        with matplotlib.rc_context({"svg.hashsalt": "rankscope"}):
-            figure.savefig(file, format=kind, dpi=DPI, metadata=undated[kind])
+        file.write_bytes(encode(figure, kind))
 
     write_atomic(target, write)
     return target
+
+
+def encode(figure: Figure, kind: str) -> bytes:
+    """A figure as the content of a file of this kind, one of ``SUFFIXES``, without a date."""
+    undated: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
+    content = BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "rankscope"}):
+        figure.savefig(content, format=kind, dpi=DPI, metadata=undated[kind])
+    return content.getvalue()
 
 
 def escape_math(name: str) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from rankscope.plots.figure import encode
 from rankscope.table import Cell as Cell
 from rankscope.table import Table as Table
 from rankscope.verdict import Verdict
@@ -17,7 +19,7 @@ from rankscope.verdict import Verdict
 class Picture:
     """A figure, what it shows in words for whoever cannot see it, and the numbers in it.
 
-    ``name`` is the stem of its files (png, svg, csv). ``draw`` is called when the page is written.
+    ``name`` is the stem of its files (png, svg, csv). ``draw`` is called once, when the figure is first asked for.
     """
 
     name: str
@@ -25,6 +27,21 @@ class Picture:
     alt: str
     draw: Callable[[], Figure]
     data: Table
+
+    @cached_property
+    def figure(self) -> Figure:
+        """The figure, drawn once for the page and the files beside it."""
+        return self.draw()
+
+    @cached_property
+    def png(self) -> bytes:
+        """The figure as points, encoded once."""
+        return encode(self.figure, "png")
+
+    @cached_property
+    def svg(self) -> bytes:
+        """The figure as lines, encoded once."""
+        return encode(self.figure, "svg")
 
 
 @dataclass(frozen=True, kw_only=True)

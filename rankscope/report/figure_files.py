@@ -1,4 +1,4 @@
-"""What a document leaves beside its page: every picture as png and svg, every table as csv."""
+"""The files beside a page: every picture as png and svg, every table as csv."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ import numpy as np
 
 from rankscope.errors import ConfigError
 from rankscope.formats.file_io import write_atomic
-from rankscope.plots import save
 from rankscope.report.document import Cell, Document, Table
-
-PICTURES = ("png", "svg")
 
 
 def write_figures(document: Document, folder: str | os.PathLike[str]) -> list[Path]:
@@ -33,10 +30,18 @@ def write_figures(document: Document, folder: str | os.PathLike[str]) -> list[Pa
     _check_names([*(picture.name for picture in pictures), *(table.name for table in tables)])
     written = []
     for picture in pictures:
-        figure = picture.draw()
-        written += [save(figure, target / f"{picture.name}.{kind}") for kind in PICTURES]
+        written.append(_write_bytes(picture.png, target / f"{picture.name}.png"))
+        written.append(_write_bytes(picture.svg, target / f"{picture.name}.svg"))
         written.append(write_csv(picture.data, target / f"{picture.name}.csv"))
     return written + [write_csv(table, target / f"{table.name}.csv") for table in tables]
+
+
+def _write_bytes(content: bytes, path: Path) -> Path:
+    def write(file: Path) -> None:
+        file.write_bytes(content)
+
+    write_atomic(path, write)
+    return path
 
 
 def write_csv(table: Table, path: Path) -> Path:

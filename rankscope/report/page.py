@@ -12,18 +12,15 @@ from collections import Counter
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import msgspec
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 import rankscope
 from rankscope.errors import ConfigError, FormatError
 from rankscope.formats.file_io import write_atomic
-from rankscope.plots import save
 from rankscope.report.cells import RenderedTable, allow_breaks, render_table, strip_control_characters
 from rankscope.report.document import Document, Picture, Section
 
@@ -143,23 +140,19 @@ def _summary(document: Document) -> str | None:
 
 
 def _picture(picture: Picture, number: int) -> _RenderedPicture:
-    figure = picture.draw()
-    width, height = (round(inches * PIXELS) for inches in figure.get_size_inches())
+    width, height = (round(inches * PIXELS) for inches in picture.figure.get_size_inches())
     data = render_table(picture.data, f"figure-{number}-data", None, MOST_ROWS)
     return _RenderedPicture(
-        f"figure-{number}", number, picture.caption, picture.alt, _data_uri(figure), width, height, data
+        f"figure-{number}", number, picture.caption, picture.alt, _data_uri(picture), width, height, data
     )
 
 
-def _data_uri(figure: Figure) -> str:
+def _data_uri(picture: Picture) -> str:
     """Lines as SVG, sharp at every size; heat maps, and lines so many that they take more than points, as PNG."""
-    with TemporaryDirectory() as folder:
-        has_images = any(axes.get_images() for axes in figure.axes)
-        svg = None if has_images else save(figure, Path(folder) / "figure.svg").read_bytes()
-        if svg is not None and len(svg) <= FEW_SVG_BYTES:
-            return _encode_data_uri("svg+xml", svg)
-        png = save(figure, Path(folder) / "figure.png").read_bytes()
-        return _encode_data_uri("png", png) if svg is None or len(png) < len(svg) else _encode_data_uri("svg+xml", svg)
+    has_images = any(axes.get_images() for axes in picture.figure.axes)
+    if has_images or (len(picture.svg) > FEW_SVG_BYTES and len(picture.png) < len(picture.svg)):
+        return _encode_data_uri("png", picture.png)
+    return _encode_data_uri("svg+xml", picture.svg)
 
 
 def _encode_data_uri(kind: str, content: bytes) -> str:

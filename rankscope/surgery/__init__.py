@@ -1,3 +1,3 @@
-"""Acting on adapters: resize, extract, merge, unmerge, subtract, average."""
+"""Operations on adapters: resize, extract, merge, unmerge, convert, subtract, average."""
 
 from __future__ import annotations

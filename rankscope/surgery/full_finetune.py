@@ -1,4 +1,4 @@
-"""A full fine-tuning seen as modules: which tensors changed, and which modules go along whole."""
+"""A full fine-tuning and its base: which tensors changed, and how PEFT would store their updates."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ from rankscope.surgery.addition import in_float64
 from rankscope.surgery.tying import HEAD_WEIGHT, has_head
 
 INNER_MODEL_NAMES = {"gpt2": "transformer", "openai-gpt": "transformer", "bloom": "transformer"}
-# Last parts of the paths of embeddings, and of linear layers that are named after one.
+# Last parts of the paths of embeddings, and of linear layers whose names contain one of those.
 EMBEDDING_NAMES = re.compile(r"emb|wte|wpe|^shared$|^tokens$|relative_attention_bias", re.IGNORECASE)
 LINEAR_NAMES = re.compile(r"head|score|decoder|proj|mapping|classifier|out$", re.IGNORECASE)
 
 
 @dataclass
 class FullFinetune:
-    """Full weights minus their base, or a file of updates with or without it.
+    """Full weights and their base, or a file of updates with or without the base.
 
-    ``infos``: the tuned tensors by name, as far as they are known; ``conv1d``: whether GPT-2's projections are stored
-    (in, out), None where nothing tells; ``config``: the model's.
+    Attributes:
+        store: the updates.
+        infos: shape and dtype of the tuned tensors by name, as far as they are known.
+        conv1d: whether GPT-2's projections are stored (in, out); None where that is not known.
+        config: the configuration of the model.
+        base: the base, if it was given.
     """
 
     store: Store
@@ -54,26 +58,26 @@ class FullFinetune:
         """Open full weights (``base`` is required) or a file of updates.
 
         Raises:
-            FormatError: neither, a base that does not fit, or files that cannot be read.
+            FormatError: the path is neither, the base does not fit, or files cannot be read.
         """
         store = open_store(path, base, device)
-        origin = Checkpoint(Path(base).expanduser()) if base is not None else None
-        if store.kind == "checkpoint" and origin is not None:
+        checkpoint = Checkpoint(Path(base).expanduser()) if base is not None else None
+        if store.kind == "checkpoint" and checkpoint is not None:
             tuned = Checkpoint(store.path)
-            partners = dict(pair_names(tuned.infos, origin.infos).pairs)
-            conv1d = tuned.conv1d if tuned.conv1d is not None else origin.conv1d
-            return cls(store, dict(tuned.infos), conv1d, read_model_config(store.path), origin, tuned, partners)
+            partners = dict(pair_names(tuned.infos, checkpoint.infos).pairs)
+            conv1d = tuned.conv1d if tuned.conv1d is not None else checkpoint.conv1d
+            return cls(store, dict(tuned.infos), conv1d, read_model_config(store.path), checkpoint, tuned, partners)
         if store.kind != "update":
             raise FormatError(f"{path}: is no full fine-tuning, from which an adapter could be extracted")
         changes = TensorFile(store.path)
-        if origin is None:
+        if checkpoint is None:
             return cls(store, {}, None, {}, None, changes, {})
-        names = {_parameter(name, info): name for name, info in changes.infos.items()}
-        partners = dict(pair_names(names, origin.infos).pairs)
-        back = {theirs: ours for ours, theirs in partners.items()}
-        infos = {back.get(name, name): info for name, info in origin.infos.items()}
-        partners |= {name: name for name in origin.infos if name not in back}
-        return cls(store, infos, origin.conv1d, read_model_config(origin.path), origin, changes, partners)
+        names = {_parameter_name(name, info): name for name, info in changes.infos.items()}
+        partners = dict(pair_names(names, checkpoint.infos).pairs)
+        names_by_partner = {theirs: ours for ours, theirs in partners.items()}
+        infos = {names_by_partner.get(name, name): info for name, info in checkpoint.infos.items()}
+        partners |= {name: name for name in checkpoint.infos if name not in names_by_partner}
+        return cls(store, infos, checkpoint.conv1d, read_model_config(checkpoint.path), checkpoint, changes, partners)
 
     def place(self, layer: str) -> FactorLayout:
         """How PEFT would store the factors of a layer."""
@@ -87,7 +91,7 @@ class FullFinetune:
         return info.shape if info else self.store.info(layer).shape
 
     def is_embedding(self, layer: str) -> bool:
-        """Whether a layer looks up its rows, as far as its name tells."""
+        """Whether a layer is an embedding, judged by its name and shape."""
         last = layer.rpartition(".")[2]
         return bool(EMBEDDING_NAMES.search(last)) and not LINEAR_NAMES.search(last) and len(self._shape(layer)) == 2
 
@@ -96,7 +100,7 @@ class FullFinetune:
         return bool(CONV1D_NAME.search(layer + WEIGHT_SUFFIX)) and self.conv1d is not False
 
     def row_mismatch(self, layer: str) -> tuple[int, int] | None:
-        """Rows here and in the base, where they differ."""
+        """(rows of the tuned weight, rows in the base) where they differ."""
         partner = self.base.infos.get(self._partners.get(layer + WEIGHT_SUFFIX, "")) if self.base else None
         if partner is None or layer + WEIGHT_SUFFIX not in self.infos:
             return None
@@ -110,21 +114,26 @@ class FullFinetune:
         rows, shape = self.row_mismatch(layer), self._shape(layer)
         if rows:
             return f"{rows[0]} rows, {rows[1]} in the base"
-        return "a convolution with one input a group" if len(shape) > 2 and shape[1] == 1 and shape[0] > 1 else None
+        return (
+            "a convolution with one input channel per group"
+            if len(shape) > 2 and shape[1] == 1 and shape[0] > 1
+            else None
+        )
 
     def model_path(self, module: str) -> str:
-        """A module's path in the model that the configuration names, which PEFT will look for.
+        """A module's path in the model of the class that the configuration names, where PEFT looks for it.
 
-        Published GPT-2 and BLOOM are stored without the name of their inner model, which transformers adds on loading.
+        Published GPT-2 and BLOOM lack the name of the inner model in their keys; transformers adds it on loading.
         """
-        wrapper = INNER_MODEL_NAMES.get(str(self.config.get("model_type")))
-        bare = wrapper and has_head(self.config) and not any(name.startswith(f"{wrapper}.") for name in self.infos)
-        return f"{wrapper}.{module}" if bare and f"{module}.weight" != HEAD_WEIGHT else module
+        inner = INNER_MODEL_NAMES.get(str(self.config.get("model_type")))
+        named = any(name.startswith(f"{inner}.") for name in self.infos)
+        lacks_inner = inner and has_head(self.config) and not named
+        return f"{inner}.{module}" if lacks_inner and f"{module}.weight" != HEAD_WEIGHT else module
 
     def has_changed(self, name: str) -> bool:
         """Whether a tensor differs from the base's, or is not in the base."""
         if isinstance(self._tuned, TensorFile):
-            return self._change_of(name) is not None
+            return self._update_key(name) is not None
         if self.base is None or name not in self._partners:
             return True
         ours, theirs = self._tuned.read(name), self.base.read(self._partners[name])
@@ -138,18 +147,18 @@ class FullFinetune:
     def _read(self, name: str) -> Tensor:
         if self.base is None or not isinstance(self._tuned, TensorFile):
             return self._tuned.read(name)
-        stored, change = self.base.read(self._partners[name]), self._change_of(name)
-        if change is None:
+        stored, key = self.base.read(self._partners[name]), self._update_key(name)
+        if key is None:
             return stored
-        # Only embeddings, norms and the like come here: what Conv1D stores transposed is low-rank.
-        return (in_float64(stored) + in_float64(self._tuned.read(change)).reshape(stored.shape)).to(stored.dtype)
+        # Weights that Conv1D stores transposed become low-rank, so none of them is read here.
+        return (in_float64(stored) + in_float64(self._tuned.read(key)).reshape(stored.shape)).to(stored.dtype)
 
-    def _change_of(self, name: str) -> str | None:
-        """The name, in a file of updates, of a parameter's update."""
+    def _update_key(self, name: str) -> str | None:
+        """The key of a parameter's update in a file of updates; None where it has none."""
         infos = self._tuned.infos
         return next((key for key in (name, name.removesuffix(WEIGHT_SUFFIX)) if key in infos), None)
 
 
-def _parameter(name: str, info: TensorInfo) -> str:
-    """The parameter behind an entry of a file of updates: matrices stand under their module's path."""
+def _parameter_name(name: str, info: TensorInfo) -> str:
+    """The name of the parameter that an entry of a file of updates changes: a matrix has its module's path as key."""
     return name + WEIGHT_SUFFIX if len(info.shape) > 1 and not name.endswith(WEIGHT_SUFFIX) else name

@@ -1,4 +1,4 @@
-"""A checkpoint written anew, shard by shard under the same names, with some of its tensors changed."""
+"""Writes a checkpoint again, shard by shard under the same names, with some of its tensors changed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from rankscope.formats.streaming import LazyTensor, write_streamed
 
 
 class Shards:
-    """The files of a checkpoint that ``Checkpoint`` has opened and found sound.
+    """The files of a checkpoint that ``Checkpoint`` has opened and checked.
 
-    ``files``: each file of weights by the name that it is written under; pickles become safetensors.
+    Attributes:
+        index: the content of the index, if the checkpoint has one.
+        name: the name that the one file, or the index without its suffix, is written under.
+        files: each file of weights by the name that it is written under; pickles become safetensors.
 
     Raises:
         FormatError: two shards would be written under one name.
@@ -25,12 +28,12 @@ class Shards:
     def __init__(self, path: Path) -> None:
         source = checkpoint_file(path)
         self.index: dict[str, Any] | None = None
-        self.name = _safe(source.name.removesuffix(INDEX_SUFFIX))
+        self.name = _safetensors_name(source.name.removesuffix(INDEX_SUFFIX))
         self.files: dict[str, TensorFile | PickledFile] = {}
         if source.name.endswith(INDEX_SUFFIX):
             self.index = read_json(source)
             for shard in sorted(set(self.index["weight_map"].values())):
-                name = _safe(shard)
+                name = _safetensors_name(shard)
                 if name in self.files:
                     raise FormatError(f"{source}: two of its shards would both be written as {name}; rename one")
                 self.files[name] = open_tensors(source.parent / shard)
@@ -43,27 +46,27 @@ class Shards:
         """Write every file, one tensor in memory at a time.
 
         Args:
-            folder: where to.
-            changed: what takes the place of stored tensors of these names.
-            added: new tensors, which go to the last file.
-            tags: metadata, beside that of the files.
+            folder: where the files are written.
+            changed: tensors that replace the stored ones of the same names.
+            added: new tensors, which are written to the last file.
+            tags: metadata that is added to that of the files.
 
         Raises:
             FormatError: a file cannot be read or written.
         """
-        where: dict[str, str] = {}
+        weight_map: dict[str, str] = {}
         total = 0
         for number, (name, file) in enumerate(self.files.items(), 1):
             tensors = {key: changed.get(key) or _lazy_tensor(file, key) for key in file.infos}
             if number == len(self.files):
                 tensors |= added
             write_streamed(folder / name, tensors, {**file.metadata, **tags})
-            where |= dict.fromkeys(tensors, name)
-            total += sum(pending.size for pending in tensors.values())
+            weight_map |= dict.fromkeys(tensors, name)
+            total += sum(tensor.size for tensor in tensors.values())
         if self.index is not None:
             known = self.index.get("metadata")
             metadata = {**(known if isinstance(known, dict) else {}), "total_size": total}
-            index = {**self.index, "metadata": metadata, "weight_map": dict(sorted(where.items()))}
+            index = {**self.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
             write_json(folder / (self.name + INDEX_SUFFIX), index)
 
 
@@ -71,8 +74,8 @@ def _lazy_tensor(file: TensorFile | PickledFile, key: str) -> LazyTensor:
     return LazyTensor(file.infos[key], lambda: file.read(key))
 
 
-def _safe(name: str) -> str:
-    """The name of a file of weights as safetensors, as transformers looks for it."""
+def _safetensors_name(name: str) -> str:
+    """The name under which transformers looks for a file of weights in safetensors."""
     path = Path(name)
     if path.suffix == ".safetensors":
         return str(path)

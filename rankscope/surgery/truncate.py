@@ -1,4 +1,4 @@
-"""How much of an update is kept: the choice of ranks, the truncation itself, and its exact error."""
+"""The choice of ranks, the truncation of one update, and its exact error."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from rankscope.noise import Array, noise_edge
 from rankscope.spectra import Spectrum, mp_edge
 from rankscope.updates import Dense, LowRank, Update
 
-CHUNK = 1 << 22  # entries of a full matrix that are held in float64 at a time
+CHUNK = 1 << 22  # entries of a full matrix that are in float64 at a time
 
 MAX_EXCESS_ERROR = 1e-3
-"""How much more than the least error a cut may leave, relative to that, where the largest σ are found alone."""
-CANCELLATION_FACTOR = 8  # multiples of max(out, in)·eps that rounding leaves at most where factors cancel
+"""Relative excess of the error over the least one that is allowed where only the largest σ are computed."""
+CANCELLATION_FACTOR = 8  # rounding leaves at most so many multiples of max(out, in)·eps where factors cancel
 
 
 class RankChoice(ABC):
-    """Which singular values are kept. At least one is, and none that is zero to rounding beside others."""
+    """Which singular values are kept: at least one, and beside others none that is zero to rounding."""
 
     @abstractmethod
     def __str__(self) -> str:
-        """As reports name it."""
+        """Its name in reports."""
 
 
 class LayerChoice(RankChoice):
-    """A choice that looks at one layer at a time."""
+    """A choice that is made for each layer alone."""
 
     @abstractmethod
     def count(self, update: Update, spectrum: Spectrum) -> int:
-        """How many singular values are wanted."""
+        """How many singular values the choice asks for."""
 
     def rank(self, update: Update, spectrum: Spectrum) -> int:
         """The rank of the truncated update."""
@@ -100,7 +100,7 @@ class AboveNoise(LayerChoice):
 
     Of a full update: above the rounding floor's edge where the file was half precision, else above the
     Marchenko–Pastur edge that the median σ suggests. Of a product: above what rounding its half-precision factors
-    can have made (``rounding_edge``); float32 factors tell nothing of noise.
+    can have made (``rounding_edge``); float32 factors have no known noise.
     """
 
     def count(self, update: Update, spectrum: Spectrum) -> int:
@@ -113,7 +113,7 @@ class AboveNoise(LayerChoice):
 
 @dataclass(frozen=True)
 class Budget(RankChoice):
-    """This many parameters in all layers together, shared out so that the total error is least (``budget.allot``)."""
+    """This many parameters in all layers together, with the least total error (see ``allocate_ranks``)."""
 
     parameters: int
 
@@ -129,13 +129,13 @@ def noise_level(update: Update, spectrum: Spectrum) -> float | None:
     """The largest σ that noise explains; None where every σ that is not rounding is signal.
 
     Raises:
-        ConfigError: a product of factors in float32 or finer, which has no noise to be told from.
+        ConfigError: a product of factors in float32 or finer, whose noise is not known.
     """
     if isinstance(update, LowRank):
         edge = rounding_edge(update)
         if edge is None:
             raise ConfigError(
-                f"nothing tells signal from noise in a product of {spectrum.stored} factors; choose a rank, a share "
+                f"the noise in a product of {spectrum.stored} factors is not known; choose a rank, a share "
                 "of the energy or a budget instead"
             )
         return edge
@@ -145,7 +145,7 @@ def noise_level(update: Update, spectrum: Spectrum) -> float | None:
 
 
 def rounding_edge(update: LowRank) -> float | None:
-    """The largest σ that rounding the factors to half precision can have made; None for finer factors.
+    """The largest σ that rounding B (out, r) and A (r, in) to half precision can have made; None for finer factors.
 
     Rounding adds noise δB of ulp/√12 per entry, so σ₁ of s(δB·A + B·δA) is at most
     |s|·(‖δB‖₂‖A‖₂ + ‖B‖₂‖δA‖₂), with ‖δB‖₂ at the edge of its noise, to first order.
@@ -153,58 +153,59 @@ def rounding_edge(update: LowRank) -> float | None:
     fine = torch.finfo(torch.float32).eps
     if all(torch.finfo(factor.dtype).eps <= fine for factor in (update.B, update.A)):
         return None
-    noise = [_rounding(factor) for factor in (update.B, update.A)]
-    size = [float(torch.linalg.matrix_norm(f.to(working_dtype(f.device)), ord=2)) for f in (update.B, update.A)]
-    return abs(update.scale) * (noise[0] * size[1] + size[0] * noise[1])
+    noise = [_rounding_noise(factor) for factor in (update.B, update.A)]
+    norms = [float(torch.linalg.matrix_norm(f.to(working_dtype(f.device)), ord=2)) for f in (update.B, update.A)]
+    return abs(update.scale) * (noise[0] * norms[1] + norms[0] * noise[1])
 
 
-def _rounding(factor: Tensor) -> float:
+def _rounding_noise(factor: Tensor) -> float:
+    """The largest σ of the rounding error of a factor."""
     spacing = ulp(factor, factor.dtype).to(working_dtype(factor.device))
     return noise_edge(math.sqrt(float(spacing.square().mean()) / 12), (factor.shape[0], factor.shape[1]))
 
 
 def decompose(update: Update, k: int | None) -> SVD:
-    """The SVD, or of a full matrix of which k singular values are kept those alone, where they are found sooner.
+    """The SVD; of a full matrix of which k singular values are kept, only those, where that is faster.
 
-    Their error exceeds the least one by at most ``MAX_EXCESS_ERROR``, in relative terms, by ``excess_error_bound``; a
-    matrix whose singular values lie too close for that bound is decomposed as a whole.
+    Their error exceeds the least one by at most ``MAX_EXCESS_ERROR``, in relative terms, by ``excess_error_bound``. A
+    matrix whose singular values lie too close together for that bound is decomposed completely.
     """
     if k is not None and isinstance(update, Dense) and sketch_is_cheaper(update.shape, k) and update.energy:
-        found = leading_triplets(update.matrix, k)
-        if excess_error_bound(found, update.energy) <= MAX_EXCESS_ERROR:
-            return found.svd
+        triplets = leading_triplets(update.matrix, k)
+        if excess_error_bound(triplets, update.energy) <= MAX_EXCESS_ERROR:
+            return triplets.svd
     return update.svd()
 
 
-def excess_error_bound(found: LeadingTriplets, energy: float) -> float:
-    """A bound on how much larger the error of the cut is than the least, relative to that (0.001: one per mille).
+def excess_error_bound(triplets: LeadingTriplets, energy: float) -> float:
+    """A bound on (error of the truncation − least error) / least error.
 
     The squares s² are Ritz values of MᵀM with residuals ρ = s·‖Mᵀu − s·v‖. Each is below its σ² by at most ρ, and by
-    ρ²/gap where the next Ritz value beyond the cut is that far (Parlett 1998, §11.7). So it holds as far as no
-    direction was missed, which a random start makes all but impossible.
+    ρ²/gap if the next Ritz value after the truncation is at the distance gap (Parlett 1998, §11.7). The bound holds
+    if no direction was missed; a random start makes that almost certain.
     """
-    s, rho = found.svd.s, found.svd.s * found.residuals
-    beyond = found.further[0].to(s) if len(found.further) else torch.zeros_like(s[0])
+    s, rho = triplets.svd.s, triplets.svd.s * triplets.residuals
+    beyond = triplets.further[0].to(s) if len(triplets.further) else torch.zeros_like(s[0])
     gap = (s.square() - beyond.square()).clamp(min=torch.finfo(s.dtype).tiny)
     lost = float(torch.minimum(rho, rho.square() / gap).sum())
     left = energy - float(s.square().sum())
-    rounding = torch.finfo(torch.float32).eps * energy  # a rest below it is none: the factors are written no finer
+    rounding = torch.finfo(torch.float32).eps * energy  # a rest below it is zero: factors are stored no finer
     return lost / max(left, rounding) / 2
 
 
 def truncate_svd(svd: SVD, k: int, dtype: torch.dtype) -> LowRank:
-    """The best approximation of rank k (Eckart & Young 1936), √σ on each side, rounded to ``dtype``; scale 1."""
+    """The best approximation of rank k (Eckart & Young 1936): B (out, k) and A (k, in) with √σ in each; scale 1."""
     root = svd.s[:k].sqrt()
     return LowRank((svd.U[:, :k] * root).to(dtype), (root[:, None] * svd.Vt[:k]).to(dtype))
 
 
 def fold_scale_and_round(update: LowRank, dtype: torch.dtype) -> LowRank:
-    """The same factors with the scale in B, rounded to ``dtype``."""
+    """The same update with the scale multiplied into B, rounded to ``dtype``."""
     return LowRank(update.left.to(dtype), update.A.to(dtype))
 
 
 def distance(before: Update, after: LowRank) -> float:
-    """‖before − after‖_F, to the working precision of ‖before‖; of thin factors without their product."""
+    """‖before − after‖_F, to the working precision of ‖before‖; thin factors are not multiplied out."""
     thin = before.product
     if thin is not None:
         return (thin + (after * -1.0)).norm
@@ -216,7 +217,7 @@ def distance(before: Update, after: LowRank) -> float:
 
 
 def is_zero(update: Update, spectrum: Spectrum) -> bool:
-    """Whether an update is nothing: zero, or what rounding leaves of factors that cancel, as in x + (−x).
+    """Whether an update is zero, or only the rounding error of factors that cancel, as in x + (−x).
 
     A product of r terms is computed to a small multiple of max(out, in)·eps·max_l ‖b_l‖‖a_l‖.
     """
@@ -225,7 +226,7 @@ def is_zero(update: Update, spectrum: Spectrum) -> bool:
 
 
 def retained_energy(spectrum: Spectrum, k: int) -> float:
-    """Share of the energy in the k largest σ."""
+    """Share of the energy in the k largest σ, in [0, 1]."""
     if not spectrum.complete:
         return min(1.0, float((spectrum.values[:k] ** 2).sum()) / spectrum.energy)
     if k >= spectrum.nonzero:
@@ -234,5 +235,5 @@ def retained_energy(spectrum: Spectrum, k: int) -> float:
 
 
 def signal_energies(update: Update, spectrum: Spectrum) -> Array:
-    """σ² without those that are rounding: what a budget is spent on."""
+    """σ², largest first, without those that are rounding error: what a budget is spent on."""
     return spectrum.values[: 0 if is_zero(update, spectrum) else spectrum.nonzero] ** 2

@@ -124,7 +124,7 @@ def _is_equivalent(entry: Entry) -> bool:
 
 def verdicts(found: Performance) -> list[Verdict]:
     """Whether a low rank is enough, and whether some rank is equivalent to full fine-tuning."""
-    return [_enough(found), _equivalent(found)]
+    return [verdict_on_gain(found), verdict_on_equivalence(found)]
 
 
 def incomparability_reason(found: Performance) -> str | None:
@@ -148,7 +148,7 @@ def incomparability_reason(found: Performance) -> str | None:
     return None
 
 
-def _enough(found: Performance) -> Verdict:
+def verdict_on_gain(found: Performance) -> Verdict:
     line = LOW_RANK_SHARE * found.dim
     reach = found.r90 or Reach(None, None, None)
     answer, sentence = _whether_low(found, reach)
@@ -200,7 +200,7 @@ def _describe_reach(found: Performance, reach: Reach) -> str:
     )
 
 
-def _equivalent(found: Performance) -> Verdict:
+def verdict_on_equivalence(found: Performance) -> Verdict:
     answer, sentence, shown = _whether_equivalent(found)
     difference = shown.difference if shown and shown.difference else None
     return Verdict(
