@@ -659,8 +659,9 @@ def test_data_that_does_not_fit(tmp_path: Path, folders: dict[str, Path]) -> Non
 
 def test_dropout_of_the_base_is_the_runs_own(tmp_path: Path, folders: dict[str, Path]) -> None:
     """BERT drops from torch's global stream: a run must not depend on it, nor on being stopped half-way."""
+    from rankscope.train.events import Silent
     from rankscope.train.loop import InterruptedTrainingError
-    from rankscope.train.study import Silent, Study, run_study
+    from rankscope.train.study import Study, run_study
 
     config = settings(
         tmp_path, folders["bert"], classified(60), ranks=(2,), full=False, steps=6, batch=8, targets=("query,value",)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import msgspec
 import torch
 
+from rankscope.analysis.comparison_tables import layer_table
 from rankscope.analysis.display import html_table, short_name
 from rankscope.analysis.layer_comparison import (
     MATRIX_TITLES,
@@ -127,17 +128,7 @@ class CompareResult(Result, frozen=True, eq=False, kw_only=True):
         return f"CompareResult({a!r}, {b!r}: {len(self.layers)} layers of {self.matrices}, {', '.join(said)})"
 
     def _repr_html_(self) -> str:
-        header = ["layer", "k", "φ left (chance)", "p", "φ right (chance)", "p", "cosine"]
-        return html_table(repr(self), header, [_html_row(layer) for layer in self.layers], self.notes)
-
-
-def _html_row(layer: LayerComparison) -> list[str]:
-    cells: list[str] = []
-    for side in (layer.left, layer.right):
-        cell = side.square if side else None
-        cells += [f"{cell.overlap:.3f} ({cell.expected:.3f})", f"{cell.p:.2g}"] if cell else ["", ""]
-    k = min(min(side.overlap.shape) for side in layer.sides.values())
-    return [layer.name, str(k), *cells, "" if layer.cosine is None else f"{layer.cosine:.3f}"]
+        return html_table(repr(self), layer_table(self), self.notes)
 
 
 def compare(

@@ -13,14 +13,15 @@ import torch
 
 from rankscope.analysis.display import html_table, short_name
 from rankscope.analysis.sources import Readable, Source, Track, select_layers
+from rankscope.analysis.spectrum_tables import layer_table
 from rankscope.analysis.worker_threads import compute_items
 from rankscope.errors import ConfigError, prefix_errors
 from rankscope.formats.abstract_store import SkippedItem
 from rankscope.formats.opening import Opening
+from rankscope.measures import MEASURES, measures_shown
 from rankscope.result import Result
 from rankscope.sketch import AGREEMENT_TOLERANCE, Bounds, resolve_bounds, sketch_update
 from rankscope.spectra import (
-    MEASURES,
     RoundingFloor,
     Spectrum,
     gd_count,
@@ -33,8 +34,6 @@ from rankscope.updates import Update
 
 SCHEMA = "rankscope.spectrum/1"
 Measures = dict[str, float | int]
-SHOWN = ("numerical_rank", "stable_rank", "participation_ratio", "entropy_rank", "k90")
-"""The measures that tables show; the JSON form has all."""
 
 
 class LayerSpectrum(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,24 +121,12 @@ class SpectrumResult(Result, frozen=True, kw_only=True):
         return short_name(self.path)
 
     def __repr__(self) -> str:
-        known = [name for name in ("stable_rank", "entropy_rank", "k90") if name in self.total.median]
+        known = [measure.name for measure in measures_shown("summary") if measure.name in self.total.median]
         ranks = ", ".join(f"{name} {self.total.median[name]:.4g}" for name in known)
         return f"SpectrumResult({self.title!r}: {len(self.layers)} layers, median {ranks}, norm {self.total.norm:.4g})"
 
     def _repr_html_(self) -> str:
-        header = ["layer", "out × in", "r", *(name.replace("_", " ") for name in SHOWN), "norm"]
-        return html_table(repr(self), header, [_html_row(layer) for layer in self.layers], self.notes)
-
-
-def _html_row(layer: LayerSpectrum) -> list[str]:
-    noise = layer.noise or {}
-    cells = [
-        " – ".join(dict.fromkeys(f"{end:.4g}" for end in layer.interval(m)))
-        + (f" (noise {noise[m]:.4g})" if m in noise else "")
-        for m in SHOWN
-    ]
-    shape = f"{layer.shape[0]} × {layer.shape[1]}"
-    return [layer.name, shape, str(layer.nominal_rank or ""), *cells, f"{layer.norm:.4g}"]
+        return html_table(repr(self), layer_table(self), self.notes)
 
 
 def spectrum(

@@ -28,6 +28,7 @@ from rankscope.analysis.layer_comparison import (
     select_matrix,
 )
 from rankscope.analysis.matching import Renames
+from rankscope.analysis.matrix_tables import overlap_table
 from rankscope.analysis.sources import Readable, Source, Track, matches_any, pattern_list
 from rankscope.analysis.worker_threads import compute_items
 from rankscope.errors import ConfigError, RankscopeError, ShapeError, prefix_errors
@@ -139,11 +140,7 @@ class MatrixResult(Result, frozen=True, eq=False, kw_only=True, dict=True):
         return f"MatrixResult({n} sources, {len(self.layers)} layers of {self.matrices}, {', '.join(said)})"
 
     def _repr_html_(self) -> str:
-        rows = []
-        for i, title in enumerate(self.titles):
-            rows.append([f"{i + 1} {title}", *(f"{1 - value:.3f}" for value in self.distance[i])])
-        header = ["φ, mean of the sides", *(str(i + 1) for i in range(len(self.titles)))]
-        return html_table(repr(self), header, rows, self.notes)
+        return html_table(repr(self), overlap_table(self), self.notes)
 
 
 def compare_all(

@@ -21,7 +21,7 @@ COMMANDS = {
     "inspect": "What a file or folder is: format, method, ranks, targets, what cannot be read.",
     "report": "The hypothesis tested on a study, along several lines of evidence, as one page.",
     "resize": "Shrink an adapter: the same update at lower rank.",
-    "convert": "An adapter in the format of another tool: PEFT, kohya, diffusers.",
+    "convert": "An adapter in the format of another tool.",
     "extract": "A LoRA adapter from a full fine-tune.",
     "merge": "Adapters into their base, or into one adapter.",
     "unmerge": "Take adapters out of a merged model.",
