@@ -40,9 +40,7 @@ COMMANDS = {
         "The hypothesis tested on a study, along several lines of evidence, as one page.",
     ),
     "resize": CommandEntry("rankscope.cli.resize_command", "Shrink an adapter: the same update at lower rank."),
-    "convert": CommandEntry(
-        "rankscope.cli.convert_command", "An adapter in the format of another tool: PEFT, kohya, diffusers."
-    ),
+    "convert": CommandEntry("rankscope.cli.convert_command", "An adapter in the format of another tool."),
     "extract": CommandEntry("rankscope.cli.extract_command", "A LoRA adapter from a full fine-tune."),
     "merge": CommandEntry("rankscope.cli.merge_command", "Adapters into their base, or into one adapter."),
     "unmerge": CommandEntry("rankscope.cli.unmerge_command", "Take adapters out of a merged model."),
