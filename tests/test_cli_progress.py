@@ -18,7 +18,16 @@ from rich.console import Console
 
 from rankscope.cli.progress import LiveProgress, PlainProgress, open_listener, stop_on_signal
 from rankscope.cli.progress_state import Metric, ProgressState, Speed, format_duration, summarize_group
-from rankscope.train.loop import Listener, Silent
+from rankscope.train.events import (
+    GridPlanned,
+    Listener,
+    RunEnded,
+    RunEvaluated,
+    RunStarted,
+    Silent,
+    StepsTaken,
+    TrainingNote,
+)
 from rankscope.train.runs import Run, RunRecord
 
 LOSS, ACCURACY = Metric("loss", False), Metric("accuracy", True)
@@ -53,7 +62,7 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def standing(clock: Clock) -> ProgressState:
+def state(clock: Clock) -> ProgressState:
     return ProgressState(lambda: LOSS, clock=clock)
 
 
@@ -87,96 +96,96 @@ def test_speed_of_steps_longer_than_the_window(clock: Clock) -> None:
 # Steps and time
 
 
-def test_steps_of_a_group_and_time_left(standing: ProgressState, clock: Clock) -> None:
+def test_steps_of_a_group_and_time_left(state: ProgressState, clock: Clock) -> None:
     runs = [lora(r) for r in (1, 2, 4)]
-    standing.planned([BASE, *runs], [])
-    assert (standing.done_count, standing.run_count, standing.done_share) == (0, 3, 0)
+    state.tell(GridPlanned([BASE, *runs], []))
+    assert (state.done_count, state.run_count, state.done_share) == (0, 3, 0)
     for run in runs[:2]:
-        standing.started(run, 10, 0)
+        state.tell(RunStarted(run, 10, 0))
     for _ in range(4):
         clock.now += 1
-        standing.stepped(runs[:2], 50)
-    assert standing.training_groups() == [(runs[:2], 4)]
-    assert standing.speed.per_second() == 50
+        state.tell(StepsTaken(runs[:2], 50))
+    assert state.training_groups() == [(runs[:2], 4)]
+    assert state.speed.per_second() == 50
     # 8 of 30 steps in 4 s.
-    assert standing.done_share == pytest.approx(8 / 30)
-    assert standing.seconds_left() == pytest.approx(22 * 4 / 8)
-    standing.ended(record(runs[0], 0.5, steps=10))
-    standing.ended(record(runs[1], status="diverged", steps=4))
-    assert standing.training_groups() == []
-    assert (standing.done_count, standing.done_share) == (2, pytest.approx(20 / 30))
+    assert state.done_share == pytest.approx(8 / 30)
+    assert state.seconds_left() == pytest.approx(22 * 4 / 8)
+    state.tell(RunEnded(record(runs[0], 0.5, steps=10)))
+    state.tell(RunEnded(record(runs[1], status="diverged", steps=4)))
+    assert state.training_groups() == []
+    assert (state.done_count, state.done_share) == (2, pytest.approx(20 / 30))
 
 
-def test_what_was_done_before_does_not_count_as_pace(standing: ProgressState, clock: Clock) -> None:
+def test_what_was_done_before_does_not_count_as_pace(state: ProgressState, clock: Clock) -> None:
     runs = [lora(r) for r in (1, 2, 4)]
-    standing.planned(runs, [record(runs[0], 0.5)])
-    standing.started(runs[1], 10, 6)
-    assert standing.seconds_left() is None
+    state.tell(GridPlanned(runs, [record(runs[0], 0.5)]))
+    state.tell(RunStarted(runs[1], 10, 6))
+    assert state.seconds_left() is None
     for _ in range(2):
         clock.now += 3
-        standing.stepped([runs[1]], 50)
-    assert standing.training_groups() == [([runs[1]], 8)]
-    assert standing.seconds_left() == pytest.approx(12 * 3)
-    assert standing.done_share == pytest.approx(18 / 30)
+        state.tell(StepsTaken([runs[1]], 50))
+    assert state.training_groups() == [([runs[1]], 8)]
+    assert state.seconds_left() == pytest.approx(12 * 3)
+    assert state.done_share == pytest.approx(18 / 30)
 
 
-def test_several_steps_in_one_report(standing: ProgressState, clock: Clock) -> None:
+def test_several_steps_in_one_report(state: ProgressState, clock: Clock) -> None:
     run = lora()
-    standing.planned([run], [])
-    standing.started(run, 100, 0)
+    state.tell(GridPlanned([run], []))
+    state.tell(RunStarted(run, 100, 0))
     clock.now += 4
-    standing.stepped([run], 2000, steps=20)
-    assert standing.training_groups() == [([run], 20)]
-    assert standing.speed.per_second() == 500
-    assert standing.seconds_left() == pytest.approx(16)
-    standing.evaluated(run, 50, {"loss": 1.0})  # an evaluation knows where it stands
-    assert standing.training_groups() == [([run], 50)]
+    state.tell(StepsTaken([run], 2000, steps=20))
+    assert state.training_groups() == [([run], 20)]
+    assert state.speed.per_second() == 500
+    assert state.seconds_left() == pytest.approx(16)
+    state.tell(RunEvaluated(run, 50, {"loss": 1.0}))  # an evaluation knows where it stands
+    assert state.training_groups() == [([run], 50)]
 
 
-def test_an_end_knows_how_many_steps_there_were(standing: ProgressState, clock: Clock) -> None:
+def test_an_end_knows_how_many_steps_there_were(state: ProgressState, clock: Clock) -> None:
     runs = [lora(1), lora(2)]
-    standing.planned(runs, [])
-    standing.started(runs[0], 10, 0)
+    state.tell(GridPlanned(runs, []))
+    state.tell(RunStarted(runs[0], 10, 0))
     clock.now += 20
-    standing.ended(record(runs[0], 0.5, steps=10))  # its steps were never reported
-    assert standing.seconds_left() == pytest.approx(20)
+    state.tell(RunEnded(record(runs[0], 0.5, steps=10)))  # its steps were never reported
+    assert state.seconds_left() == pytest.approx(20)
 
 
-def test_planned_may_come_often_and_grow(standing: ProgressState) -> None:
+def test_planned_may_come_often_and_grow(state: ProgressState) -> None:
     runs = [lora(r) for r in (1, 2)]
     for _ in range(2):
-        standing.planned([BASE, *runs], [record(BASE, 2.0), record(runs[0], 0.5)])
-    assert (standing.done_count, standing.run_count, standing.base_score) == (1, 2, None)
-    standing.planned([BASE, *runs, lora(4)], [])
-    standing.planned([BASE, *runs], [record(runs[0], 0.5), record(runs[1], 0.4)])
-    assert (standing.done_count, standing.run_count) == (2, 3)
+        state.tell(GridPlanned([BASE, *runs], [record(BASE, 2.0), record(runs[0], 0.5)]))
+    assert (state.done_count, state.run_count, state.base_score) == (1, 2, None)
+    state.tell(GridPlanned([BASE, *runs, lora(4)], []))
+    state.tell(GridPlanned([BASE, *runs], [record(runs[0], 0.5), record(runs[1], 0.4)]))
+    assert (state.done_count, state.run_count) == (2, 3)
 
 
 def test_groups_of_several_workers(clock: Clock) -> None:
     a, b, c, d = (lora(r) for r in (1, 2, 4, 8))
-    standing = ProgressState(lambda: LOSS, workers=2, clock=clock)
-    standing.planned([a, b, c, d], [])
+    state = ProgressState(lambda: LOSS, workers=2, clock=clock)
+    state.tell(GridPlanned([a, b, c, d], []))
     for run in (a, b, c, d):
-        standing.started(run, 10, 0)
-    standing.stepped([a, b], 1)
-    standing.stepped([c], 1)
-    standing.stepped([a, b], 1)
-    assert standing.training_groups() == [([c], 1), ([a, b], 2)]
-    standing.stepped([b], 1)  # a has left
-    assert standing.training_groups() == [([c], 1), ([b], 3)]
-    standing.stepped([d], 1)  # a worker has gone on to another group; c was left at a rung
-    assert standing.training_groups() == [([b], 3), ([d], 1)]
+        state.tell(RunStarted(run, 10, 0))
+    state.tell(StepsTaken([a, b], 1))
+    state.tell(StepsTaken([c], 1))
+    state.tell(StepsTaken([a, b], 1))
+    assert state.training_groups() == [([c], 1), ([a, b], 2)]
+    state.tell(StepsTaken([b], 1))  # a has left
+    assert state.training_groups() == [([c], 1), ([b], 3)]
+    state.tell(StepsTaken([d], 1))  # a worker has gone on to another group; c was left at a rung
+    assert state.training_groups() == [([b], 3), ([d], 1)]
 
 
-def test_a_group_that_begins_again_goes_back(standing: ProgressState) -> None:
+def test_a_group_that_begins_again_goes_back(state: ProgressState) -> None:
     run = lora()
-    standing.planned([run], [])
-    standing.started(run, 10, 0)
+    state.tell(GridPlanned([run], []))
+    state.tell(RunStarted(run, 10, 0))
     for _ in range(7):
-        standing.stepped([run], 1)
-    standing.started(run, 10, 5)
-    standing.stepped([run], 1)
-    assert standing.training_groups() == [([run], 6)]
+        state.tell(StepsTaken([run], 1))
+    state.tell(RunStarted(run, 10, 5))
+    state.tell(StepsTaken([run], 1))
+    assert state.training_groups() == [([run], 6)]
 
 
 # Scores
@@ -184,43 +193,43 @@ def test_a_group_that_begins_again_goes_back(standing: ProgressState) -> None:
 
 @pytest.mark.parametrize(("metric", "best"), [(LOSS, (0.3, 0.01)), (ACCURACY, (0.6, 0.03))])
 def test_leaders_take_the_mean_over_seeds(metric: Metric, best: tuple[float, float]) -> None:
-    standing = ProgressState(lambda: metric)
+    state = ProgressState(lambda: metric)
     scores = {(0.01, 0): 0.1, (0.01, 1): 0.5, (0.03, 0): 0.6, (0.03, 1): 0.6, (0.1, 0): 0.4}
     runs = {key: lora(8, *key) for key in scores}
     full = Run(method="full", seed=0, lr=0.001)
-    standing.planned([*runs.values(), lora(8, 0.1, 1), full], [])
+    state.tell(GridPlanned([*runs.values(), lora(8, 0.1, 1), full], []))
     for key, run in runs.items():
-        standing.evaluated(run, 0, {metric.name: 2.0})
-        standing.evaluated(run, 5, {metric.name: 9.0 if metric is LOSS else 0.0, "other": -5.0})
-        standing.ended(record(run, scores[key], metric=metric.name))
-    lead, other = standing.leaders()
+        state.tell(RunEvaluated(run, 0, {metric.name: 2.0}))
+        state.tell(RunEvaluated(run, 5, {metric.name: 9.0 if metric is LOSS else 0.0, "other": -5.0}))
+        state.tell(RunEnded(record(run, scores[key], metric=metric.name)))
+    lead, other = state.leaders()
     assert (lead.label, lead.ended, lead.lost, lead.planned) == ("r = 8", 5, 0, 6)
     assert (lead.score, lead.lr) == (pytest.approx(best[0]), best[1])
     assert other == ("full", None, None, 0, 0, 1)
-    assert standing.base_score == 2.0
+    assert state.base_score == 2.0
 
 
-def test_a_rate_that_lost_a_seed_comes_last(standing: ProgressState) -> None:
+def test_a_rate_that_lost_a_seed_comes_last(state: ProgressState) -> None:
     good, bad = [lora(lr=0.01, seed=s) for s in (0, 1)], [lora(lr=0.1, seed=s) for s in (0, 1)]
-    standing.planned(good + bad, [])
-    standing.evaluated(bad[0], 5, {"loss": 0.3})
-    standing.evaluated(bad[1], 5, {"loss": 0.1})
-    (lead,) = standing.leaders()
+    state.tell(GridPlanned(good + bad, []))
+    state.tell(RunEvaluated(bad[0], 5, {"loss": 0.3}))
+    state.tell(RunEvaluated(bad[1], 5, {"loss": 0.1}))
+    (lead,) = state.leaders()
     assert (lead.score, lead.lr) == (0.2, 0.1)
-    standing.ended(record(bad[0], status="diverged"))
-    (lead,) = standing.leaders()
+    state.tell(RunEnded(record(bad[0], status="diverged")))
+    (lead,) = state.leaders()
     assert (lead.score, lead.lr, lead.ended, lead.lost) == (0.1, 0.1, 1, 1)
-    standing.ended(record(good[0], 0.7))
-    (lead,) = standing.leaders()
+    state.tell(RunEnded(record(good[0], 0.7)))
+    (lead,) = state.leaders()
     assert (lead.score, lead.lr, lead.ended, lead.lost) == (0.7, 0.01, 2, 1)
 
 
-def test_base_is_the_mean_over_seeds(standing: ProgressState) -> None:
-    standing.planned([lora(seed=0), lora(seed=1)], [])
-    standing.evaluated(lora(seed=0), 0, {"loss": 2.0})
+def test_base_is_the_mean_over_seeds(state: ProgressState) -> None:
+    state.tell(GridPlanned([lora(seed=0), lora(seed=1)], []))
+    state.tell(RunEvaluated(lora(seed=0), 0, {"loss": 2.0}))
     before = {"validation": {"loss": 4.0}, "test": {"loss": 9.0}}
-    standing.ended(RunRecord(run=lora(seed=1), status="diverged", steps=3, before=before))
-    assert standing.base_score == 3.0
+    state.tell(RunEnded(RunRecord(run=lora(seed=1), status="diverged", steps=3, before=before)))
+    assert state.base_score == 3.0
 
 
 # Words
@@ -254,29 +263,29 @@ def test_duration(seconds: float, said: str) -> None:
 def sweep(listener: Listener, clock: Clock, seconds: float = 1.0) -> list[Run]:
     """Three runs: two in a group, of which one diverges, then one that is taken up."""
     runs = [lora(1), lora(2), Run(method="full", seed=0, lr=0.001)]
-    listener.planned([BASE, *runs], [])
+    listener.tell(GridPlanned([BASE, *runs], []))
     for run in runs[:2]:
-        listener.started(run, 10, 0)
-        listener.evaluated(run, 0, {"loss": 2.0})
+        listener.tell(RunStarted(run, 10, 0))
+        listener.tell(RunEvaluated(run, 0, {"loss": 2.0}))
     for _ in range(10):
         clock.now += seconds
-        listener.stepped(runs[:2], 500)
-    listener.evaluated(runs[1], 10, {"loss": 0.75})
-    listener.ended(record(runs[0], status="diverged", steps=10))
-    listener.ended(record(runs[1], 0.75))
-    listener.noted("out of memory with 2 runs in one pass; going on with 1")
-    listener.started(runs[2], 10, 4)
+        listener.tell(StepsTaken(runs[:2], 500))
+    listener.tell(RunEvaluated(runs[1], 10, {"loss": 0.75}))
+    listener.tell(RunEnded(record(runs[0], status="diverged", steps=10)))
+    listener.tell(RunEnded(record(runs[1], 0.75)))
+    listener.tell(TrainingNote("out of memory with 2 runs in one pass; going on with 1"))
+    listener.tell(RunStarted(runs[2], 10, 4))
     clock.now += seconds
-    listener.stepped([runs[2]], 500)
+    listener.tell(StepsTaken([runs[2]], 500))
     return runs
 
 
-def test_lines_of_a_log(standing: ProgressState, clock: Clock) -> None:
+def test_lines_of_a_log(state: ProgressState, clock: Clock) -> None:
     said: list[str] = []
-    lines = PlainProgress(standing, said.append, clock)
+    lines = PlainProgress(state, said.append, clock)
     runs = sweep(lines, clock)
-    lines.started(runs[2], 10, 5)  # again, in other company
-    lines.ended(record(runs[2], status="stopped", steps=5))
+    lines.tell(RunStarted(runs[2], 10, 5))  # again, in other company
+    lines.tell(RunEnded(record(runs[2], status="stopped", steps=5)))
     assert said == [
         "3 runs",
         "base: validation loss 2.0000 (lower is better)",
@@ -288,27 +297,27 @@ def test_lines_of_a_log(standing: ProgressState, clock: Clock) -> None:
     ]
 
 
-def test_a_log_has_a_line_a_minute(standing: ProgressState, clock: Clock) -> None:
+def test_a_log_has_a_line_a_minute(state: ProgressState, clock: Clock) -> None:
     said: list[str] = []
-    sweep(PlainProgress(standing, said.append, clock), clock, seconds=25)
+    sweep(PlainProgress(state, said.append, clock), clock, seconds=25)
     alive = [line for line in said if "tokens/s" in line]
     # Every third step of 25 s, counted from the last line; of 30 steps, 6 lie behind after 75 s.
     assert alive[0] == "0/3 runs, step 3/10 of r = 1,2  lr 0.01  seed 0, 20 tokens/s, about 5 min left"
     assert len(alive) == 3
 
 
-def test_a_study_taken_up_says_what_has_ended(standing: ProgressState, clock: Clock) -> None:
+def test_a_study_taken_up_says_what_has_ended(state: ProgressState, clock: Clock) -> None:
     said: list[str] = []
-    lines = PlainProgress(standing, said.append, clock)
+    lines = PlainProgress(state, said.append, clock)
     for _ in range(2):
-        lines.planned([BASE, lora(1), lora(2)], [record(lora(1), 0.5)])
-    lines.planned([BASE, lora(1), lora(2), lora(4)], [record(lora(1), 0.5)])
+        lines.tell(GridPlanned([BASE, lora(1), lora(2)], [record(lora(1), 0.5)]))
+    lines.tell(GridPlanned([BASE, lora(1), lora(2), lora(4)], [record(lora(1), 0.5)]))
     assert said == ["2 runs, 1 ended", "3 runs, 1 ended"]
 
 
-def test_a_log_has_no_control_characters(standing: ProgressState, clock: Clock) -> None:
+def test_a_log_has_no_control_characters(state: ProgressState, clock: Clock) -> None:
     said: list[str] = []
-    PlainProgress(standing, said.append, clock).noted("\x1b[2J and a\nsecond line")
+    PlainProgress(state, said.append, clock).tell(TrainingNote("\x1b[2J and a\nsecond line"))
     assert said == ["note: \ufffd[2J and a\ufffdsecond line"]
 
 
@@ -348,18 +357,18 @@ def a_view(clock: Clock, height: int, workers: int = 1) -> LiveProgress:
         ProgressState(lambda: LOSS, workers, clock), Console(width=80, height=height, file=io.StringIO())
     )
     runs = big_grid()
-    view.planned([BASE, *runs], [])
+    view.tell(GridPlanned([BASE, *runs], []))
     for start in range(0, 30, 6):
         group = runs[start : start + 6]
         for run in group:
-            view.started(run, 10, 0)
-            view.evaluated(run, 0, {"loss": 2.0})
+            view.tell(RunStarted(run, 10, 0))
+            view.tell(RunEvaluated(run, 0, {"loss": 2.0}))
         for _ in range(10 if start < 24 else 3):
             clock.now += 0.5
-            view.stepped(group, 1234)
+            view.tell(StepsTaken(group, 1234))
         for run in group if start < 24 else []:
             lost = run.rank == 64
-            view.ended(record(run, None if lost else 1.0 / (run.rank or 1), "diverged" if lost else "done"))
+            view.tell(RunEnded(record(run, None if lost else 1.0 / (run.rank or 1), "diverged" if lost else "done")))
     return view
 
 
@@ -399,9 +408,9 @@ def test_a_short_screen_says_how_much_is_left_out(clock: Clock) -> None:
 def test_names_do_not_steer_the_terminal(clock: Clock) -> None:
     view = LiveProgress(ProgressState(lambda: LOSS, clock=clock), Console(height=24, file=io.StringIO()))
     run = lora(targets="q\x1b[31m[red]")
-    view.planned([run], [])
-    view.started(run, 10, 0)
-    view.stepped([run], 5)
+    view.tell(GridPlanned([run], []))
+    view.tell(RunStarted(run, 10, 0))
+    view.tell(StepsTaken([run], 5))
     text = "\n".join(shown(view, 80))
     assert "\x1b" not in text
     assert text.count("[red]") == 2
@@ -411,7 +420,7 @@ def test_drawing_does_not_wait(clock: Clock) -> None:
     view = LiveProgress(ProgressState(lambda: LOSS, clock=clock), Console(height=24, file=io.StringIO()))
     before = shown(view, 80)
     with view.lock:  # a report is being taken in
-        view.standing.planned([lora()], [])
+        view.state.tell(GridPlanned([lora()], []))
         began = time.monotonic()
         assert shown(view, 80) == before
         assert time.monotonic() - began < 0.5
@@ -486,8 +495,8 @@ def test_a_pipe_gets_lines_and_quiet_nothing(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     with open_listener(False, study_of(tmp_path, ACCURACY)) as listener:
-        listener.planned([BASE, lora()], [])
-        listener.ended(record(lora(), 0.5, metric="accuracy"))
+        listener.tell(GridPlanned([BASE, lora()], []))
+        listener.tell(RunEnded(record(lora(), 0.5, metric="accuracy")))
     said = capsys.readouterr()
     assert said.err == "1 run\n[1/1] lora-r1-lr0.01-s0: validation accuracy 0.5000\n"
     with open_listener(True, tmp_path) as listener:

@@ -27,8 +27,10 @@ from rankscope.surgery.resize import resize
 from rankscope.surgery.truncate import Rank
 from rankscope.train.config import StudyConfig, make_study_config
 from rankscope.train.costs import peak_memory
-from rankscope.train.loop import InterruptedTrainingError, RunGroup, Silent, set_precision
+from rankscope.train.events import Silent
+from rankscope.train.loop import InterruptedTrainingError, RunGroup, set_precision
 from rankscope.train.runs import plan_runs
+from rankscope.train.session import Session
 from rankscope.train.study import run_study
 from rankscope.train.tasks import make_task
 
@@ -144,14 +146,13 @@ def test_a_training_step_never_waits_for_the_device(tmp_path: Path, method: str,
     config = docs(methods=("lora", "subspace"), dims=(8,), ranks=(2, 4), lrs=(1e-3,), dtype=dtype, dropout=0.1)
     task = make_task(config)
     runs = [run for run in plan_runs(config, task) if run.method == method][: 2 if method == "lora" else 1]
-    folders = [tmp_path / run.name for run in runs]
-    group = RunGroup(task, config, runs, folders, {0: {"validation": {"loss": 1.0}}}, CUDA, Silent())
+    group = RunGroup(Session(task, config, tmp_path, CUDA), runs, {0: {"validation": {"loss": 1.0}}})
     with set_precision(CUDA, config):
         group.try_step()  # allocates, and picks kernels
         with no_waits():
             group.try_step()
             group.try_step()
-    assert all(min(trainee.new_losses()) > 0 for trainee in group.trainees)
+    assert all(min(state.new_losses()) > 0 for state in group.states)
 
 
 @pytest.mark.parametrize("first", ["cpu", "cuda"])

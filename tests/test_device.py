@@ -27,9 +27,11 @@ from rankscope.lora import AdapterSpec, Bank, load
 from rankscope.spectra import Spectrum
 from rankscope.subspace import Subspace, angles, chance, overlap
 from rankscope.train.config import StudyConfig, resolve_device
+from rankscope.train.events import Silent
 from rankscope.train.llama import Llama, LlamaConfig
-from rankscope.train.loop import InterruptedTrainingError, RunGroup, Silent, move_batch
+from rankscope.train.loop import InterruptedTrainingError, RunGroup, move_batch
 from rankscope.train.runs import plan_runs
+from rankscope.train.session import Session
 from rankscope.train.study import run_study
 from rankscope.train.tasks import make_task
 from rankscope.updates import Dense, LowRank, Update
@@ -283,7 +285,7 @@ def looped(folder: Path, task: str = "planted", method: str = "lora", **changes:
     config = settings("fake", task=task, methods=("lora", "subspace"), dims=(8,), **changes)
     made = make_task(config)
     run = next(run for run in plan_runs(config, made) if run.method == method)
-    return RunGroup(made, config, [run], [folder], {run.seed: {"validation": {"loss": 1.0}}}, DEVICE, Silent())
+    return RunGroup(Session(made, config, folder, DEVICE), [run], {run.seed: {"validation": {"loss": 1.0}}})
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "subspace"])
@@ -300,8 +302,8 @@ def test_a_training_step_never_waits_for_the_device(
         loop._step()
         loop._step()
     assert noted == []
-    assert loop.trainees[0].progress.step == 2
-    assert min(loop.trainees[0].new_losses()) > 0
+    assert loop.states[0].progress.step == 2
+    assert min(loop.states[0].new_losses()) > 0
 
 
 def test_a_step_after_a_resumption_does_not_wait_either(tmp_path: Path) -> None:
@@ -310,8 +312,8 @@ def test_a_step_after_a_resumption_does_not_wait_either(tmp_path: Path) -> None:
     loop._step()
     loop._save_states()
     again = looped(tmp_path)
-    assert again.trainees[0].resume()
-    assert {weight.device for weight in again.trainees[0].parameters.values()} == {DEVICE}
+    assert again.states[0].resume()
+    assert {weight.device for weight in again.states[0].parameters.values()} == {DEVICE}
     with waits() as noted:
         again._step()
     assert noted == []

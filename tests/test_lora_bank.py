@@ -4,77 +4,12 @@ import copy
 
 import pytest
 import torch
+from bank_makers import SPECS, bank_of_three, fill_factors, gradients, make_net, single_bank
+from makers import generator
 from torch import Tensor, nn
 
 from rankscope.errors import ConfigError
 from rankscope.lora import AdapterSpec, Bank
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-class Net(nn.Module):
-    """Tokens (batch, 6) -> logits (batch, 7), with a layer of each kind on the way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb = nn.Embedding(9, 12)
-        self.conv = nn.Conv2d(2, 4, 3, padding=1, groups=2)
-        self.norm = nn.LayerNorm(36)
-        self.up = nn.Linear(6 * 24, 10)
-        self.block = nn.Sequential(nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 8))
-        self.out = nn.Linear(8, 7)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.emb(tokens).reshape(len(tokens), 2, 6, 6)
-        x = self.conv(x).flatten(1)
-        return self.out(self.block(torch.relu(self.up(x))))
-
-
-def make_net() -> Net:
-    torch.manual_seed(7)
-    return Net().double()
-
-
-SPECS = (
-    AdapterSpec(2, 4.0, ["emb", "conv", "up", "0", "out"]),
-    AdapterSpec(4, 6.0, ["emb", "up", "0", "2"], dropout=0.3),
-    AdapterSpec(6, 2.0, ["conv", "up", "out"], dropout=0.5, rslora=True, init="gaussian"),
-)
-
-
-def fill(bank: Bank, i: int, seed: int) -> None:
-    """Random factors for adapter i of the bank, the same ones for the same seed."""
-    source = generator(seed)
-    for name, (A, B) in bank.factors(i).items():
-        draws = [0.3 * torch.randn(factor.shape, generator=source, dtype=torch.float64) for factor in (A, B)]
-        bank.layers[name].set_factors(i, *draws)
-
-
-def alone(i: int) -> tuple[Net, Bank]:
-    net = make_net()
-    bank = Bank.attach(net, SPECS[i], generator(i))
-    fill(bank, 0, seed=20 + i)
-    return net, bank
-
-
-def together() -> tuple[Net, Bank]:
-    net = make_net()
-    bank = Bank.attach(net, SPECS, [generator(i) for i in range(3)])
-    for i in range(3):
-        fill(bank, i, seed=20 + i)
-    return net, bank
-
-
-def gradients(bank: Bank, i: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Gradients of the factors of adapter i, read through the same cutting as the factors."""
-    reader = copy.deepcopy(dict(bank.layers))
-    for name, layer in bank.layers.items():
-        for half in ("A", "B"):
-            gradient = getattr(layer, half).grad
-            getattr(reader[name], half).data = torch.zeros(()) if gradient is None else gradient.clone()
-    return {name: reader[name].factors(i) for name, layer in bank.layers.items() if layer.slots[i].rank}
 
 
 def test_initial_factors_do_not_depend_on_the_neighbours() -> None:
@@ -92,14 +27,14 @@ def test_initial_factors_do_not_depend_on_the_neighbours() -> None:
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_chunks_of_a_batch_are_as_each_adapter_alone(mode: str) -> None:
     tokens = torch.randint(9, (12, 6), generator=generator(3))
-    net, bank = together()
+    net, bank = bank_of_three()
     net.train(mode == "train")
     bank.select(None)
     output = net(tokens)
     weight = torch.randn(output.shape, generator=generator(4), dtype=output.dtype)
     (output * weight).sum().backward()
     for i, part in enumerate((slice(0, 4), slice(4, 8), slice(8, 12))):
-        single_net, single = alone(i)
+        single_net, single = single_bank(i)
         single_net.train(mode == "train")
         # Rounding only: everything is float64, and drop-out masks must be the very same.
         torch.testing.assert_close(output[part], expected := single_net(tokens[part]), rtol=1e-11, atol=1e-11)
@@ -133,16 +68,16 @@ def test_dropout_masks_differ_between_adapters_and_from_call_to_call() -> None:
 
 def test_select_sends_every_row_through_one_adapter() -> None:
     tokens = torch.randint(9, (5, 6), generator=generator(3))
-    net, bank = together()
+    net, bank = bank_of_three()
     net.eval()
     assert bank.selection == 0
     for i in (0, 1, 2, 1):
         bank.select(i)
-        torch.testing.assert_close(net(tokens), alone(i)[0].eval()(tokens), rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(net(tokens), single_bank(i)[0].eval()(tokens), rtol=1e-11, atol=1e-11)
 
 
 def test_padding_stays_zero_under_adamw_with_weight_decay() -> None:
-    net, bank = together()
+    net, bank = bank_of_three()
     bank.select(None)
     optimizer = torch.optim.AdamW(bank.trainable_parameters(), lr=0.1, weight_decay=0.5)
     padding = [(factor, factor.detach() == 0) for factor in bank.trainable_parameters()]
@@ -159,9 +94,9 @@ def test_padding_stays_zero_under_adamw_with_weight_decay() -> None:
 
 
 def test_a_bank_trains_as_the_runs_one_by_one() -> None:
-    net, bank = together()
+    net, bank = bank_of_three()
     bank.select(None)
-    singles = [alone(i) for i in range(3)]
+    singles = [single_bank(i) for i in range(3)]
     many = [torch.optim.AdamW(bank.trainable_parameters(), lr=0.01)]
     many += [torch.optim.AdamW(single.trainable_parameters(), lr=0.01) for _, single in singles]
     for step in range(4):
@@ -181,7 +116,7 @@ def test_a_bank_trains_as_the_runs_one_by_one() -> None:
 
 
 def test_updates_have_the_shapes_and_values_of_the_weights() -> None:
-    _, bank = together()
+    _, bank = bank_of_three()
     for i, spec in enumerate(SPECS):
         for name, update in bank.updates(i).items():
             A, B = bank.factors(i)[name]
@@ -198,7 +133,7 @@ def test_updates_have_the_shapes_and_values_of_the_weights() -> None:
 
 
 def test_factors_are_copies() -> None:
-    _, bank = together()
+    _, bank = bank_of_three()
     old = bank.factors(1)["up"][0].clone()
     held = bank.factors(1)["up"][0]
     with torch.no_grad():
@@ -216,7 +151,7 @@ def test_detach_gives_back_the_very_model(spec: AdapterSpec) -> None:
     tokens = torch.randint(9, (4, 6))
     before = net(tokens)
     bank = Bank.attach(net, spec, generator(0))
-    fill(bank, 0, 1)
+    fill_factors(bank, 0, 1)
     optimizer = torch.optim.SGD(bank.trainable_parameters(), lr=0.1)
     net(tokens).square().sum().backward()
     optimizer.step()
@@ -237,7 +172,7 @@ def test_detach_gives_back_the_very_model(spec: AdapterSpec) -> None:
 
 
 def test_only_the_adapter_is_trainable() -> None:
-    net, bank = together()
+    net, bank = bank_of_three()
     trained = {id(parameter) for parameter in net.parameters() if parameter.requires_grad}
     assert trained == {id(parameter) for parameter in bank.trainable_parameters()}
     assert len(trained) == 2 * len(bank.layers)
@@ -285,7 +220,7 @@ def test_an_adapter_on_one_end_of_tied_weights_leaves_the_other_alone(function: 
     plain = copy.deepcopy(net)
     weight = net.emb.weight
     bank = Bank.attach(net, AdapterSpec(2, 4.0, [target]), generator(0))
-    fill(bank, 0, 1)
+    fill_factors(bank, 0, 1)
     tokens = torch.arange(9)
     change = bank.updates()[target].dense().double()
     embedded = plain.emb.weight + (change if target == "emb" else 0)
@@ -309,7 +244,7 @@ def test_a_merged_model_can_be_moved_between_devices() -> None:
 
 
 def test_attributes_of_the_base_show_through() -> None:
-    net, bank = together()
+    net, bank = bank_of_three()
     assert net.up.in_features == 144
     assert net.emb.embedding_dim == 12
     assert net.up.bias is net.up.base_layer.bias

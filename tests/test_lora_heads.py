@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from bank_makers import Net, fill_factors, make_net
+from makers import generator
 from safetensors.torch import load_file
-from test_lora_bank import Net, fill, generator, make_net
 from torch import Tensor, nn
 
 from rankscope.errors import ConfigError, ShapeError
@@ -29,31 +30,31 @@ def move_heads(bank: Bank, i: int, seed: int) -> None:
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=source, dtype=parameter.dtype))
 
 
-def alone(i: int) -> tuple[Net, Bank]:
+def single_bank(i: int) -> tuple[Net, Bank]:
     net = make_net()
     bank = Bank.attach(net, SPECS[i], generator(i))
-    fill(bank, 0, 20 + i)
+    fill_factors(bank, 0, 20 + i)
     move_heads(bank, 0, 30 + i)
     return net, bank
 
 
-def together() -> tuple[Net, Bank]:
+def bank_of_two() -> tuple[Net, Bank]:
     net = make_net()
     bank = Bank.attach(net, SPECS, [generator(0), generator(1)])
     for i in range(2):
-        fill(bank, i, 20 + i)
+        fill_factors(bank, i, 20 + i)
         move_heads(bank, i, 30 + i)
     return net, bank
 
 
 def test_each_chunk_passes_the_head_of_its_adapter_and_trains_it() -> None:
-    net, bank = together()
+    net, bank = bank_of_two()
     bank.select(None)
     output = net(TOKENS)
     output.square().sum().backward()
     bank.share_gradients()
     for i, part in enumerate((slice(0, 3), slice(3, 6))):
-        single_net, single = alone(i)
+        single_net, single = single_bank(i)
         expected = single_net(TOKENS[part])
         torch.testing.assert_close(output[part], expected, rtol=1e-11, atol=1e-11)
         expected.square().sum().backward()
@@ -69,8 +70,8 @@ def test_each_chunk_passes_the_head_of_its_adapter_and_trains_it() -> None:
 
 
 def test_select_merge_and_switch_take_the_head_along() -> None:
-    net, bank = together()
-    expected = [alone(i)[0](TOKENS) for i in range(2)]
+    net, bank = bank_of_two()
+    expected = [single_bank(i)[0](TOKENS) for i in range(2)]
     for i in (1, 0, 1):
         bank.select(i)
         torch.testing.assert_close(net(TOKENS), expected[i], rtol=1e-11, atol=1e-11)
@@ -119,7 +120,7 @@ def test_what_is_trained_is_each_adapters_own(count: int) -> None:
 
 
 def test_each_adapter_is_saved_and_loaded_with_its_head(tmp_path: Path) -> None:
-    net, bank = together()
+    net, bank = bank_of_two()
     folders = [tmp_path / str(i) for i in range(2)]
     expected = []
     for i, folder in enumerate(folders):
@@ -165,7 +166,7 @@ def bank_of(head: nn.Module, count: int = 2) -> tuple[Model, Bank]:
     specs = [AdapterSpec(2, 2.0, ["up"], modules_to_save=["head"])] * count
     bank = Bank.attach(model, specs, [generator(i) for i in range(count)])
     for i in range(count):
-        fill(bank, i, i)
+        fill_factors(bank, i, i)
         nn.init.normal_(bank.head(i, "head").linear.weight, generator=generator(i))
     return model, bank
 
@@ -196,16 +197,16 @@ class Odd(nn.Module):
         return {"logits": self.linear(x)}
 
 
-def test_what_cannot_be_shared_out_says_so() -> None:
+def test_batches_that_cannot_be_split_are_refused() -> None:
     model, bank = bank_of(Odd())
     x = torch.ones(4, 4)
     assert model(x)["logits"].shape == (4, 3)
     bank.select(None)
-    with pytest.raises(ConfigError, match="returns a dict; the rows of several adapters"):
+    with pytest.raises(ConfigError, match="returns a dict; rows of several adapters"):
         model(x)
-    with pytest.raises(ShapeError, match="without a batch to share out"):
+    with pytest.raises(ShapeError, match="without a batch that can be split"):
         model.head(3)
-    with pytest.raises(ShapeError, match="an input of 3 rows cannot be shared out to 2 adapters"):
+    with pytest.raises(ShapeError, match="an input of 3 rows cannot be split into equal chunks for 2 adapters"):
         model.head(x[:3])
     with pytest.raises(ConfigError, match="'up' is not trained whole; head is"):
         bank.head(0, "up")

@@ -4,28 +4,13 @@ import math
 
 import pytest
 import torch
+from bank_makers import KINDS, Conv1D
+from makers import generator
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from rankscope.errors import ConfigError, NonFiniteError
 from rankscope.lora import AdapterSpec, Bank
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-class Conv1D(nn.Module):
-    """GPT-2's layer, written again: y = x · W + b with W (in, out)."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf = nf
-        self.weight = nn.Parameter(torch.randn(nx, nf) * 0.1)
-        self.bias = nn.Parameter(torch.randn(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
 
 
 @pytest.fixture(autouse=True)
@@ -35,24 +20,6 @@ def conv1d_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "transformers.pytorch_utils", module)
 
 
-# name -> (layer, input, whether the update can be merged)
-KINDS = {
-    "linear": lambda: (nn.Linear(6, 5), torch.randn(4, 3, 6), True),
-    "linear without bias": lambda: (nn.Linear(6, 5, bias=False), torch.randn(4, 6), True),
-    "conv1d": lambda: (Conv1D(5, 6), torch.randn(4, 3, 6), True),
-    "embedding": lambda: (nn.Embedding(7, 5), torch.randint(7, (4, 3)), True),
-    "padded embedding": lambda: (nn.Embedding(7, 5, padding_idx=2), torch.randint(7, (4, 3)), True),
-    "conv": lambda: (nn.Conv2d(4, 6, 3), torch.randn(4, 4, 7, 6), True),
-    "strided conv": lambda: (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0)), torch.randn(4, 4, 7, 6), True),
-    "dilated conv": lambda: (nn.Conv2d(4, 6, 3, dilation=2, padding="same"), torch.randn(4, 4, 7, 6), True),
-    "reflecting conv": lambda: (
-        nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
-        torch.randn(4, 4, 7, 6),
-        True,
-    ),
-    "pointwise conv": lambda: (nn.Conv2d(4, 6, 1), torch.randn(4, 4, 3, 3), True),
-    "grouped conv": lambda: (nn.Conv2d(4, 6, 3, groups=2, padding=1), torch.randn(4, 4, 7, 6), False),
-}
 MERGEABLE = [name for name in KINDS if name != "grouped conv"]
 
 

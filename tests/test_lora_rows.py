@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_lora_bank import alone, fill, generator, gradients, make_net, together
-from test_lora_layers import KINDS, Conv1D
+from bank_makers import KINDS, Conv1D, bank_of_three, fill_factors, gradients, make_net, single_bank
+from makers import generator
 from torch import Tensor, nn
 
 from rankscope.errors import ConfigError, ShapeError
@@ -30,7 +30,7 @@ ROWS = [
 @pytest.mark.parametrize("rows", ROWS)
 def test_each_row_is_as_its_adapter_alone(rows: list[int]) -> None:
     """A model with a layer of each kind, of adapters with other ranks and other targets; outputs and gradients."""
-    net, bank = together()
+    net, bank = bank_of_three()
     net.eval()
     weight = torch.randn(7, 7, generator=generator(4), dtype=torch.float64)
     bank.select(rows)
@@ -40,7 +40,7 @@ def test_each_row_is_as_its_adapter_alone(rows: list[int]) -> None:
         (output * weight).sum().backward()
     for i in range(-1, 3):
         chosen = torch.tensor([row == i for row in rows])
-        single_net, single = (make_net(), None) if i < 0 else alone(i)
+        single_net, single = (make_net(), None) if i < 0 else single_bank(i)
         expected = single_net.eval()(TOKENS[chosen])
         torch.testing.assert_close(output[chosen], expected, rtol=1e-11, atol=1e-11)
         if single is not None and chosen.any():
@@ -67,7 +67,7 @@ def test_every_kind_of_layer(conv1d: None, kind: str, dtype: torch.dtype) -> Non
     specs = [AdapterSpec(4, 6.0, ["0"]), AdapterSpec(2, 2.0, ["0"])]
     bank = Bank.attach(model, specs, [generator(0), generator(1)])
     for i in range(2):
-        fill(bank, i, i)
+        fill_factors(bank, i, i)
     rows = [1, -1, 0, 1]
     bank.select(rows)
     output = model(x)
@@ -83,13 +83,13 @@ def test_every_kind_of_layer(conv1d: None, kind: str, dtype: torch.dtype) -> Non
 
 
 def test_dropout_of_a_row_is_that_of_its_adapter() -> None:
-    net, bank = together()
+    net, bank = bank_of_three()
     net.train()
     bank.route.seeds = (1, 2, 3)
     bank.select([2, 1, 2, 1, 0, 2, -1])
     output = net(TOKENS)
     for i, chosen in ((0, [4]), (1, [1, 3]), (2, [0, 2, 5])):
-        single_net, single = alone(i)
+        single_net, single = single_bank(i)
         single.route.seeds = [i + 1]
         torch.testing.assert_close(output[chosen], single_net.train()(TOKENS[chosen]), rtol=1e-11, atol=1e-11)
 
@@ -98,7 +98,7 @@ def test_autocast() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
     bank = Bank.attach(model, [AdapterSpec(2, 4.0, ["0", "1"])] * 2, [generator(0), generator(1)])
     for i in range(2):
-        fill(bank, i, i)
+        fill_factors(bank, i, i)
     x = torch.randn(3, 6, generator=generator(0))
     bank.select([1, -1, 0])
     exact = model(x)
@@ -109,7 +109,7 @@ def test_autocast() -> None:
 
 
 def test_another_number_of_rows_is_refused_in_one_sentence() -> None:
-    net, bank = together()
+    net, bank = bank_of_three()
     bank.select([0, 1])
     with pytest.raises(ShapeError, match="an input of 7 rows does not fit the 2 rows that were selected"):
         net(TOKENS)
@@ -138,7 +138,7 @@ def test_another_number_of_rows_is_refused_in_one_sentence() -> None:
 
 def test_order_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Index tensors are made by ``select``; forward passes make none."""
-    net, bank = together()
+    net, bank = bank_of_three()
     rows = [2, 1, 0, 2, 1, 0, 2]
     bank.select(rows)
     expected = net.eval()(TOKENS)
@@ -185,7 +185,7 @@ def test_classifiers_of_transformers(transformers: ModuleType, kind: str) -> Non
         model = classifier(transformers, kind)
         bank = Bank.attach(model, chosen, [generator(i) for i in numbers])
         for place, i in enumerate(numbers):
-            fill(bank, place, 20 + i)
+            fill_factors(bank, place, 20 + i)
             with torch.no_grad():
                 for weight in bank.head(place, HEADS[kind]).parameters():
                     weight.copy_(torch.randn(weight.shape, generator=generator(40 + i), dtype=weight.dtype))

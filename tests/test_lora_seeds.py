@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_lora_bank import SPECS, alone, fill, generator, gradients, make_net, together
+from bank_makers import SPECS, bank_of_three, fill_factors, gradients, make_net, single_bank
+from makers import generator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +18,7 @@ SEEDS = (7, 2**62, 7)
 
 
 def test_masks_are_the_same_alone_and_in_any_bank() -> None:
-    net, bank = together()
+    net, bank = bank_of_three()
     for source in bank.route.generators:
         torch.rand(11, generator=source)
     net.train()
@@ -29,7 +30,7 @@ def test_masks_are_the_same_alone_and_in_any_bank() -> None:
     other = net(TOKENS)
     for i in range(3):
         part = slice(4 * i, 4 * i + 4)
-        single_net, single = alone(i)
+        single_net, single = single_bank(i)
         single_net.train()
         single.route.seeds = [SEEDS[i]]
         torch.testing.assert_close(output[part], single_net(TOKENS[part]), rtol=1e-11, atol=1e-11)
@@ -37,7 +38,7 @@ def test_masks_are_the_same_alone_and_in_any_bank() -> None:
     # The order of adapters in the bank does not matter either, nor which layers the others go to.
     net = make_net().train()
     pair = Bank.attach(net, [AdapterSpec(3, 3.0, ["out"], dropout=0.9), SPECS[2]], [generator(4), generator(5)])
-    fill(pair, 1, 22)
+    fill_factors(pair, 1, 22)
     pair.select(None)
     pair.route.seeds = [1, SEEDS[2]]
     torch.testing.assert_close(net(TOKENS[4:])[4:], output[8:], rtol=1e-11, atol=1e-11)
@@ -67,7 +68,7 @@ def test_checkpointing_draws_the_same_masks_again(seeded: bool) -> None:
         specs = [AdapterSpec(2, 2.0, r"blocks.\d.[02]", dropout=0.5), AdapterSpec(3, 3.0, r".*\d.2", dropout=0.2)]
         bank = Bank.attach(net, specs, [generator(0), generator(1)])
         for i in range(2):
-            fill(bank, i, seed=i)
+            fill_factors(bank, i, seed=i)
         bank.select(None)
         bank.route.seeds = (5, 6) if seeded else None
         net(torch.ones(4, 8, dtype=torch.float64)).square().sum().backward()

@@ -13,7 +13,8 @@ import torch
 from rankscope.errors import ConfigError
 from rankscope.formats.file_io import read_tensors
 from rankscope.train.config import StudyConfig, make_study_config
-from rankscope.train.loop import InterruptedTrainingError, RunGroup, Silent, set_precision
+from rankscope.train.events import Event, RunStarted, Silent, TrainingNote
+from rankscope.train.loop import InterruptedTrainingError, RunGroup, set_precision
 from rankscope.train.runs import Run
 from rankscope.train.study import Study, run_study
 from rankscope.train.sweep import Sweep
@@ -111,8 +112,9 @@ class Notes(Silent):
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    def noted(self, text: str) -> None:
-        self.texts.append(text)
+    def tell(self, event: Event) -> None:
+        if isinstance(event, TrainingNote):
+            self.texts.append(event.text)
 
 
 def test_out_of_memory_halves_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,8 +123,8 @@ def test_out_of_memory_halves_the_group(tmp_path: Path, monkeypatch: pytest.Monk
     honest, sizes_tried = RunGroup._step, []
 
     def step(group: RunGroup) -> None:
-        sizes_tried.append(len(group.trainees))
-        if len(group.trainees) > 2:
+        sizes_tried.append(len(group.states))
+        if len(group.states) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         honest(group)
 
@@ -229,8 +231,9 @@ class Rates(Silent):
     def __init__(self) -> None:
         self.begun: list[str] = []
 
-    def started(self, run: Run, steps: int, at: int) -> None:
-        self.begun.append(run.name)
+    def tell(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self.begun.append(event.run.name)
 
 
 def test_the_best_rate_is_chosen_over_seeds_on_validation_and_edges_are_flagged(tmp_path: Path) -> None:
@@ -395,15 +398,15 @@ def test_an_overflow_in_float16_skips_the_step_of_its_own_run_alone(
 
     honest, scales = RunState.step, {}
 
-    def step(trainee: RunState) -> None:
-        if trainee.run.rank == 4 and trainee.progress.step == 0:
-            for weight in trainee.parameters.values():
+    def step(state: RunState) -> None:
+        if state.run.rank == 4 and state.progress.step == 0:
+            for weight in state.parameters.values():
                 if weight.grad is not None:
                     weight.grad.fill_(float("inf"))
-        before = {name: weight.clone() for name, weight in trainee.parameters.items()}
-        honest(trainee)
-        moved = any(not torch.equal(weight, before[name]) for name, weight in trainee.parameters.items())
-        scales.setdefault(trainee.run.rank, []).append((moved, trainee.scaler.get_scale()))
+        before = {name: weight.clone() for name, weight in state.parameters.items()}
+        honest(state)
+        moved = any(not torch.equal(weight, before[name]) for name, weight in state.parameters.items())
+        scales.setdefault(state.run.rank, []).append((moved, state.scaler.get_scale()))
 
     monkeypatch.setattr(RunState, "step", step)
     study = run_study(small(dropout=0.0, dtype="float16", steps=3, tokens=10**9), tmp_path / "study")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,8 @@ import torch
 
 from rankscope.errors import ConfigError, FormatError, TrainingError
 from rankscope.train.config import StudyConfig, make_generator, make_study_config, read_study_config
-from rankscope.train.loop import InterruptedTrainingError, Silent, evaluation_steps
+from rankscope.train.events import Event, RunEvaluated, RunStarted, Silent, StepsTaken
+from rankscope.train.loop import InterruptedTrainingError, evaluation_steps
 from rankscope.train.methods import TrainableWeights
 from rankscope.train.run_state import make_optimizer, schedule_factor
 from rankscope.train.runs import Run, RunRecord, plan_runs
@@ -52,8 +52,8 @@ class StopAfter(Silent):
     def __init__(self, count: int) -> None:
         self.left = count
 
-    def stepped(self, runs: Sequence[Run], tokens: int, steps: int = 1) -> None:
-        self.left -= 1
+    def tell(self, event: Event) -> None:
+        self.left -= isinstance(event, StepsTaken)
 
     def __call__(self) -> bool:
         return self.left <= 0
@@ -66,11 +66,11 @@ class Curve(Silent):
         self.lines: dict[str, list[tuple[int, float]]] = {}
         self.begun: dict[str, int] = {}
 
-    def started(self, run: Run, steps: int, at: int) -> None:
-        self.begun[run.name] = at
-
-    def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
-        self.lines.setdefault(run.name, []).append((step, metrics["loss"]))
+    def tell(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self.begun[event.run.name] = event.at
+        if isinstance(event, RunEvaluated):
+            self.lines.setdefault(event.run.name, []).append((event.step, event.metrics["loss"]))
 
 
 def test_schedule_is_the_closed_form() -> None:

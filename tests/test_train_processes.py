@@ -14,8 +14,8 @@ import pytest
 from rankscope.errors import ConfigError, TrainingError
 from rankscope.train.claims import Claims, open_claims
 from rankscope.train.config import make_study_config
-from rankscope.train.loop import Silent
-from rankscope.train.runs import Run, RunRecord
+from rankscope.train.events import Event, GridPlanned, RunEnded, Silent, StepsTaken
+from rankscope.train.runs import RunRecord
 from rankscope.train.study import Study, run_study
 from rankscope.train.worker_processes import run_study_with_workers
 
@@ -72,9 +72,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_claim_is_one_processs_and_goes_with_it(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from rankscope.train.claims import claiming\n"
-        f"with claiming(Path({str(tmp_path)!r})) as claims:\n"
-        "    print(claims.take('a'), flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from rankscope.train.claims import open_claims\n"
+        f"with open_claims(Path({str(tmp_path)!r})) as claims:\n"
+        "    print(claims.try_claim('a'), flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
@@ -90,8 +90,8 @@ def test_a_claim_is_one_processs_and_goes_with_it(tmp_path: Path) -> None:
 
 def test_a_released_claim_can_be_taken_by_another(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from rankscope.train.claims import claiming\n"
-        f"with claiming(Path({str(tmp_path)!r})) as claims: print(claims.take('a'), claims.take('b'))"
+        "from pathlib import Path; from rankscope.train.claims import open_claims\n"
+        f"with open_claims(Path({str(tmp_path)!r})) as claims: print(claims.try_claim('a'), claims.try_claim('b'))"
     )
 
     def other() -> str:
@@ -168,20 +168,19 @@ def test_split_training_without_torchrun_is_refused(tmp_path: Path) -> None:
 # Workers
 
 
-class Heard(Silent):
+class Recorder(Silent):
     def __init__(self) -> None:
         self.records: list[RunRecord] = []
         self.planned_runs: set[str] = set()
         self.tokens = 0
 
-    def planned(self, runs: list[Run], ended: list[RunRecord]) -> None:  # type: ignore[override]
-        self.planned_runs |= {run.name for run in runs}
-
-    def stepped(self, runs: object, tokens: int, steps: int = 1) -> None:
-        self.tokens += tokens
-
-    def ended(self, record: RunRecord) -> None:
-        self.records.append(record)
+    def tell(self, event: Event) -> None:
+        if isinstance(event, GridPlanned):
+            self.planned_runs |= {run.name for run in event.runs}
+        if isinstance(event, StepsTaken):
+            self.tokens += event.tokens
+        if isinstance(event, RunEnded):
+            self.records.append(event.record)
 
 
 def settings(**changes: object) -> dict[str, object]:
@@ -190,14 +189,14 @@ def settings(**changes: object) -> dict[str, object]:
 
 
 def test_workers_give_the_table_of_one_process_and_report(tmp_path: Path, whole: Path) -> None:
-    heard = Heard()
+    recorder = Recorder()
     config = make_study_config(settings(save_seconds=0.05), "test")
-    study = run_study_with_workers(config, tmp_path / "study", 2, heard, lambda: False)
+    study = run_study_with_workers(config, tmp_path / "study", 2, recorder, lambda: False)
     assert table(study.folder) == table(whole)
     trained = [record.run.name for record in study.records if record.run.lr]
-    assert sorted(record.run.name for record in heard.records) == sorted(trained)
-    assert heard.planned_runs == {record.run.name for record in study.records}
-    assert heard.tokens > 0
+    assert sorted(record.run.name for record in recorder.records) == sorted(trained)
+    assert recorder.planned_runs == {record.run.name for record in study.records}
+    assert recorder.tokens > 0
 
 
 def test_what_fails_in_a_worker_is_said_once(tmp_path: Path) -> None:

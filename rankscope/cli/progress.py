@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -21,7 +21,17 @@ from rich.text import Text
 from rankscope.cli.output import format_count, remove_control_characters
 from rankscope.cli.progress_state import Leader, Metric, ProgressState, format_duration, summarize_group
 from rankscope.formats.file_io import read_json
-from rankscope.train.loop import Listener, Silent
+from rankscope.train.events import (
+    Event,
+    GridPlanned,
+    Listener,
+    RunEnded,
+    RunEvaluated,
+    RunStarted,
+    Silent,
+    StepsTaken,
+    TrainingNote,
+)
 from rankscope.train.runs import Run, RunRecord
 
 FRAMES_PER_SECOND = 4  # times the view is drawn
@@ -39,63 +49,58 @@ class PlainProgress:
         clock: seconds that never go back.
     """
 
-    def __init__(
-        self, standing: ProgressState, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
-    ):
-        self.standing, self._write, self.clock = standing, say, clock
+    def __init__(self, state: ProgressState, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
+        self.state, self._write, self.clock = state, say, clock
         self.total, self.spoke, self.based = 0, clock(), False
 
-    def planned(self, runs: Sequence[Run], ended: Sequence[RunRecord]) -> None:
-        self.standing.planned(runs, ended)
-        standing = self.standing
-        if standing.run_count != self.total:
-            self.total = standing.run_count
-            self.say(
-                f"{format_count(standing.run_count, 'run')}{f', {standing.done_count} ended' if standing.done_count else ''}"
-            )
-
-    def started(self, run: Run, steps: int, at: int) -> None:
+    def tell(self, event: Event) -> None:
         # A run that is started for the second time has only changed its company.
-        if at and run.name not in self.standing.first:
-            self.say(f"{run.name}: taken up at step {at} of {steps}")
-        self.standing.started(run, steps, at)
+        if isinstance(event, RunStarted) and event.at and event.run.name not in self.state.first:
+            self.say(f"{event.run.name}: taken up at step {event.at} of {event.steps}")
+        self.state.tell(event)
+        match event:
+            case GridPlanned():
+                self._say_count()
+            case StepsTaken():
+                self._say_pace()
+            case RunEvaluated():
+                self._say_base()
+            case RunEnded(record=record) if record.run.method != "base":
+                done = f"{self.state.done_count}/{self.state.run_count}"
+                self.say(f"[{done}] {record.run.name}: {self._outcome(record)}")
+            case TrainingNote(text=text):
+                self.say(f"note: {text}")
 
-    def stepped(self, runs: Sequence[Run], tokens: int, steps: int = 1) -> None:
-        self.standing.stepped(runs, tokens, steps)
+    def _say_count(self) -> None:
+        if self.state.run_count != self.total:
+            self.total = self.state.run_count
+            ended = f", {self.state.done_count} ended" if self.state.done_count else ""
+            self.say(f"{format_count(self.state.run_count, 'run')}{ended}")
+
+    def _say_pace(self) -> None:
         if self.clock() - self.spoke >= HEARTBEAT_SECONDS:
-            standing = self.standing
-            now = "; ".join(
-                f"step {at}/{standing.steps} of {summarize_group(group)}" for group, at in standing.training_groups()
+            state = self.state
+            groups = "; ".join(
+                f"step {at}/{state.steps} of {summarize_group(group)}" for group, at in state.training_groups()
             )
-            self.say(", ".join([f"{standing.done_count}/{standing.run_count} runs", now, *pace_texts(standing)]))
+            self.say(", ".join([f"{state.done_count}/{state.run_count} runs", groups, *pace_texts(state)]))
 
-    def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
-        self.standing.evaluated(run, step, metrics)
-        metric, base = self.standing.metric, self.standing.base_score
+    def _say_base(self) -> None:
+        metric, base = self.state.metric, self.state.base_score
         if not self.based and metric is not None and base is not None:
             self.based = True
             self.say(f"base: validation {metric.name} {base:.4f} ({metric.direction_text})")
 
-    def ended(self, record: RunRecord) -> None:
-        self.standing.ended(record)
-        if record.run.method != "base":
-            self.say(
-                f"[{self.standing.done_count}/{self.standing.run_count}] {record.run.name}: {self._outcome(record)}"
-            )
-
     def _outcome(self, record: RunRecord) -> str:
-        metric, base = self.standing.metric, self.standing.bases.get(record.run.seed)
+        metric, base = self.state.metric, self.state.bases.get(record.run.seed)
         if record.status == "diverged":
             return f"diverged at step {record.steps}"
         if record.status == "stopped":
             return f"stopped at step {record.steps}, in the worse half of its rates"
-        score = self.standing.scores.get(record.run.name)
+        score = self.state.scores.get(record.run.name)
         if metric is None or score is None:
             return "done"
         return f"validation {metric.name} {score:.4f}" + ("" if base is None else f" (base {base:.4f})")
-
-    def noted(self, text: str) -> None:
-        self.say(f"note: {text}")
 
     def say(self, line: str) -> None:
         self.spoke = self.clock()
@@ -105,95 +110,78 @@ class PlainProgress:
 class LiveProgress:
     """What a terminal shows in place, at most a screen of it: bar, pace, groups in training, the best so far.
 
-    Heard in one thread, drawn in another. Drawing never waits: a frame that cannot have the numbers now shows those
+    Told in one thread, drawn in another. Drawing never waits: a frame that cannot have the numbers now shows those
     of the last one, so that nobody who writes to the terminal can be waited for in turn.
     """
 
-    def __init__(self, standing: ProgressState, console: Console) -> None:
-        self.standing, self.console = standing, console
+    def __init__(self, state: ProgressState, console: Console) -> None:
+        self.state, self.console = state, console
         self.lock = Lock()
         self.shown: RenderableType = ""
 
-    def planned(self, runs: Sequence[Run], ended: Sequence[RunRecord]) -> None:
+    def tell(self, event: Event) -> None:
+        """A note stays on the terminal, above the view."""
+        if isinstance(event, TrainingNote):
+            text = remove_control_characters(event.text)
+            self.console.print(f"note: {text}", highlight=False, markup=False)
+            return
         with self.lock:
-            self.standing.planned(runs, ended)
-
-    def started(self, run: Run, steps: int, at: int) -> None:
-        with self.lock:
-            self.standing.started(run, steps, at)
-
-    def stepped(self, runs: Sequence[Run], tokens: int, steps: int = 1) -> None:
-        with self.lock:
-            self.standing.stepped(runs, tokens, steps)
-
-    def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
-        with self.lock:
-            self.standing.evaluated(run, step, metrics)
-
-    def ended(self, record: RunRecord) -> None:
-        with self.lock:
-            self.standing.ended(record)
-
-    def noted(self, text: str) -> None:
-        """Stays on the terminal, above the view."""
-        self.console.print(f"note: {remove_control_characters(text)}", highlight=False, markup=False)
+            self.state.tell(event)
 
     def frame(self) -> RenderableType:
         if self.lock.acquire(blocking=False):
             try:
-                self.shown = render_progress(self.standing, self.console.height)
+                self.shown = render_progress(self.state, self.console.height)
             finally:
                 self.lock.release()
         return self.shown
 
 
-def render_progress(standing: ProgressState, height: int) -> RenderableType:
+def render_progress(state: ProgressState, height: int) -> RenderableType:
     """The view of these numbers, at most ``height`` lines; each line is cut at the width of the console."""
-    if not standing.run_count:
+    if not state.run_count:
         return Text("getting ready", style="dim")
     bar = Table.grid(padding=(0, 2), expand=True)
     bar.add_column(no_wrap=True)
     bar.add_column(ratio=1)
     bar.add_column(no_wrap=True)
-    done = f"{standing.done_count}/{format_count(standing.run_count, 'run')}"
+    done = f"{state.done_count}/{format_count(state.run_count, 'run')}"
     bar.add_row(
-        done, ProgressBar(total=1.0, completed=standing.done_share), Text(", ".join(pace_texts(standing)), style="cyan")
+        done, ProgressBar(total=1.0, completed=state.done_share), Text(", ".join(pace_texts(state)), style="cyan")
     )
-    groups = standing.training_groups()[-MAX_GROUPS:]
+    groups = state.training_groups()[-MAX_GROUPS:]
     room = max(0, height - ABOVE - max(1, len(groups)))
-    return Group(bar, _groups(standing, groups), *([_leaders(standing, room)] if room > 1 else []))
+    return Group(bar, _groups(state, groups), *([_leaders(state, room)] if room > 1 else []))
 
 
-def pace_texts(standing: ProgressState) -> list[str]:
+def pace_texts(state: ProgressState) -> list[str]:
     """Tokens per second and time remaining, as far as they are known."""
-    speed, left = standing.speed.per_second(), standing.seconds_left()
+    speed, left = state.speed.per_second(), state.seconds_left()
     return [
         *([] if speed is None else [f"{speed:,.0f} tokens/s"]),
         *([] if left is None else [f"about {format_duration(left)} left"]),
     ]
 
 
-def _groups(standing: ProgressState, groups: Sequence[tuple[list[Run], int]]) -> RenderableType:
+def _groups(state: ProgressState, groups: Sequence[tuple[list[Run], int]]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, justify="right")
     table.add_column(no_wrap=True, overflow="ellipsis")
     for runs, at in groups:
-        table.add_row(f"step {at}/{standing.steps}", Text(remove_control_characters(summarize_group(runs))))
-    return (
-        table if groups else Text("no run in training yet" if not standing.done_count else "between runs", style="dim")
-    )
+        table.add_row(f"step {at}/{state.steps}", Text(remove_control_characters(summarize_group(runs))))
+    return table if groups else Text("no run in training yet" if not state.done_count else "between runs", style="dim")
 
 
-def _leaders(standing: ProgressState, room: int) -> RenderableType:
+def _leaders(state: ProgressState, room: int) -> RenderableType:
     """The best rate of each label so far, in ``room`` lines besides the header."""
-    metric = standing.metric
+    metric = state.metric
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     # Only these two give way where it is narrow: by their columns, in which nothing is set not to wrap.
     table.add_column(_cut(f"best so far{f' ({metric.direction_text})' if metric else ''}"))
     for header in (metric.name if metric else "", "lr", "runs"):
         table.add_column(header, no_wrap=True, justify="right")
     table.add_column("")
-    found = [Leader("base", standing.base_score, None, 0, 0, 0), *standing.leaders()]
+    found = [Leader("base", state.base_score, None, 0, 0, 0), *state.leaders()]
     shown = found if len(found) <= room else found[: room - 1]
     for one in shown:
         score, lr = "" if one.score is None else f"{one.score:.4f}", "" if one.lr is None else f"{one.lr:g}"
@@ -221,12 +209,12 @@ def open_listener(quiet: bool, study: Path | str | None = None, workers: int = 1
             scores are shown.
         workers: processes at work whose reports come here.
     """
-    standing = ProgressState(lambda: None if study is None else study_metric(Path(study)), workers)
+    state = ProgressState(lambda: None if study is None else study_metric(Path(study)), workers)
     console = Console(stderr=True)
     if quiet:
         yield Silent()
     elif sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal:
-        view = LiveProgress(standing, console)
+        view = LiveProgress(state, console)
         # stdout may go elsewhere, and is not ours to divert.
         with Live(
             get_renderable=view.frame,
@@ -238,7 +226,7 @@ def open_listener(quiet: bool, study: Path | str | None = None, workers: int = 1
         ):
             yield view
     else:
-        yield PlainProgress(standing, lambda line: click.echo(line, err=True))
+        yield PlainProgress(state, lambda line: click.echo(line, err=True))
 
 
 def study_metric(study: Path) -> Metric:

@@ -8,6 +8,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from rankscope.train.events import (
+    Event,
+    GridPlanned,
+    RunEnded,
+    RunEvaluated,
+    RunStarted,
+    StepsTaken,
+    TrainingNote,
+)
 from rankscope.train.runs import Run, RunRecord
 
 SPEED_WINDOW = 5.0  # seconds over which the speed is measured
@@ -66,7 +75,7 @@ class Speed:
 
 
 class ProgressState:
-    """What a listener has heard so far, put together. The untouched base is no run here: it takes no steps.
+    """What the events so far add up to. The untouched base is no run here: it takes no steps.
 
     Args:
         metric: what runs are compared by, None where that is not known; asked for once the grid is planned.
@@ -89,16 +98,28 @@ class ProgressState:
         self.steps = 0  # of a run
         self.began: float | None = None
 
-    # What is heard
+    # Events
 
-    def planned(self, runs: Iterable[Run], ended: Iterable[RunRecord]) -> None:
-        self.metric = self.metric or self._metric()
-        for run in runs:
-            self._add_run(run)
-        for record in ended:
-            self.ended(record)
+    def tell(self, event: Event) -> None:
+        match event:
+            case GridPlanned():
+                self.metric = self.metric or self._metric()
+                for run in event.runs:
+                    self._add_run(run)
+                for record in event.ended:
+                    self._end(record)
+            case RunStarted():
+                self._start(event.run, event.steps, event.at)
+            case StepsTaken():
+                self._step(event)
+            case RunEvaluated():
+                self._evaluate(event)
+            case RunEnded():
+                self._end(event.record)
+            case TrainingNote():
+                pass
 
-    def started(self, run: Run, steps: int, at: int) -> None:
+    def _start(self, run: Run, steps: int, at: int) -> None:
         self._add_run(run)
         self.steps = steps
         self.first.setdefault(run.name, at)
@@ -108,25 +129,24 @@ class ProgressState:
             self.began = self.clock()
             self.speed.add(0)
 
-    def stepped(self, runs: Sequence[Run], tokens: int, steps: int = 1) -> None:
-        """A group has made ``steps`` steps, with so many tokens in all."""
-        names = [run.name for run in runs]
+    def _step(self, event: StepsTaken) -> None:
+        names = [run.name for run in event.runs]
         # Whoever was with one of these and is not now has left.
         others = [group for group in self.groups if not set(group) & set(names)]
         self.groups = [*others, names][-self.workers :]
         for name in names:
-            self.at[name] = min(self.at.get(name, 0) + steps, self.steps)
-        self.speed.add(tokens)
+            self.at[name] = min(self.at.get(name, 0) + event.steps, self.steps)
+        self.speed.add(event.tokens)
 
-    def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
-        score = self._score(metrics)
-        if score is not None and step == 0:
-            self.bases[run.seed] = score
+    def _evaluate(self, event: RunEvaluated) -> None:
+        score = self._score(event.metrics)
+        if score is not None and event.step == 0:
+            self.bases[event.run.seed] = score
         elif score is not None:
-            self.at[run.name] = step
-            self.scores[run.name] = score
+            self.at[event.run.name] = event.step
+            self.scores[event.run.name] = score
 
-    def ended(self, record: RunRecord) -> None:
+    def _end(self, record: RunRecord) -> None:
         run = record.run
         if (base := self._score(record.before.get("validation", {}))) is not None:
             self.bases[run.seed] = base

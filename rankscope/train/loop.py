@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,12 @@ from rankscope.errors import ConfigError, TrainingError
 from rankscope.linalg import supports_non_blocking
 from rankscope.train.config import StudyConfig, stream_seed
 from rankscope.train.costs import peak_memory, reset_peak_memory
+from rankscope.train.events import RunEnded, RunEvaluated, RunStarted, StepsTaken
 from rankscope.train.methods import make_trainable
-from rankscope.train.process_group import SINGLE_PROCESS, TrainingProcesses
 from rankscope.train.randomness import use_run_streams
 from rankscope.train.run_state import RunState
 from rankscope.train.runs import Run, RunRecord, Status
+from rankscope.train.session import Session
 from rankscope.train.task import Batch, Split, Task
 
 AUTOCAST_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,49 +35,9 @@ class InterruptedTrainingError(TrainingError):
     """The runs were asked to stop and have saved their state."""
 
 
-class Listener(Protocol):
-    """Who is told how training goes; the command line draws progress from it."""
-
-    def planned(self, runs: Sequence[Run], ended: Sequence[RunRecord]) -> None: ...
-
-    def started(self, run: Run, steps: int, at: int) -> None: ...
-
-    def stepped(self, runs: Sequence[Run], tokens: int, steps: int = 1) -> None: ...
-
-    def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def ended(self, record: RunRecord) -> None: ...
-
-    def noted(self, text: str) -> None: ...
-
-
-class Silent:
-    """A listener that says nothing."""
-
-    def planned(self, runs: Sequence[Run], ended: Sequence[RunRecord]) -> None: ...
-
-    def started(self, run: Run, steps: int, at: int) -> None: ...
-
-    def stepped(self, runs: Sequence[Run], tokens: int, steps: int = 1) -> None: ...
-
-    def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def ended(self, record: RunRecord) -> None: ...
-
-    def noted(self, text: str) -> None: ...
-
-
 def evaluation_steps(steps: int, count: int) -> set[int]:
     """After which steps held-out data is looked at: before the first, ``count`` times between, after the last."""
     return {round(steps * i / (count + 1)) for i in range(count + 2)}
-
-
-def step_count(task: Task, config: StudyConfig) -> int:
-    return config.steps or task.steps
-
-
-def batch_size(task: Task, config: StudyConfig) -> int:
-    return config.batch or task.default_batch
 
 
 class RunGroup:
@@ -86,29 +46,17 @@ class RunGroup:
     Args:
         before: metrics of the untouched base by seed.
         until: train no further than this step, and leave the state there; None is to the end.
-        team: the processes that do this together.
     """
 
     def __init__(
-        self,
-        task: Task,
-        config: StudyConfig,
-        runs: Sequence[Run],
-        folders: Sequence[Path],
-        before: Mapping[int, Metrics],
-        device: torch.device,
-        listener: Listener,
-        until: int | None = None,
-        team: TrainingProcesses = SINGLE_PROCESS,
+        self, session: Session, runs: Sequence[Run], before: Mapping[int, Metrics], until: int | None = None
     ) -> None:
-        self.team = team
-        self.task, self.config, self.device, self.listener = task, config, device, listener
-        self.before = before
-        self.steps = step_count(task, config)
-        self.until = self.steps if until is None else until
-        self._attach_runs(runs, folders)
+        self.session, self.before = session, before
+        self.task, self.config, self.device, self.team = session.task, session.config, session.device, session.team
+        self.until = session.steps if until is None else until
+        self._attach_runs(runs)
 
-    def _attach_runs(self, runs: Sequence[Run], folders: Sequence[Path]) -> None:
+    def _attach_runs(self, runs: Sequence[Run]) -> None:
         """Make the model ready for these runs."""
         self.trained = make_trainable(self.task, self.config, runs)
         self.trained.team = self.team
@@ -118,27 +66,24 @@ class RunGroup:
         self.wrapped = self.team.wrap(self.model)
         # The losses too: what is fused of them is a tenth of a step.
         self.losses: Any = torch.compile(self._losses) if self.config.compile else self._losses
-        self.trainees = [
-            RunState(
-                self.trained, i, run, self.config, self.steps, folder, self.before[run.seed], self.device, self.team
-            )
-            for i, (run, folder) in enumerate(zip(runs, folders, strict=True))
+        self.states = [
+            RunState(self.session, self.trained, i, run, self.before[run.seed]) for i, run in enumerate(runs)
         ]
 
-    def train(self, stop: Callable[[], bool]) -> None:
+    def train(self) -> None:
         """Train each run to the end, to ``until``, or to the point where its loss is no longer finite.
 
         Raises:
-            InterruptedTrainingError: ``stop`` said so; the states are saved.
+            InterruptedTrainingError: the session's ``stop`` said so; the states are saved.
         """
-        for i, trainee in enumerate(self.trainees):
-            if not trainee.resume() and self.team.is_main_process:
-                self.trained.save_initial(i, trainee.folder)
-            self.listener.started(trainee.run, self.steps, trainee.progress.step)
+        for i, state in enumerate(self.states):
+            if not state.resume() and self.team.is_main_process:
+                self.trained.save_initial(i, state.folder)
+            self.session.listener.tell(RunStarted(state.run, self.session.steps, state.progress.step))
         reset_peak_memory(self.device)
         saved = time.monotonic()
         while self._evaluate_due():
-            asked = self.team.any(stop())
+            asked = self.team.any(self.session.stop())
             if asked or self.team.any(time.monotonic() - saved > self.config.save_seconds):
                 self._save_states()
                 saved = time.monotonic()
@@ -151,20 +96,20 @@ class RunGroup:
         self._step()
 
     def _where(self) -> str:
-        first, *others = self.trainees
+        first, *others = self.states
         more = f" and {len(others)} more" if others else ""
         return f"step {first.progress.step} of {first.run.name}{more}"
 
     def _save_states(self) -> None:
         self._note_costs()
-        for trainee in self.trainees:
-            trainee.save_state()
+        for state in self.states:
+            state.save_state()
 
     def _note_costs(self) -> None:
         peak = peak_memory(self.device) or 0
-        for trainee in self.trainees:
-            trainee.progress.peak = max(trainee.progress.peak, peak)
-            trainee.progress.together = max(trainee.progress.together, len(self.trainees))
+        for state in self.states:
+            state.progress.peak = max(state.progress.peak, peak)
+            state.progress.together = max(state.progress.together, len(self.states))
 
     # A step
 
@@ -173,28 +118,28 @@ class RunGroup:
         self.trained.train()
         tokens = sum(self._backward(micro) for micro in range(self.config.accumulate))
         self.trained.share_gradients()
-        for trainee in self.trainees:
-            trainee.step()
+        for state in self.states:
+            state.step()
         self.trained.zero_grad()
-        share = (time.monotonic() - began) / len(self.trainees)
-        for trainee in self.trainees:
-            trainee.progress.step_seconds += share
-            trainee.progress.seconds += share
-        self.listener.stepped([trainee.run for trainee in self.trainees], tokens)
+        share = (time.monotonic() - began) / len(self.states)
+        for state in self.states:
+            state.progress.step_seconds += share
+            state.progress.seconds += share
+        self.session.listener.tell(StepsTaken([state.run for state in self.states], tokens))
 
     def _backward(self, micro: int) -> int:
         """Add the gradients of one batch a run; how many tokens they had."""
-        size, accumulate = batch_size(self.task, self.config), self.config.accumulate
-        indices = [trainee.progress.step * accumulate + micro for trainee in self.trainees]
-        batches = [self.task.batch(t.run.seed, at, size) for t, at in zip(self.trainees, indices, strict=True)]
+        size, accumulate = self.session.batch_size, self.config.accumulate
+        indices = [state.progress.step * accumulate + micro for state in self.states]
+        batches = [self.task.batch(t.run.seed, at, size) for t, at in zip(self.states, indices, strict=True)]
         joined = self.team.share(self.task.join(batches))
         batch = move_batch(joined, self.device)
         self.trained.seed_dropout(
-            [stream_seed(t.run.seed, "dropout", at) for t, at in zip(self.trainees, indices, strict=True)]
+            [stream_seed(t.run.seed, "dropout", at) for t, at in zip(self.states, indices, strict=True)]
         )
         with self._streams(indices), autocast(self.device, self.config):
             losses = self.losses(batch)
-        scaled = [t.scale_loss(loss / accumulate) for t, loss in zip(self.trainees, losses, strict=True)]
+        scaled = [t.scale_loss(loss / accumulate) for t, loss in zip(self.states, losses, strict=True)]
         torch.autograd.backward(scaled)
         return self.task.tokens(joined)
 
@@ -205,13 +150,13 @@ class RunGroup:
             yield
             return
         others = [self.team.rank] if self.team.rank else []
-        seeds = [stream_seed(t.run.seed, "model", at, *others) for t, at in zip(self.trainees, indices, strict=True)]
+        seeds = [stream_seed(t.run.seed, "model", at, *others) for t, at in zip(self.states, indices, strict=True)]
         with use_run_streams(self.device, seeds):
             yield
 
     def _losses(self, batch: Batch) -> list[Tensor]:
         """The loss of each run on its chunk."""
-        n = len(self.trainees)
+        n = len(self.states)
         outputs = self.task.outputs(self.wrapped, batch).chunk(n)
         parts = {name: tensor.chunk(n) for name, tensor in batch.items()}
         return [self.task.loss(outputs[i], {name: chunks[i] for name, chunks in parts.items()}) for i in range(n)]
@@ -220,56 +165,57 @@ class RunGroup:
 
     def _evaluate_due(self) -> bool:
         """Evaluate the runs that are due, let go of those that are through; whether some are left."""
-        due = evaluation_steps(self.steps, self.config.evaluations) | {self.until}
+        due = evaluation_steps(self.session.steps, self.config.evaluations) | {self.until}
         left = []
-        for trainee in self.trainees:
-            step = trainee.progress.step
-            if step in due and not trainee.is_evaluated and not self._evaluate(trainee):
-                self._end(trainee, "diverged")
-            elif step >= self.steps:
-                self._end(trainee, "done")
+        for state in self.states:
+            step = state.progress.step
+            if step in due and not state.is_evaluated and not self._evaluate(state):
+                self._end(state, "diverged")
+            elif step >= self.session.steps:
+                self._end(state, "done")
             elif step >= self.until:
                 self._note_costs()
-                trainee.save_state()
+                state.save_state()
             else:
-                left.append(trainee)
-        if left and len(left) < len(self.trainees):
+                left.append(state)
+        if left and len(left) < len(self.states):
             self._keep(left)
         return bool(left)
 
     def _keep(self, left: Sequence[RunState]) -> None:
         """Go on with these runs alone."""
-        states = [trainee.state_dict() for trainee in left]
-        self._attach_runs([trainee.run for trainee in left], [trainee.folder for trainee in left])
-        for trainee, state in zip(self.trainees, states, strict=True):
-            trainee.load_state_dict(state)
+        saved = [state.state_dict() for state in left]
+        self._attach_runs([state.run for state in left])
+        for state, values in zip(self.states, saved, strict=True):
+            state.load_state_dict(values)
 
-    def _evaluate(self, trainee: RunState) -> bool:
+    def _evaluate(self, state: RunState) -> bool:
         """Measure held-out data and note it; False where the loss is no longer finite."""
         began = time.monotonic()
-        step = trainee.progress.step
-        line: dict[str, Any] = {"step": step, "seconds": round(trainee.progress.seconds, 3)}
-        if losses := trainee.new_losses():
+        step = state.progress.step
+        line: dict[str, Any] = {"step": step, "seconds": round(state.progress.seconds, 3)}
+        if losses := state.new_losses():
             line |= {"train_loss": sum(losses) / len(losses), "train_losses": losses}
             if not math.isfinite(line["train_loss"]):
                 return False
         # Every method starts as the base, which has been measured.
-        line |= trainee.before if step == 0 else self._measure(trainee)
+        line |= state.before if step == 0 else self._measure(state)
         if not all(math.isfinite(value) for value in line["validation"].values()):
             return False
-        trainee.record_evaluation(line)
-        trainee.progress.seconds += time.monotonic() - began
-        self.listener.evaluated(trainee.run, step, line["validation"])
+        state.record_evaluation(line)
+        state.progress.seconds += time.monotonic() - began
+        self.session.listener.tell(RunEvaluated(state.run, step, line["validation"]))
         return True
 
-    def _measure(self, trainee: RunState) -> dict[str, dict[str, float]]:
-        splits: tuple[Split, ...] = ("validation", "test") if trainee.progress.step >= self.steps else ("validation",)
-        self.trained.select(trainee.i)
+    def _measure(self, state: RunState) -> dict[str, dict[str, float]]:
+        at_end = state.progress.step >= self.session.steps
+        splits: tuple[Split, ...] = ("validation", "test") if at_end else ("validation",)
+        self.trained.select(state.i)
         return evaluate_splits(self.task, self.model, splits, self.config, self.device)
 
-    def _end(self, trainee: RunState, status: Status) -> None:
+    def _end(self, state: RunState, status: Status) -> None:
         self._note_costs()
-        self.listener.ended(trainee.end(status))
+        self.session.listener.tell(RunEnded(state.end(status)))
         self.team.wait()
 
 
@@ -318,11 +264,12 @@ def evaluate_splits(
         return {split: task.evaluate(model, split, device) for split in splits}
 
 
-def evaluate_base(task: Task, config: StudyConfig, run: Run, folder: Path, device: torch.device) -> RunRecord:
+def evaluate_base(session: Session, run: Run) -> RunRecord:
     """The untouched base as a run of no steps: what every method starts from."""
-    metrics = evaluate_splits(task, task.model(run.seed).to(device), ("validation", "test"), config, device)
+    model = session.task.model(run.seed).to(session.device)
+    metrics = evaluate_splits(session.task, model, ("validation", "test"), session.config, session.device)
     if not all(math.isfinite(value) for split in metrics.values() for value in split.values()):
         raise TrainingError("the base's own metrics are not finite; are its weights whole?")
     record = RunRecord(run=run, status="done", steps=0, metrics=metrics, before=metrics)
-    record.write(folder)
+    record.write(session.path(run))
     return record

@@ -18,8 +18,9 @@ from rankscope.formats.file_io import write_atomic
 from rankscope.train.config import StudyConfig
 from rankscope.train.costs import optimizer_bytes, total_bytes
 from rankscope.train.methods import TrainableModel
-from rankscope.train.process_group import SINGLE_PROCESS, TrainingProcesses, distribute_like, gather_tensor
+from rankscope.train.process_group import distribute_like, gather_tensor
 from rankscope.train.runs import Run, RunCost, RunRecord, Status
+from rankscope.train.session import Session
 
 STATE_NAME = "state.pt"
 METRICS_NAME = "metrics.jsonl"
@@ -55,25 +56,21 @@ class RunState:
 
     def __init__(
         self,
+        session: Session,
         trained: TrainableModel,
         i: int,
         run: Run,
-        config: StudyConfig,
-        steps: int,
-        folder: Path,
         before: Mapping[str, Mapping[str, float]],
-        device: torch.device,
-        team: TrainingProcesses = SINGLE_PROCESS,
     ) -> None:
-        self.team = team
-        self.trained, self.i, self.run, self.config, self.steps = trained, i, run, config, steps
-        self.folder, self.before = folder, before
+        self.session, self.trained, self.i, self.run, self.before = session, trained, i, run, before
+        self.team, self.folder = session.team, session.path(run)
+        config, device = session.config, session.device
         self.parameters = trained.parameters(i)
         self.optimizer = make_optimizer(trained, i, self.parameters, run, config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
         self.progress = Progress()
         # Kept on the device: reading a loss at each step would make the host wait.
-        self.losses = torch.zeros(steps, device=device)
+        self.losses = torch.zeros(session.steps, device=device)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """What to go backward from, so that the gradients are those of ``loss`` once ``step`` has unscaled them."""
@@ -83,11 +80,11 @@ class RunState:
 
     def step(self) -> None:
         """One step of the optimizer with the gradients that the parameters have."""
-        share = schedule_factor(self.progress.step, self.steps, self.config)
+        share = schedule_factor(self.progress.step, self.session.steps, self.session.config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
+        nn.utils.clip_grad_norm_(self.parameters.values(), self.session.config.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.progress.step += 1

@@ -22,11 +22,13 @@ from rankscope.formats.file_io import read_json, write_json
 from rankscope.formats.store import open as open_store
 from rankscope.train.claims import LOCK_NAME, lock_study, open_claims
 from rankscope.train.config import RESUMABLE_KEYS, StudyConfig, make_study_config, resolve_device
-from rankscope.train.loop import Listener, Silent, set_precision
+from rankscope.train.events import Listener, Silent, TrainingNote
+from rankscope.train.loop import set_precision
 from rankscope.train.method_table import METHODS, find_method
 from rankscope.train.process_group import open_process_group
 from rankscope.train.run_state import STATE_NAME
 from rankscope.train.runs import Run, RunRecord, plan_runs
+from rankscope.train.session import Session
 from rankscope.train.sweep import Sweep
 from rankscope.train.task import Task
 from rankscope.train.tasks import make_task
@@ -176,7 +178,7 @@ def run_study(
 
     Args:
         folder: a new folder, or that of the same study: it is taken up where it was left.
-        listener: is told of each step, evaluation and end; nobody is where it is None.
+        listener: is told of each step, evaluation and end (``rankscope.train.events``); nobody is where it is None.
         stop: asked before each step; where it says yes the state is saved and ``InterruptedTrainingError`` raised.
 
     Several processes may be at work on one study: each takes runs that no other holds, and all return when the study is
@@ -189,18 +191,17 @@ def run_study(
     folder = Path(folder)
     device = resolve_device(config.device)
     task = make_task(config)
-    listener = listener or Silent()
     _check_free(folder)
     with open_claims(folder) as claims, set_precision(device, config), open_process_group(config, device) as team:
         planned = plan_runs(config, task)
         with lock_study(claims):
             _remove_study_leftovers(folder)
             _describe(folder, config, task, device)
-        sweep = Sweep(task, config, folder, device, claims, listener, stop, team)
+        sweep = Sweep(Session(task, config, folder, device, listener or Silent(), stop, team), claims)
         runs = list(planned)
         _train_grid(sweep, runs)
         while config.extend_lrs and (more := extend_grid(Study(folder), planned)):
-            listener.noted(f"best rates on the edge of the grid: {len(more)} more runs")
+            sweep.session.listener.tell(TrainingNote(f"best rates on the edge of the grid: {len(more)} more runs"))
             runs += more
             _train_grid(sweep, runs)
     return Study(folder)

@@ -5,27 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from rankscope.errors import TrainingError, prefix_errors
 from rankscope.train.claims import Claims
-from rankscope.train.config import StudyConfig
 from rankscope.train.costs import memory_capacity
-from rankscope.train.loop import (
-    InterruptedTrainingError,
-    Listener,
-    RunGroup,
-    batch_size,
-    evaluate_base,
-    evaluation_steps,
-    step_count,
-)
-from rankscope.train.process_group import SINGLE_PROCESS, TrainingProcesses
+from rankscope.train.events import GridPlanned, RunEnded, TrainingNote
+from rankscope.train.loop import InterruptedTrainingError, RunGroup, evaluate_base, evaluation_steps
+from rankscope.train.process_group import SINGLE_PROCESS
 from rankscope.train.run_state import STATE_NAME, last_evaluated_step, read_metrics_at
 from rankscope.train.runs import Run, RunRecord
-from rankscope.train.task import Task
+from rankscope.train.session import Session
 
 CPU_TOKENS = 2048
 """Tokens in one pass on a CPU: more runs in a pass stop paying there (measured, docs/benchmarks.md)."""
@@ -39,20 +32,10 @@ RUNG_SHARE = 1 / 3
 class Sweep:
     """The runs of a study that have not ended, taken group by group; several processes may do it at once."""
 
-    def __init__(
-        self,
-        task: Task,
-        config: StudyConfig,
-        folder: Path,
-        device: torch.device,
-        claims: Claims,
-        listener: Listener,
-        stop: Callable[[], bool],
-        team: TrainingProcesses = SINGLE_PROCESS,
-    ) -> None:
-        self.team = team
-        self.task, self.config, self.folder, self.device = task, config, folder, device
-        self.claims, self.listener, self.stop = claims, listener, stop
+    def __init__(self, session: Session, claims: Claims) -> None:
+        self.session, self.claims = session, claims
+        self.task, self.config, self.device, self.team = session.task, session.config, session.device, session.team
+        self.path = session.path
         self.shares: bool | None = None
         self.limit: int | None = None  # runs in one pass, known once the first adapters are trained
 
@@ -65,7 +48,7 @@ class Sweep:
         while left := [run for run in runs if run not in joint and not self._is_through(run, until)]:
             group = self._claim(left, until)
             if not group:
-                if self.stop():
+                if self.session.stop():
                     raise InterruptedTrainingError("stopped while other processes are at work on the study")
                 time.sleep(POLL_SECONDS)
                 self.announce(runs)  # what others have ended meanwhile
@@ -94,10 +77,8 @@ class Sweep:
 
     def announce(self, runs: Sequence[Run]) -> None:
         """Tell the listener which runs there are and which have ended."""
-        self.listener.planned(runs, [RunRecord.read(self.path(run)) for run in runs if self.has_ended(run)])
-
-    def path(self, run: Run) -> Path:
-        return self.folder / "runs" / run.name
+        ended = [RunRecord.read(self.path(run)) for run in runs if self.has_ended(run)]
+        self.session.listener.tell(GridPlanned(runs, ended))
 
     def has_ended(self, run: Run) -> bool:
         return (self.path(run) / "run.json").exists()
@@ -143,7 +124,7 @@ class Sweep:
     def _limit(self, run: Run) -> int:
         """How many runs pass together: as many as fit the budget of tokens, or on a GPU the memory."""
         if self.limit is None:
-            tokens = self.task.tokens_per_example() * batch_size(self.task, self.config)
+            tokens = self.task.tokens_per_example() * self.session.batch_size
             if self.config.tokens is not None or self.device.type != "cuda":
                 self.limit = max(1, (self.config.tokens or CPU_TOKENS) // tokens)
             else:
@@ -163,7 +144,7 @@ class Sweep:
         """One pass of one run that is thrown away, to see what it takes."""
         base = RunRecord.read(self.path(base_run(run)))
         before = {run.seed: base.metrics}
-        RunGroup(self.task, self.config, [run], [self.path(run)], before, self.device, self.listener).try_step()
+        RunGroup(replace(self.session, team=SINGLE_PROCESS), [run], before).try_step()
 
     # Training them
 
@@ -172,7 +153,7 @@ class Sweep:
         with prefix_errors(name):
             try:
                 if group[0].method == "base":
-                    evaluate_base(self.task, self.config, group[0], self.path(group[0]), self.device)
+                    evaluate_base(self.session, group[0])
                 else:
                     self._train_together(group, until)
             except (MemoryError, RuntimeError) as error:
@@ -182,18 +163,16 @@ class Sweep:
 
     def _train_together(self, group: list[Run], until: int | None) -> None:
         before = {run.seed: RunRecord.read(self.path(base_run(run))).metrics for run in group}
-        folders = [self.path(run) for run in group]
-        team = self.team if self._is_joint(group[0]) else SINGLE_PROCESS
-        RunGroup(self.task, self.config, group, folders, before, self.device, self.listener, until, team).train(
-            self.stop
-        )
+        session = self.session if self._is_joint(group[0]) else replace(self.session, team=SINGLE_PROCESS)
+        RunGroup(session, group, before, until).train()
 
     def _halve(self, size: int, error: BaseException) -> None:
         """Go on with half as many runs in a pass; they start from what they saved last."""
         if size == 1:
             raise TrainingError("out of memory; try a smaller --batch with more --accumulate") from error
         self.limit = size // 2
-        self.listener.noted(f"out of memory with {size} runs in one pass; going on with {self.limit}")
+        text = f"out of memory with {size} runs in one pass; going on with {self.limit}"
+        self.session.listener.tell(TrainingNote(text))
         # The traceback holds the group's tensors.
         error.__traceback__ = None
         if self.device.type == "cuda":
@@ -207,8 +186,8 @@ class Sweep:
         Args:
             score: of the metrics of the validation split, higher is better.
         """
-        due = sorted(evaluation_steps(step_count(self.task, self.config), self.config.evaluations))
-        steps = step_count(self.task, self.config)
+        steps = self.session.steps
+        due = sorted(evaluation_steps(steps, self.config.evaluations))
         rung = min((step for step in due if 0 < step < steps), key=lambda s: abs(s - RUNG_SHARE * steps), default=0)
         rung = rung or max(1, round(RUNG_SHARE * steps))
         self.train(runs, until=rung)
@@ -228,7 +207,7 @@ class Sweep:
         record = RunRecord(run=run, status="stopped", steps=rung, before=before)
         record.write(self.path(run))
         (self.path(run) / STATE_NAME).unlink(missing_ok=True)
-        self.listener.ended(record)
+        self.session.listener.tell(RunEnded(record))
 
 
 def remove_leftovers(folder: Path) -> None:

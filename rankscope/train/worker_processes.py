@@ -7,56 +7,50 @@ import os
 import queue
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from rankscope.errors import ConfigError, RankscopeError, TrainingError
 from rankscope.train.config import StudyConfig
-from rankscope.train.loop import InterruptedTrainingError, Listener
-from rankscope.train.runs import Run, RunRecord
+from rankscope.train.events import Event, Listener, StepsTaken, TrainingNote
+from rankscope.train.loop import InterruptedTrainingError
 from rankscope.train.study import Study, run_study
 
 REPORT_SECONDS = 0.2  # seconds between looks at the workers, and between their reports of steps
 
 
+class WorkerFailed(msgspec.Struct, frozen=True):
+    """A worker ended with an error; the others are asked to stop."""
+
+    text: str
+
+
 class Reporter:
-    """A listener in a worker that passes on what it hears; steps are added up and passed on a few times a second."""
+    """A listener in a worker that sends on what it is told; steps are added up and sent a few times a second."""
 
-    def __init__(self, send: Callable[[tuple[str, tuple[Any, ...]]], None]) -> None:
+    def __init__(self, send: Callable[[Event], None]) -> None:
         self._send = send
-        self.runs: list[Run] = []
-        self.tokens, self.steps, self.sent = 0, 0, 0.0
+        self._steps: StepsTaken | None = None  # not sent yet
+        self._sent = 0.0
 
-    def send(self, what: str, *arguments: Any) -> None:
-        """Pass something on, after the steps that came before it."""
-        if self.steps:
-            self._send(("stepped", (self.runs, self.tokens, self.steps)))
-            self.tokens, self.steps, self.sent = 0, 0, time.monotonic()
-        self._send((what, arguments))
+    def tell(self, event: Event) -> None:
+        if isinstance(event, StepsTaken):
+            earlier = self._steps or StepsTaken((), 0, 0)
+            self._steps = StepsTaken(list(event.runs), earlier.tokens + event.tokens, earlier.steps + event.steps)
+            if time.monotonic() - self._sent > REPORT_SECONDS:
+                self._send_steps()
+        else:
+            self._send_steps()
+            self._send(event)
 
-    def planned(self, runs: Sequence[Run], ended: Sequence[RunRecord]) -> None:
-        self.send("planned", list(runs), list(ended))
-
-    def started(self, run: Run, steps: int, at: int) -> None:
-        self.send("started", run, steps, at)
-
-    def stepped(self, runs: Sequence[Run], tokens: int, steps: int = 1) -> None:
-        self.runs, self.tokens, self.steps = list(runs), self.tokens + tokens, self.steps + steps
-        if time.monotonic() - self.sent > REPORT_SECONDS:
-            self._send(("stepped", (self.runs, self.tokens, self.steps)))
-            self.tokens, self.steps, self.sent = 0, 0, time.monotonic()
-
-    def evaluated(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
-        self.send("evaluated", run, step, dict(metrics))
-
-    def ended(self, record: RunRecord) -> None:
-        self.send("ended", record)
-
-    def noted(self, text: str) -> None:
-        self.send("noted", text)
+    def _send_steps(self) -> None:
+        if self._steps is not None:
+            self._send(self._steps)
+            self._steps, self._sent = None, time.monotonic()
 
 
 def run_study_with_workers(
@@ -84,11 +78,11 @@ def run_study_with_workers(
     for process in processes:
         process.start()
     failures: list[str] = []
-    said: set[Any] = set()
+    notes: set[TrainingNote] = set()
     while any(process.is_alive() for process in processes) or not reports.empty():
         if stop() or failures:
             asked.set()
-        _forward(reports, listener, failures, said)
+        _forward(reports, listener, failures, notes)
     if failures:
         raise TrainingError(failures[0])
     if stop():
@@ -98,17 +92,19 @@ def run_study_with_workers(
     return Study(folder)
 
 
-def _forward(reports: Any, listener: Listener, failures: list[str], said: set[Any]) -> None:
-    """Pass on one report, if one comes; what every worker notes is passed on once."""
+def _forward(reports: Any, listener: Listener, failures: list[str], notes: set[TrainingNote]) -> None:
+    """Pass on one report, if one comes; a note that every worker makes is passed on once."""
     try:
-        what, arguments = reports.get(timeout=REPORT_SECONDS)
+        event: Event | WorkerFailed = reports.get(timeout=REPORT_SECONDS)
     except queue.Empty:
         return
-    if what == "failed":
-        failures.append(arguments[0])
-    elif what != "noted" or arguments not in said:
-        said.add(arguments if what == "noted" else None)
-        getattr(listener, what)(*arguments)
+    if isinstance(event, WorkerFailed):
+        failures.append(event.text)
+    elif not isinstance(event, TrainingNote):
+        listener.tell(event)
+    elif event not in notes:
+        notes.add(event)
+        listener.tell(event)
 
 
 def _run_worker(config: StudyConfig, folder: str, threads: int, reports: Any, asked: Any, parent: int) -> None:
@@ -121,4 +117,4 @@ def _run_worker(config: StudyConfig, folder: str, threads: int, reports: Any, as
     except InterruptedTrainingError:
         pass
     except RankscopeError as error:
-        reports.put(("failed", (str(error),)))
+        reports.put(WorkerFailed(str(error)))

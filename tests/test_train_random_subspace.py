@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from rankscope.errors import ConfigError
 from rankscope.formats.file_io import read_tensors
 from rankscope.train.config import StudyConfig, make_study_config
 from rankscope.train.docs import DocsTask
-from rankscope.train.loop import InterruptedTrainingError, Silent, evaluate_splits
+from rankscope.train.events import Event, Silent, StepsTaken
+from rankscope.train.loop import InterruptedTrainingError, evaluate_splits
 from rankscope.train.method_table import find_method
 from rankscope.train.methods import TrainableSubspace, make_trainable
 from rankscope.train.planted import PlantedTask
@@ -251,8 +251,8 @@ class StopAfter(Silent):
     def __init__(self, count: int) -> None:
         self.left = count
 
-    def stepped(self, runs: Sequence[Run], tokens: int, steps: int = 1) -> None:
-        self.left -= 1
+    def tell(self, event: Event) -> None:
+        self.left -= isinstance(event, StepsTaken)
 
     def __call__(self) -> bool:
         return self.left <= 0

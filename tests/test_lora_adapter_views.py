@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_lora_bank import SPECS, Net, alone, fill, generator, gradients, make_net, together
+from bank_makers import SPECS, Net, bank_of_three, fill_factors, gradients, make_net, single_bank
+from makers import generator
 from torch import Tensor, nn
 
 from rankscope.errors import ConfigError, ShapeError
@@ -36,7 +37,7 @@ def train_together(net: Net, bank: Bank, optimizers: list[torch.optim.AdamW], st
 
 def train_alone(i: int, steps: range) -> Bank:
     """The same without anything of ``Leaves``: the stacked parameters of a bank of one."""
-    net, bank = alone(i)
+    net, bank = single_bank(i)
     optimizer = torch.optim.AdamW(bank.trainable_parameters(), lr=RATES[i], weight_decay=0.1)
     for step in steps:
         for micro in (0, 1):
@@ -57,7 +58,7 @@ def assert_same_factors(bank: Bank, i: int, single: Bank) -> None:
 
 def test_each_adapter_has_an_optimizer_of_its_own_and_trains_as_alone() -> None:
     """Other rates, ranks, targets, dropout; a convolution with groups; gradients that are summed and clipped."""
-    net, bank = together()
+    net, bank = bank_of_three()
     start = {(i, name): A.clone() for i in range(3) for name, (A, _) in bank.factors(i).items()}
     optimizers = [optimizer_of(bank, i, RATES[i]) for i in range(3)]
     train_together(net, bank, optimizers, range(5))
@@ -69,7 +70,7 @@ def test_each_adapter_has_an_optimizer_of_its_own_and_trains_as_alone() -> None:
 
 
 def test_leaves_are_the_memory_of_the_stack() -> None:
-    _, bank = together()
+    _, bank = bank_of_three()
     for i, spec in enumerate(SPECS):
         leaves = bank.parameters(i)
         assert list(leaves) == [f"{path}.{half}" for path in bank.factors(i) for half in "AB"]
@@ -89,7 +90,7 @@ def test_leaves_are_the_memory_of_the_stack() -> None:
 
 
 def test_gradients_are_slices_without_copies() -> None:
-    net, bank = together()
+    net, bank = bank_of_three()
     bank.parameters(0)
     leaves = bank.parameters(1)
     bank.select(1)
@@ -154,7 +155,7 @@ def test_moving_the_model_afterwards_is_noticed() -> None:
 
 def test_a_run_goes_on_in_a_bank_with_another_largest_rank() -> None:
     """Weights and moments leave a bank of three between steps, and each goes on in another bank."""
-    net, bank = together()
+    net, bank = bank_of_three()
     optimizers = [optimizer_of(bank, i, RATES[i]) for i in range(3)]
     train_together(net, bank, optimizers, range(3))
     states = [carried(bank, i, optimizers[i]) for i in range(3)]
@@ -170,7 +171,7 @@ def test_a_run_goes_on_in_a_bank_with_another_largest_rank() -> None:
         net = make_net()
         pair = Bank.attach(net, [SPECS[neighbour], SPECS[i]], [generator(9), generator(8)])
         pair.route.generators[1].set_state(generators[i])
-        fill(pair, 0, 1)
+        fill_factors(pair, 0, 1)
         moved = [optimizer_of(pair, 0, 0.1), optimizer_of(pair, 1, RATES[i])]
         restore(pair, 1, moved[1], states[i])
         train_together(net, pair, moved, range(3, 5))
@@ -193,7 +194,7 @@ def restore(bank: Bank, i: int, optimizer: torch.optim.AdamW, state: dict[str, d
 
 
 def test_trim_and_pad_are_inverse_and_check_shapes() -> None:
-    _, bank = together()
+    _, bank = bank_of_three()
     leaves = bank.parameters(0) | {"out.head": torch.ones(3)}
     own = bank.trim(0, leaves)
     assert own["out.head"] is leaves["out.head"]
