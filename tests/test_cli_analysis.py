@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
 import math
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import rankscope
 from rankscope.analysis import worker_threads as workers
-from rankscope.cli import main, output
+from rankscope.cli import COMMANDS, main, output
 from rankscope.table import format_p_value
 from rankscope.train.config import StudyConfig
 from rankscope.train.study import run_study
@@ -392,6 +393,15 @@ def test_every_name_of_the_package_is_there() -> None:
     )
     with pytest.raises(AttributeError, match="nonsense"):
         _ = rankscope.nonsense  # type: ignore[attr-defined]
+
+
+def test_every_command_of_surgery_is_a_function_of_the_package() -> None:
+    commands = {"resize", "extract", "merge", "unmerge", "convert", "average", "subtract"}
+    assert commands <= set(COMMANDS)
+    for name in (*commands, "merge_adapters"):
+        parameters = inspect.signature(getattr(rankscope, name)).parameters
+        assert {"out", "device", "track", "command"} <= parameters.keys()
+        assert "Raises:" in inspect.getdoc(getattr(rankscope, name))
 
 
 def test_verbs_stay_verbs_whatever_is_imported() -> None:
