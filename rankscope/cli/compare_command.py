@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from rankscope.cli import matrix_output as matrix
+from rankscope.cli.format_names import FormatsCommand
 from rankscope.cli.options import initial_option, output_options, reading_options, workers_option
 from rankscope.cli.output import OutputOptions, format_count, print_table, progress_tracker, skipped_lines
 from rankscope.cli.spectrum_command import expand_studies
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from rankscope.report.document import Document
 
 
-@click.command()
+@click.command(cls=FormatsCommand)
 @click.argument("sources", nargs=-1, metavar="A B [C...]")
 @reading_options
 @initial_option
@@ -58,7 +59,7 @@ def command(
 ) -> None:
     """Overlap, angles and distance of two sets of updates, or of each with each.
 
-    A and B are adapters (PEFT, kohya, LyCORIS, diffusers, loralib), runs, or checkpoints (with --base). Layers are
+    A and B are adapters ({formats}), runs, or checkpoints (with --base). Layers are
     paired by name, across the conventions of these tools; a fused qkv projection is split where the other side has q,
     k and v. Left is the output space, right the input space. φ
     is the overlap of the top k directions of each, k the smaller number of the two, with the overlap of random

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from rankscope.cli.format_names import WritableFormat
 from rankscope.cli.options import alpha_option
 from rankscope.cli.surgery_output import surgery_command
 
@@ -15,9 +16,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("adapter", metavar="ADAPTER")
-@click.option(
-    "--to", type=click.Choice(["peft", "kohya", "diffusers"]), required=True, help="The format to be written."
-)
+@click.option("--to", type=WritableFormat(), required=True, help="The format to be written.")
 @click.option(
     "--component",
     metavar="NAME",
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 @surgery_command()
 def command(
     adapter: str,
-    to: Literal["peft", "kohya", "diffusers"],
+    to: str,
     component: str | None,
     base: str | None,
     names: str | None,

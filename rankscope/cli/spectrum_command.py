@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rankscope.cli.format_names import FormatsCommand
 from rankscope.cli.options import initial_option, output_options, reading_options, workers_option
 from rankscope.cli.output import OutputOptions, print_table, progress_tracker, skipped_lines
 from rankscope.cli.torchrun import share_analyses
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from rankscope.report.document import Document
 
 
-@click.command()
+@click.command(cls=FormatsCommand)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @reading_options
 @initial_option
@@ -46,7 +47,7 @@ def command(
 ) -> None:
     """Singular spectra and effective ranks.
 
-    PATH is an adapter (PEFT, kohya, LyCORIS, diffusers, loralib), a run, a checkpoint (with --base), or a study, which
+    PATH is an adapter ({formats}), a run, a checkpoint (with --base), or a study, which
     stands for each of its runs. Updates
     that are no product of thin factors have beside them k90 of a noise matrix of their shape, and how many singular
     values noise does not explain (MP, GD). --json gives one object for one PATH, and {"results": [...]} for several
