@@ -11,9 +11,9 @@ from operator import attrgetter
 from typing import Any, Literal
 
 MeasurePlace = Literal[
-    "terminal",  # the table of ``rankscope spectrum``
-    "noise",  # the same table once more, for noise
-    "page",  # the page of ``rankscope spectrum``
+    "layers",  # tables of ``rankscope spectrum`` with a row for each layer
+    "noise",  # once more for noise, on the terminal
+    "medians",  # medians on the page of ``rankscope spectrum``, there with noise beside them
     "plot",  # a mark in the plot of spectra
     "summary",  # the one-line form of a result
     "study",  # the table of a study's runs
@@ -74,7 +74,7 @@ _ROWS = (
         "numerical",
         attrgetter("numerical_rank"),
         "number of σ above rounding",
-        shown={"terminal": 1},
+        shown={"layers": 1},
         is_count=True,
         bound="cutoff",
     ),
@@ -84,7 +84,7 @@ _ROWS = (
         attrgetter("entropy_rank"),
         "exp(−Σ p ln p) with p = σ/Σσ",
         "entropy rank",
-        {"terminal": 4, "page": 3, "plot": 3, "summary": 2, "study": 1, "evidence": 1, "kinds": 2, "callback": 2},
+        {"layers": 4, "medians": 3, "plot": 3, "summary": 2, "study": 1, "evidence": 1, "kinds": 2, "callback": 2},
         mark="D",
         bound="entropy",
     ),
@@ -100,7 +100,7 @@ _ROWS = (
         "stable",
         attrgetter("stable_rank"),
         "Σσ²/σ₁²",
-        shown={"terminal": 2, "page": 1, "plot": 1, "summary": 1, "study": 2, "evidence": 2, "callback": 1},
+        shown={"layers": 2, "medians": 1, "plot": 1, "summary": 1, "study": 2, "evidence": 2, "callback": 1},
         mark="o",
         bound="majorisation",
     ),
@@ -109,7 +109,7 @@ _ROWS = (
         "participation",
         attrgetter("participation_ratio"),
         "(Σσ²)²/Σσ⁴",
-        shown={"terminal": 3, "page": 2},
+        shown={"layers": 3, "medians": 2},
         bound="majorisation",
     ),
     Measure("nuclear_rank", "nuclear", attrgetter("nuclear_rank"), "Σσ/σ₁", bound="majorisation"),
@@ -117,7 +117,7 @@ _ROWS = (
         "k90",
         0.90,
         shown={
-            **{"terminal": 5, "noise": 1, "page": 4, "plot": 2, "summary": 3},
+            **{"layers": 5, "noise": 1, "medians": 4, "plot": 2, "summary": 3},
             **{"study": 3, "evidence": 3, "kinds": 1, "callback": 3},
         },
         mark="s",

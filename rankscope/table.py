@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 Cell = str | float | int | None
@@ -31,6 +31,10 @@ class Column(Generic[Item]):
     def of(cls, value: Callable[[Item], Cell], text: str = "", total: Cell = None, **titles: str) -> Column[Item]:
         """A column with its titles as keyword arguments: ``Column.of(get_norm, csv="norm", terminal="norm")``."""
         return cls(value, titles, text, total)
+
+    def only(self, place: str) -> Column[Item]:
+        """The same column, shown at one place alone or, where it has no title there, nowhere."""
+        return replace(self, titles={name: title for name, title in self.titles.items() if name == place})
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from rankscope.analysis.layer_spectra import spectrum
 from rankscope.errors import RankscopeError
 from rankscope.formats.store import write_updates
 from rankscope.surgery.algebra import average, merge_adapters, subtract
-from rankscope.surgery.convert import TargetFormat, convert
+from rankscope.surgery.convert import convert
 from rankscope.surgery.extract import extract
 from rankscope.surgery.merge import merge, unmerge
 from rankscope.surgery.resize import resize
@@ -144,7 +144,7 @@ def look(name: str) -> Act:
     return Act((name,), lambda home, out: inspect(home / name, alpha=2).to_json(), writes=False)
 
 
-def turn(name: str, to: TargetFormat) -> Act:
+def turn(name: str, to: str) -> Act:
     """A file of another tool, or a PEFT folder, in another format."""
     return Act((name, "base"), lambda home, out: convert(home / name, to, out, alpha=2, base=home / "base"))
 
@@ -305,15 +305,15 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 def write_tensors_of(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """The same file with other tensors."""
     plain = {name: value.contiguous().clone() for name, value in tensors.items()}
-    told = None
+    metadata = None
     if path.suffix != ".bin":
         with safe_open(path, "pt") as file:
-            told = file.metadata()
+            metadata = file.metadata()
     path.unlink()
     if path.suffix == ".bin":
         torch.save(plain, path)
     else:
-        save_file(plain, path, told)
+        save_file(plain, path, metadata)
 
 
 def _spoil(path: Path, rng: random.Random) -> str:

@@ -197,16 +197,16 @@ class Odd(nn.Module):
         return {"logits": self.linear(x)}
 
 
-def test_what_cannot_be_shared_out_says_so() -> None:
+def test_batches_that_cannot_be_split_are_refused() -> None:
     model, bank = bank_of(Odd())
     x = torch.ones(4, 4)
     assert model(x)["logits"].shape == (4, 3)
     bank.select(None)
-    with pytest.raises(ConfigError, match="returns a dict; the rows of several adapters"):
+    with pytest.raises(ConfigError, match="returns a dict; rows of several adapters"):
         model(x)
-    with pytest.raises(ShapeError, match="without a batch to share out"):
+    with pytest.raises(ShapeError, match="without a batch that can be split"):
         model.head(3)
-    with pytest.raises(ShapeError, match="an input of 3 rows cannot be shared out to 2 adapters"):
+    with pytest.raises(ShapeError, match="an input of 3 rows cannot be split into equal chunks for 2 adapters"):
         model.head(x[:3])
     with pytest.raises(ConfigError, match="'up' is not trained whole; head is"):
         bank.head(0, "up")

@@ -149,7 +149,7 @@ def test_what_cannot_be_done_now_says_why() -> None:
         with pytest.raises(ConfigError, match=message):
             action()
     bank.select(None)
-    with pytest.raises(ShapeError, match="4 rows cannot be shared out to 3"):
+    with pytest.raises(ShapeError, match="4 rows cannot be split into equal chunks for 3"):
         net(torch.zeros(4, 6, dtype=torch.long))
     bank.merge(1)
     for action, message in (

@@ -301,7 +301,7 @@ def test_refusals(tmp_path):
     peft = mixed(tmp_path / "peft")
     with pytest.raises(ConfigError, match="in the format peft already"):
         convert(peft, "peft", tmp_path / "x")
-    with pytest.raises(ConfigError, match="PEFT's format is a folder"):
+    with pytest.raises(ConfigError, match="the format peft is a folder"):
         convert(peft, "peft", tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match="convert to one of"):
         convert(peft, "onnx", tmp_path / "x")

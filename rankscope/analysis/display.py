@@ -6,6 +6,8 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from rankscope.table import Table
+
 MAX_HTML_ROWS = 40  # of a result's table in a notebook
 RUN_FILE_NAMES = {"adapter", "initial", "update.safetensors", "adapter_model.safetensors", "adapter_config.json"}
 
@@ -17,17 +19,18 @@ def short_name(path: str) -> str:
     return kept[-1]
 
 
-def html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Iterable[str] = ()) -> str:
-    """A table for notebooks, at most ``MAX_HTML_ROWS`` long."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+def html_table(title: str, table: Table, notes: Iterable[str] = ()) -> str:
+    """A table for notebooks, at most ``MAX_HTML_ROWS`` long, its numbers rounded as on the terminal."""
+    rows = table.text_rows()
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[:MAX_HTML_ROWS]
     )
     more = f"<p>… and {len(rows) - MAX_HTML_ROWS} more</p>" if len(rows) > MAX_HTML_ROWS else ""
-    said = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    listed = f"<ul>{said}</ul>" if said else ""
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<p><b>{html.escape(title)}</b></p>{table}{more}{listed}"
+    items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    listed = f"<ul>{items}</ul>" if items else ""
+    body = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<p><b>{html.escape(title)}</b></p>{body}{more}{listed}"
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:

@@ -5,46 +5,27 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import msgspec
 import torch
 
-from rankscope.errors import FormatError
-from rankscope.formats.abstract_store import SkippedItem, Store, UpdateInfo
-from rankscope.formats.adapter_file import FileStore
+from rankscope.formats.abstract_store import SkippedItem, Store, StoredTensors, UpdateInfo
 from rankscope.formats.checkpoint import Checkpoint
-from rankscope.formats.checkpoint_store import CheckpointStore, UpdateStore
-from rankscope.formats.diffusers import DiffusersStore, component_config, split_component
-from rankscope.formats.file_io import TensorInfo, as_text, read_json
+from rankscope.formats.file_formats import CHECKPOINT, NoBaseError, format_title
+from rankscope.formats.file_io import as_text, read_json
 from rankscope.formats.hub import local_path
-from rankscope.formats.kohya import MODULE_KEY
 from rankscope.formats.loralib import NoAlphaError
 from rankscope.formats.names import layer_kind
 from rankscope.formats.opening import Opening
-from rankscope.formats.peft_config import resolve_pattern
-from rankscope.formats.peft_lora import PeftStore
-from rankscope.formats.peft_store import AdapterStore
-from rankscope.formats.pickle_file import open_tensors
 from rankscope.formats.recipes import element_count
-from rankscope.formats.store import NoBaseError, open_source
+from rankscope.formats.store import open_source
 from rankscope.result import Result
 
 SCHEMA = "rankscope.inspect/1"
 STUDY, RUN = "study.json", "run.json"
-# Where kohya's scripts and model hubs say what an adapter was trained on, the most telling first.
-BASE_TAGS = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
-FORMATS = {
-    "peft": "PEFT adapter",
-    "kohya": "kohya or LyCORIS file",
-    "diffusers": "diffusers file",
-    "loralib": "loralib file",
-    "update": "updates written by rankscope",
-    "checkpoint": "full weights",
-}
 
 
 class TargetGroup(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,23 +66,17 @@ class Inspection(Result, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
-class _Files(NamedTuple):
-    """The tensors of a source, and the files that they lie in."""
-
-    infos: Mapping[str, TensorInfo]
-    paths: tuple[Path, ...]
-
-    def fields(self) -> dict[str, Any]:
-        """Those of ``Inspection`` that only count."""
-        dtypes: Counter[str] = Counter()
-        for info in self.infos.values():
-            dtypes[_name(info.dtype)] += element_count(info.shape)
-        return {
-            "tensors": len(self.infos),
-            "parameters": sum(dtypes.values()),
-            "dtypes": dict(dtypes.most_common()),
-            "size": sum(path.stat().st_size for path in self.paths),
-        }
+def _count_tensors(stored: StoredTensors) -> dict[str, Any]:
+    """The fields of ``Inspection`` that only count."""
+    dtypes: Counter[str] = Counter()
+    for info in stored.infos.values():
+        dtypes[_name(info.dtype)] += element_count(info.shape)
+    return {
+        "tensors": len(stored.infos),
+        "parameters": sum(dtypes.values()),
+        "dtypes": dict(dtypes.most_common()),
+        "size": sum(path.stat().st_size for path in stored.paths),
+    }
 
 
 def inspect(
@@ -170,11 +145,11 @@ def _weights(checkpoint: Checkpoint, place: Path, label: str) -> Inspection:
     base = told.get("_name_or_path")
     return Inspection(
         path=label,
-        format=FORMATS["checkpoint"],
+        format=CHECKPOINT.title,
         says=f"full weights{f' of a {model} model' if model else ''}; their update is known with their base (--base)",
         methods=("full",),
         base=as_text(base) if isinstance(base, str) and base else None,
-        **_Files(checkpoint.infos, checkpoint.paths).fields(),
+        **_count_tensors(StoredTensors(checkpoint.infos, checkpoint.paths)),
     )
 
 
@@ -184,16 +159,16 @@ def _source(store: Store, known: bool) -> Inspection:
     methods = tuple(dict.fromkeys(target.method for target in targets))
     return Inspection(
         path=str(store.path),
-        format=FORMATS[store.kind],
-        says=f"{FORMATS[store.kind]}: {len(store)} update{'s' * (len(store) > 1)}, {', '.join(methods)}",
+        format=format_title(store.kind),
+        says=f"{format_title(store.kind)}: {len(store)} update{'s' * (len(store) > 1)}, {', '.join(methods)}",
         methods=methods,
-        base=_base(store),
-        training=store.file.metadata.get(MODULE_KEY) if isinstance(store, FileStore) else None,
+        base=None if (base := store.base_name()) is None else as_text(base),
+        training=store.training_script(),
         layers=len(store),
         targets=targets,
         skipped=tuple(store.skipped),
         notes=tuple(store.notes),
-        **_files(store).fields(),
+        **_count_tensors(store.stored_tensors()),
     )
 
 
@@ -204,7 +179,7 @@ def _row(store: Store, name: str, info: UpdateInfo, known: bool) -> tuple[tuple[
             "name": _target(name),
             "shape": info.shape,
             "nominal_rank": info.nominal_rank,
-            "alpha": _alpha(store, name) if known else None,
+            "alpha": store.layer_alpha(name) if known else None,
             "scale": info.scale if known else None,
             "dtype": _name(info.dtype),
             "method": info.method,
@@ -217,44 +192,6 @@ def _target(name: str) -> str:
     if "." in name:
         return layer_kind(name)
     return [part for part in re.split(r"_\d+(?=_|$)", name) if part][-1].strip("_") or name
-
-
-def _alpha(store: Store, name: str) -> float | None:
-    if isinstance(store, FileStore):
-        return store.layers[name].alpha if name in store.layers else None
-    if isinstance(store, PeftStore) and store.info(name).method in ("lora", "dora-product"):
-        alpha: float = resolve_pattern(store.config.alpha_pattern, name, store.config.lora_alpha)
-        return alpha
-    return None
-
-
-def _base(store: Store) -> str | None:
-    """The base that the source itself names."""
-    named: Sequence[object] = ()
-    if isinstance(store, AdapterStore):
-        named = (store.folder.config.get("base_model_name_or_path"),)
-    elif isinstance(store, DiffusersStore):
-        components = {split_component(name)[0] for name in store.layers}
-        named = [
-            component_config(store.file.metadata, one).get("base_model_name_or_path") for one in sorted(components)
-        ]
-    elif isinstance(store, FileStore):
-        named = [store.file.metadata.get(tag) for tag in BASE_TAGS]
-    return next((as_text(name) for name in named if isinstance(name, str) and name), None)
-
-
-def _files(store: Store) -> _Files:
-    if isinstance(store, FileStore):
-        return _Files(store.file.infos, (store.file.path,))
-    if isinstance(store, AdapterStore):
-        return _Files(store.folder.file.infos, (store.folder.file.path,))
-    if isinstance(store, CheckpointStore):
-        checkpoint = Checkpoint(store.path)
-        return _Files(checkpoint.infos, checkpoint.paths)
-    if isinstance(store, UpdateStore):
-        file = open_tensors(store.path)
-        return _Files(file.infos, (file.path,))
-    raise FormatError(f"{store.path}: is not in files")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -112,13 +112,13 @@ class SideComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=T
         numbers = {"overlap": overlap, "expected": null.expected, "z": null.z, "p": null.p}
         return OverlapCell(i=i, j=j, **{name: float(number[0]) for name, number in numbers.items()})
 
-    @property
+    @cached_property
     def square(self) -> OverlapCell:
         """As many directions of each as both have: the sharpest test where one has many more."""
         k = min(self.overlap.shape)
         return self.at(k, k)
 
-    @property
+    @cached_property
     def whole(self) -> OverlapCell:
         """All directions of both."""
         return self.at(*self.overlap.shape)

@@ -13,14 +13,15 @@ import torch
 
 from rankscope.analysis.display import html_table, short_name
 from rankscope.analysis.sources import Readable, Source, Track, select_layers
-from rankscope.analysis.worker_threads import compute_items
+from rankscope.analysis.spectrum_tables import layer_table
+from rankscope.analysis.worker_threads import Job, compute_items
 from rankscope.errors import ConfigError, prefix_errors
 from rankscope.formats.abstract_store import SkippedItem
 from rankscope.formats.opening import Opening
+from rankscope.measures import MEASURES, measures_shown
 from rankscope.result import Result
 from rankscope.sketch import AGREEMENT_TOLERANCE, Bounds, resolve_bounds, sketch_update
 from rankscope.spectra import (
-    MEASURES,
     RoundingFloor,
     Spectrum,
     gd_count,
@@ -33,8 +34,6 @@ from rankscope.updates import Update
 
 SCHEMA = "rankscope.spectrum/1"
 Measures = dict[str, float | int]
-SHOWN = ("numerical_rank", "stable_rank", "participation_ratio", "entropy_rank", "k90")
-"""The measures that tables show; the JSON form has all."""
 
 
 class LayerSpectrum(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,24 +121,12 @@ class SpectrumResult(Result, frozen=True, kw_only=True):
         return short_name(self.path)
 
     def __repr__(self) -> str:
-        known = [name for name in ("stable_rank", "entropy_rank", "k90") if name in self.total.median]
+        known = [measure.name for measure in measures_shown("summary") if measure.name in self.total.median]
         ranks = ", ".join(f"{name} {self.total.median[name]:.4g}" for name in known)
         return f"SpectrumResult({self.title!r}: {len(self.layers)} layers, median {ranks}, norm {self.total.norm:.4g})"
 
     def _repr_html_(self) -> str:
-        header = ["layer", "out × in", "r", *(name.replace("_", " ") for name in SHOWN), "norm"]
-        return html_table(repr(self), header, [_html_row(layer) for layer in self.layers], self.notes)
-
-
-def _html_row(layer: LayerSpectrum) -> list[str]:
-    noise = layer.noise or {}
-    cells = [
-        " – ".join(dict.fromkeys(f"{end:.4g}" for end in layer.interval(m)))
-        + (f" (noise {noise[m]:.4g})" if m in noise else "")
-        for m in SHOWN
-    ]
-    shape = f"{layer.shape[0]} × {layer.shape[1]}"
-    return [layer.name, shape, str(layer.nominal_rank or ""), *cells, f"{layer.norm:.4g}"]
+        return html_table(repr(self), layer_table(self), self.notes)
 
 
 def spectrum(
@@ -198,45 +185,39 @@ def measure_spectra(
     opened = Source.of(source, opening)
     names = select_layers(opened.names(), layers, opened.label)
 
-    def one(name: str, updates: Sequence[Update]) -> LayerSpectrum:
-        return _layer(opened, name, updates[0], top, sketch)
-
-    def read(name: str) -> Sequence[Update]:
-        return [opened.read(name)]
-
-    def cost(name: str) -> float:
-        return opened.cost(name, sketch)
-
-    spectra = compute_items(
-        names, opened.batch_key, read, one, opened.device, workers, track, opened.can_read_ahead, cost
+    job = Job(
+        kind=opened.batch_key,
+        read=lambda name: [opened.read(name)],
+        compute=lambda name, updates: _measure_layer(opened, name, updates[0], top, sketch),
+        cost=lambda name: opened.cost(name, sketch),
     )
-    found = tuple(spectra)
-    notes = (*opened.notes, *_zero_note(found), *_sketch_note(found))
+    spectra = tuple(compute_items(names, job, opened.device, workers, track, opened.can_read_ahead))
+    notes = (*opened.notes, *_zero_note(spectra), *_sketch_note(spectra))
     return SpectrumResult(
-        path=opened.label, kind=opened.kind, layers=found, total=_total(found), skipped=opened.skipped, notes=notes
+        path=opened.label, kind=opened.kind, layers=spectra, total=_total(spectra), skipped=opened.skipped, notes=notes
     )
 
 
-def _layer(source: Source, name: str, update: Update, top: int | None, sketch: int | None) -> LayerSpectrum:
+def _measure_layer(source: Source, name: str, update: Update, top: int | None, sketch: int | None) -> LayerSpectrum:
     info = source.info(name)
     with prefix_errors(source.layer_label(name)):
-        rough = sketch_update(update, sketch) if sketch else None
-        found = rough.top if rough else Spectrum.of(update)
-        bounds = rough.bounds() if rough else None
+        sketched = sketch_update(update, sketch) if sketch else None
+        spectrum = sketched.top if sketched else Spectrum.of(update)
+        bounds = sketched.bounds() if sketched else None
     return LayerSpectrum(
         name=name,
-        shape=found.shape,
-        nominal_rank=found.nominal_rank,
+        shape=spectrum.shape,
+        nominal_rank=spectrum.nominal_rank,
         scale=info.scale if info else getattr(update, "scale", 1.0),
-        dtype=str(info.dtype).removeprefix("torch.") if info else found.stored,
-        energy=found.energy,
-        singular_values=tuple(found.values[:top].tolist()),
-        count=len(found.values),
-        measures=_resolve_measures(bounds) if bounds else found.measures(),
-        noise=_noise(update, found),
-        rounding_floor=rough.floor() if rough else rounding_floor(found),
+        dtype=str(info.dtype).removeprefix("torch.") if info else spectrum.stored,
+        energy=spectrum.energy,
+        singular_values=tuple(spectrum.values[:top].tolist()),
+        count=len(spectrum.values),
+        measures=_resolve_measures(bounds) if bounds else spectrum.measures(),
+        noise=_noise(update, spectrum),
+        rounding_floor=sketched.floor() if sketched else rounding_floor(spectrum),
         bounds=bounds,
-        residuals=tuple(rough.residuals[:top].tolist()) if rough else None,
+        residuals=tuple(sketched.residuals[:top].tolist()) if sketched else None,
     )
 
 
@@ -251,18 +232,19 @@ def _sketch_note(layers: Sequence[LayerSpectrum]) -> list[str]:
         return []
     worst = max(max(layer.residuals or (0.0,)) / (layer.singular_values[0] or 1.0) for layer in sketched)
     hidden = sum(layer.dtype in ("bfloat16", "float16") and layer.rounding_floor is None for layer in sketched)
-    floor = f"; in {hidden} of them its end lies above the rounding floor, which is not told" if hidden else ""
+    floor = f"; in {hidden} of them its end lies above the rounding floor, which is not known" if hidden else ""
     return [
         f"{len(sketched)} of {len(layers)} layers were sketched: what the rest of the spectrum could change is given "
         f"as bounds (largest residual {worst:.1e} of the first singular value){floor}"
     ]
 
 
-def _noise(update: Update, found: Spectrum) -> dict[str, float | int | None] | None:
-    if update.nominal_rank is not None:  # its rank is of its making: noise of this shape is no null
+def _noise(update: Update, spectrum: Spectrum) -> dict[str, float | int | None] | None:
+    """Noise of the update's shape; None for a product, whose rank follows from how it was made."""
+    if update.nominal_rank is not None:
         return None
-    counts = {"mp_edge": mp_edge(found), "mp_count": mp_count(found), "gd_count": gd_count(found)}
-    return {**noise_measures(found.shape), **counts}
+    counts = {"mp_edge": mp_edge(spectrum), "mp_count": mp_count(spectrum), "gd_count": gd_count(spectrum)}
+    return {**noise_measures(spectrum.shape), **counts}
 
 
 def _zero_note(layers: Sequence[LayerSpectrum]) -> list[str]:

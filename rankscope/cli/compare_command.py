@@ -8,25 +8,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from rankscope.cli import matrix_output as matrix
+from rankscope.cli.format_names import FormatsCommand
 from rankscope.cli.options import initial_option, output_options, reading_options, workers_option
-from rankscope.cli.output import OutputOptions, format_count, print_rows, progress_tracker, skipped_lines
+from rankscope.cli.output import OutputOptions, format_count, print_table, progress_tracker, skipped_lines
 from rankscope.cli.spectrum_command import expand_studies
 from rankscope.cli.torchrun import share_analyses
-from rankscope.table import Cell, Table, format_number, format_p_value
+from rankscope.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from rankscope.analysis.comparison import CompareResult, SideSummary
-    from rankscope.analysis.layer_comparison import LayerComparison, SideComparison
+    from rankscope.analysis.comparison import CompareResult
     from rankscope.formats.opening import Opening
     from rankscope.report.document import Document
 
-CELL_COLUMNS = ("i", "j", "overlap", "expected", "z", "p")
-DISTANCE_COLUMNS = ("projection", "geodesic", "chordal", "fubini_study", "procrustes")
 
-
-@click.command()
+@click.command(cls=FormatsCommand)
 @click.argument("sources", nargs=-1, metavar="A B [C...]")
 @reading_options
 @initial_option
@@ -62,7 +59,7 @@ def command(
 ) -> None:
     """Overlap, angles and distance of two sets of updates, or of each with each.
 
-    A and B are adapters (PEFT, kohya, LyCORIS, diffusers, loralib), runs, or checkpoints (with --base). Layers are
+    A and B are adapters ({formats}), runs, or checkpoints (with --base). Layers are
     paired by name, across the conventions of these tools; a fused qkv projection is split where the other side has q,
     k and v. Left is the output space, right the input space. φ
     is the overlap of the top k directions of each, k the smaller number of the two, with the overlap of random
@@ -103,6 +100,7 @@ def command(
 
 def _compare_two(paths: Sequence[str], layer: str | None, options: dict[str, Any], output: OutputOptions) -> None:
     from rankscope.analysis.comparison import compare_sources
+    from rankscope.analysis.comparison_tables import layer_columns, layer_table
 
     with share_analyses():
         result = compare_sources(paths, **options)
@@ -123,13 +121,14 @@ def _compare_two(paths: Sequence[str], layer: str | None, options: dict[str, Any
         draw,
         page,
         result.to_json,
-        lambda: Table("layers", "", tuple(csv_header()), list(csv_rows(result))),
-        lambda: print_comparison(result),
+        lambda: Table.of(layer_columns(result), result.layers, "csv"),
+        lambda: print_table(layer_table(result)),
     )
 
 
 def _compare_all(paths: Sequence[str], options: dict[str, Any], output: OutputOptions) -> None:
     from rankscope.analysis.matrix import compare_each_with_each
+    from rankscope.analysis.matrix_tables import pair_table
 
     with share_analyses():
         result = compare_each_with_each(paths, **options)
@@ -150,7 +149,7 @@ def _compare_all(paths: Sequence[str], options: dict[str, Any], output: OutputOp
         draw,
         page,
         result.to_json,
-        lambda: Table("pairs", "", tuple(matrix.csv_header()), list(matrix.csv_rows(result))),
+        lambda: pair_table(result, "csv"),
         lambda: matrix.print_matrix(result),
     )
 
@@ -173,52 +172,3 @@ def unmatched_lines(result: CompareResult, verbose: bool) -> Iterator[str]:
         if names:
             shown = ", ".join(names if verbose else names[:1]) + ("" if verbose or len(names) == 1 else ", …")
             yield f"{format_count(len(names), 'layer')} only in {side}: {shown}"
-
-
-def print_comparison(result: CompareResult) -> None:
-    """A row a layer, and the medians."""
-    summary = result.summary
-    sides = [side for side in ("left", "right") if getattr(summary, side)]
-    header = ["layer", "k", *(title for side in sides for title in (f"φ {side} (chance)", "z", "p"))]
-    if summary.cosine is not None:
-        header += ["cosine", "rel. diff."]
-    header += ["‖a‖/‖b‖"]
-    last = ["median; all", "", *(cell for side in sides for cell in _medians(getattr(summary, side)))]
-    last += _distance(summary.cosine, summary.relative_difference)
-    last += [format_number(summary.norm_a / summary.norm_b)]
-    print_rows(header, [*(_cells(layer) for layer in result.layers), last], totals=1)
-
-
-def _cells(layer: LayerComparison) -> list[str]:
-    cells = [layer.name, str(next(iter(layer.sides.values())).square.i)]
-    for side in layer.sides.values():
-        cell = side.square
-        cells += [f"{cell.overlap:.3f} ({cell.expected:.3f})", f"{cell.z:.1f}", format_p_value(cell.p)]
-    return [*cells, *_distance(layer.cosine, layer.relative_difference), format_number(layer.norm_a / layer.norm_b)]
-
-
-def _distance(cosine: float | None, relative: float | None) -> list[str]:
-    return [] if cosine is None or relative is None else [f"{cosine:.3f}", f"{relative:.3f}"]
-
-
-def _medians(side: SideSummary) -> tuple[str, str, str]:
-    return f"{side.overlap:.3f} ({side.expected:.3f})", "", ""
-
-
-def csv_header() -> list[str]:
-    sides = [f"{side}_{name}" for side in ("left", "right") for name in (*CELL_COLUMNS, *DISTANCE_COLUMNS)]
-    ends = ["norm_a", "norm_b", "inner", "cosine", "relative_difference"]
-    return ["layer", "layer_b", "out", "in", *sides, *ends]
-
-
-def csv_rows(result: CompareResult) -> Iterator[list[Cell]]:
-    for layer in result.layers:
-        sides = [value for side in (layer.left, layer.right) for value in _csv_side(side)]
-        ends = [layer.norm_a, layer.norm_b, layer.inner, layer.cosine, layer.relative_difference]
-        yield [layer.name, layer.name_b, *layer.shape, *sides, *ends]
-
-
-def _csv_side(side: SideComparison | None) -> list[Cell]:
-    if side is None:
-        return [None] * (len(CELL_COLUMNS) + len(DISTANCE_COLUMNS))
-    return [*(getattr(side.square, name) for name in CELL_COLUMNS), *(side.distance[name] for name in DISTANCE_COLUMNS)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rankscope.cli.format_names import FormatsCommand
 from rankscope.cli.options import debug_option, inspection_options, json_option
 from rankscope.cli.output import format_count, print_json, print_rows, remove_control_characters
 from rankscope.table import format_number
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from rankscope.formats.opening import Opening
 
 
-@click.command()
+@click.command(cls=FormatsCommand)
 @click.argument("path", metavar="PATH")
 @inspection_options
 @json_option
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 def command(path: str, opening: Opening, as_json: bool, verbose: bool, debug: bool) -> None:
     """What a file or folder is, from its headers: format, method, base, ranks, α, targets, size.
 
-    PATH is an adapter in any format that is read (PEFT, kohya, LyCORIS, diffusers, loralib), full weights with or
+    PATH is an adapter in any format that is read ({formats}), full weights with or
     without their base, a file of updates, a run, or a study. What the other commands will leave out is listed with the
     reason.
 

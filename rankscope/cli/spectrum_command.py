@@ -8,29 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rankscope.cli.format_names import FormatsCommand
 from rankscope.cli.options import initial_option, output_options, reading_options, workers_option
-from rankscope.cli.output import OutputOptions, print_rows, progress_tracker, skipped_lines
+from rankscope.cli.output import OutputOptions, print_table, progress_tracker, skipped_lines
 from rankscope.cli.torchrun import share_analyses
-from rankscope.table import Cell, Table, format_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from rankscope.analysis.layer_spectra import LayerSpectrum, SpectrumResult
+    from rankscope.analysis.layer_spectra import SpectrumResult
     from rankscope.formats.opening import Opening
     from rankscope.report.document import Document
 
-COLUMNS = {
-    "numerical": "numerical_rank",
-    "stable": "stable_rank",
-    "participation": "participation_ratio",
-    "entropy": "entropy_rank",
-    "k90": "k90",
-}
-NOISE_COLUMNS = {"noise k90": "k90", "MP": "mp_count", "GD": "gd_count"}
 
-
-@click.command()
+@click.command(cls=FormatsCommand)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @reading_options
 @initial_option
@@ -56,7 +47,7 @@ def command(
 ) -> None:
     """Singular spectra and effective ranks.
 
-    PATH is an adapter (PEFT, kohya, LyCORIS, diffusers, loralib), a run, a checkpoint (with --base), or a study, which
+    PATH is an adapter ({formats}), a run, a checkpoint (with --base), or a study, which
     stands for each of its runs. Updates
     that are no product of thin factors have beside them k90 of a noise matrix of their shape, and how many singular
     values noise does not explain (MP, GD). --json gives one object for one PATH, and {"results": [...]} for several
@@ -84,10 +75,12 @@ def command(
             )
             for place, own in zip(places, opening.for_sources(initial, len(places)), strict=True)
         ]
-    _give(results, several, output)
+    _write(results, several, output)
 
 
-def _give(results: Sequence[SpectrumResult], several: bool, output: OutputOptions) -> None:
+def _write(results: Sequence[SpectrumResult], several: bool, output: OutputOptions) -> None:
+    from rankscope.analysis.spectrum_tables import csv_table
+
     def notes() -> Iterator[str]:
         for result in results:
             prefix = f"{result.title}: " if len(results) > 1 else ""
@@ -108,12 +101,7 @@ def _give(results: Sequence[SpectrumResult], several: bool, output: OutputOption
             return results[0].to_json()
         return {"schema": "rankscope.spectrum-list/1", "results": [result.to_json() for result in results]}
 
-    def as_csv() -> Table:
-        sketched = any(layer.bounds for result in results for layer in result.layers)
-        rows = [row for result in results for row in csv_rows(result, sketched)]
-        return Table("layers", "", tuple(csv_header(sketched)), rows)
-
-    output.write_result(notes(), draw, page, as_json, as_csv, lambda: print_spectra(results))
+    output.write_result(notes(), draw, page, as_json, lambda: csv_table(results), lambda: print_spectra(results))
 
 
 def expand_studies(paths: Sequence[str]) -> tuple[list[str], bool]:
@@ -124,13 +112,13 @@ def expand_studies(paths: Sequence[str]) -> tuple[list[str], bool]:
     """
     from rankscope.errors import FormatError
 
-    found: list[str] = []
+    sources: list[str] = []
     if "" in paths:
         raise FormatError("a PATH is empty; name a folder or a file")
     studies = [path for path in paths if _is_study(path)]
     for path in paths:
         if path not in studies:
-            found.append(path)
+            sources.append(path)
             continue
         from rankscope.train.study import Study
 
@@ -138,8 +126,8 @@ def expand_studies(paths: Sequence[str]) -> tuple[list[str], bool]:
         runs = [str(study.path(record.run)) for record in study.done() if record.run.method != "base"]
         if not runs:
             raise FormatError(f"{path}: no run of this study has ended yet; let it go on with rankscope train")
-        found += runs
-    return found, len(paths) > 1 or bool(studies)
+        sources += runs
+    return sources, len(paths) > 1 or bool(studies)
 
 
 def _is_study(path: str) -> bool:
@@ -150,70 +138,10 @@ def _is_study(path: str) -> bool:
 
 
 def print_spectra(results: Sequence[SpectrumResult]) -> None:
-    """A table each; a heading where there are several."""
+    """A table for each; a heading where there are several."""
+    from rankscope.analysis.spectrum_tables import layer_table
+
     for i, result in enumerate(results):
         if len(results) > 1:
             click.echo(("\n" if i else "") + result.path)
-        full = any(layer.noise for layer in result.layers)
-        header = ["layer", "out × in", "r", *COLUMNS, *(NOISE_COLUMNS if full else ()), "norm"]
-        print_rows(header, [*(_cells(layer, full) for layer in result.layers), _last(result, full)], totals=1)
-
-
-def _cells(layer: LayerSpectrum, full: bool) -> list[str]:
-    shape = f"{layer.shape[0]} × {layer.shape[1]}"
-    measures = [format_bounds(layer.measures.get(name), layer.interval(name)) for name in COLUMNS.values()]
-    noise = [format_number((layer.noise or {}).get(name)) for name in NOISE_COLUMNS.values()] if full else []
-    return [layer.name, shape, format_number(layer.nominal_rank), *measures, *noise, format_number(layer.norm)]
-
-
-def _last(result: SpectrumResult, full: bool) -> list[str]:
-    total = result.total
-    measures = [format_bounds(total.median.get(name), (total.bounds or {}).get(name)) for name in COLUMNS.values()]
-    return [
-        "median; all",
-        "",
-        "",
-        *measures,
-        *([""] * len(NOISE_COLUMNS) if full else []),
-        format_number(result.total.norm),
-    ]
-
-
-def format_bounds(value: float | int | None, bounds: tuple[float, float] | None) -> str:
-    """A measure that is known, or the bounds it lies between."""
-    return (
-        format_number(value) if value is not None or bounds is None else "–".join(format_number(end) for end in bounds)
-    )
-
-
-def csv_header(sketched: bool) -> list[str]:
-    """``sketched``: with the bounds of every measure behind all else."""
-    from rankscope.spectra import MEASURES
-
-    noise = [f"noise_{name}" for name in MEASURES] + ["mp_edge", "mp_count", "gd_count"]
-    floor = ["rounding_norm", "rounding_edge", "above_rounding"]
-    described = ["path", "layer", "out", "in", "nominal_rank", "scale", "dtype", "energy", "norm"]
-    bounds = [f"{name}_{end}" for name in MEASURES for end in ("low", "high")] if sketched else []
-    return [*described, *MEASURES, *noise, *floor, *bounds]
-
-
-def csv_rows(result: SpectrumResult, sketched: bool) -> Iterator[list[Cell]]:
-    from rankscope.spectra import MEASURES
-
-    for layer in result.layers:
-        noise = layer.noise or {}
-        floor = layer.rounding_floor
-        yield [
-            result.path,
-            layer.name,
-            *layer.shape,
-            layer.nominal_rank,
-            layer.scale,
-            layer.dtype,
-            layer.energy,
-            layer.norm,
-            *(layer.measures.get(name) for name in MEASURES),
-            *(noise.get(name) for name in (*MEASURES, "mp_edge", "mp_count", "gd_count")),
-            *((floor.norm, floor.edge, floor.above) if floor else (None, None, None)),
-            *(end for name in MEASURES for end in layer.interval(name) if sketched),
-        ]
+        print_table(layer_table(result))

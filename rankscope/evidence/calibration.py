@@ -22,6 +22,7 @@ from rankscope.evidence.spectra.measure import FULL_LABEL
 from rankscope.inference import mean_interval
 from rankscope.noise import noise_edge
 from rankscope.result import Result
+from rankscope.table import Table
 from rankscope.train.config import PlantedSpectrum, StudyConfig, make_study_config
 from rankscope.train.planted import ROWS_PER_SPLIT, PlantedModel, PlantedTask
 from rankscope.train.study import Study, run_study
@@ -144,7 +145,7 @@ class Calibration(Result, frozen=True, kw_only=True):
 
     def _repr_html_(self) -> str:
         rows = [[f"{c.plant.rank} {c.plant.spectrum}", c.expected, c.answer] for c in self.cases]
-        return html_table(repr(self), ["planted", "truth", "answer"], rows)
+        return html_table(repr(self), Table("cases", "", ("planted", "truth", "answer"), rows))
 
 
 def calibrate(

@@ -15,6 +15,7 @@ from rankscope.errors import FormatError, RankscopeError
 from rankscope.evidence import lines as table
 from rankscope.evidence.material import Material
 from rankscope.result import Result, convert_json, json_values
+from rankscope.table import Table
 from rankscope.train.results import RunResult
 from rankscope.train.study import Study
 from rankscope.verdict import Answer, Verdict
@@ -85,7 +86,9 @@ class Hypothesis(Result, frozen=True, eq=False, kw_only=True):
 
     def _repr_html_(self) -> str:
         rows = [[verdict.line, verdict.answer, verdict.sentence] for verdict in self.verdicts]
-        return html_table(repr(self), ["line", "answer", "sentence"], rows, self.missing.values())
+        return html_table(
+            repr(self), Table("verdicts", "", ("line", "answer", "sentence"), rows), self.missing.values()
+        )
 
 
 def hypothesis(

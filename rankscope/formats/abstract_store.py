@@ -6,15 +6,16 @@ import difflib
 import html
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankscope.errors import ConfigError, FormatError, prefix_errors
+from rankscope.formats.file_io import TensorInfo
 from rankscope.formats.names import natural_key
 from rankscope.updates import Update
 
@@ -52,6 +53,13 @@ class UpdateInfo:
     method: str
 
 
+class StoredTensors(NamedTuple):
+    """The headers of the tensors that a source consists of, and the files that they lie in."""
+
+    infos: Mapping[str, TensorInfo]
+    paths: tuple[Path, ...]
+
+
 class Store(ABC):
     """Lazy, named source of updates: opening reads headers, ``store[name]`` reads one update.
 
@@ -75,6 +83,22 @@ class Store(ABC):
     @abstractmethod
     def _read_weight(self, name: str) -> Tensor | None:
         """The pre-trained weight (out, in) in its stored dtype; None without a base, or where it has none."""
+
+    def stored_tensors(self) -> StoredTensors:
+        """Every tensor of the source, whether it is read or not; none for a source that does not lie in files."""
+        return StoredTensors({}, ())
+
+    def layer_alpha(self, name: str) -> float | None:
+        """LoRA's α of a layer, None where there is none."""
+        return None
+
+    def base_name(self) -> str | None:
+        """The base model that the source itself names, None where it names none."""
+        return None
+
+    def training_script(self) -> str | None:
+        """What the source names as the program that trained it, None where it names none."""
+        return None
 
     def names(self) -> list[str]:
         """Module paths in natural order, without ``base_model.model.`` and ``.weight``."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rankscope.errors import FormatError, prefix_errors
-from rankscope.formats.abstract_store import Store, UpdateInfo
+from rankscope.formats.abstract_store import Store, StoredTensors, UpdateInfo
 from rankscope.formats.checkpoint import BaseWeights
 from rankscope.formats.file_io import TensorFile
 from rankscope.formats.lycoris import (
@@ -37,6 +37,9 @@ from rankscope.formats.recipes import Recipe
 from rankscope.updates import Update
 
 WHOLE_SUFFIX = ":whole"
+MODULE_KEY = "ss_network_module"  # where kohya's scripts say which of them trained
+# Where kohya's scripts and model hubs say what an adapter was trained on, the most telling first.
+BASE_TAGS = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
 FACTOR_BIAS_PART = "bias of B"  # the part that a parser calls a bias beside the factors
 # Keys that name no part of an update; the first pattern that is found gives the reason.
 SKIP_REASONS = (
@@ -135,6 +138,18 @@ class FileStore(Store):
         if base is not None and shapes:
             self._weights = BaseWeights(base, shapes)
         self._add_wholes()
+
+    def stored_tensors(self) -> StoredTensors:
+        return StoredTensors(self.file.infos, (self.file.path,))
+
+    def layer_alpha(self, name: str) -> float | None:
+        return self.layers[name].alpha if name in self.layers else None
+
+    def base_name(self) -> str | None:
+        return next((name for tag in BASE_TAGS if (name := self.file.metadata.get(tag))), None)
+
+    def training_script(self) -> str | None:
+        return self.file.metadata.get(MODULE_KEY)
 
     @abstractmethod
     def _parse(self, key: str) -> ParsedFileKey | None:

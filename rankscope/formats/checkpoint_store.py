@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from rankscope.errors import FormatError, ShapeError
-from rankscope.formats.abstract_store import Store, UpdateInfo, examples
+from rankscope.formats.abstract_store import Store, StoredTensors, UpdateInfo, examples
 from rankscope.formats.checkpoint import BaseWeights, Checkpoint, non_matrix_reason
 from rankscope.formats.file_io import TensorFile, write_tensors
 from rankscope.formats.names import module_names, pair_names
+from rankscope.formats.pickle_file import PickledFile
 from rankscope.updates import Dense, block_rows
 
 VOCABULARY_LAYERS = re.compile(r"embed|wte|wpe|lm_head|shared", re.IGNORECASE)
@@ -72,6 +73,9 @@ class CheckpointStore(Store):
         self._pairs[module] = (ours, theirs)
         self._infos[module] = UpdateInfo(shape, None, 1.0, info.dtype, "full")
 
+    def stored_tensors(self) -> StoredTensors:
+        return StoredTensors(self._tuned.infos, self._tuned.paths)
+
     def _read(self, name: str) -> Dense:
         ours, theirs = self._pairs[name]
         shape, turned = self._infos[name].shape, self._tuned.is_transposed(ours)
@@ -117,6 +121,9 @@ class UpdateStore(Store):
         shapes = {name: info.shape for name, info in self._infos.items()}
         self._weights = BaseWeights(base, shapes) if base is not None else None
 
+    def stored_tensors(self) -> StoredTensors:
+        return StoredTensors(self._file.infos, (self._file.path,))
+
     def _read(self, name: str) -> Dense:
         return Dense(self._file.read_rows(name, 0, self._infos[name].shape[0]).to(self.device))
 
@@ -140,6 +147,6 @@ def write_updates(path: Path, updates: Mapping[str, Tensor], metadata: Mapping[s
     write_tensors(path, tensors, {**(metadata or {}), **FORMAT_TAG})
 
 
-def is_updates(file: TensorFile) -> bool:
+def is_updates(file: TensorFile | PickledFile) -> bool:
     """Whether a file was written by ``write_updates``."""
     return FORMAT_TAG.items() <= file.metadata.items()

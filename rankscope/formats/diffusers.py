@@ -26,7 +26,6 @@ from rankscope.formats.peft_keys import PEFT_PREFIX, parse_key
 from rankscope.formats.pickle_file import PickledFile
 
 LORA_ADAPTER_METADATA_KEY = "lora_adapter_metadata"
-DIFFUSERS_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 COMPONENTS = re.compile(
     r"(?P<component>unet|transformer(?:_\d)?|text_encoder(?:_\d)?|prior|controlnet|diffusion_model|model\.diffusion_model)"
     r"\.(?P<module>.+)"
@@ -115,6 +114,12 @@ class DiffusersStore(FileStore):
         if config is not None:
             return config.alpha(inner, rank)
         return None if self._alpha is not None else float(rank)
+
+    def base_name(self) -> str | None:
+        components = sorted({split_component(name)[0] for name in self.layers})
+        configs = (component_config(self.file.metadata, component) for component in components)
+        names = (config.get("base_model_name_or_path") for config in configs)
+        return next((name for name in names if isinstance(name, str) and name), None)
 
     def magnitude(self, name: str) -> Tensor | None:
         """As of every file; (out,) also of a convolution, where PEFT stores (1, out, 1, 1)."""

@@ -19,7 +19,7 @@ from rankscope.formats.peft_keys import PEFT_PREFIX
 
 NAMES_KEY = "rankscope_names"
 """Metadata of files that we wrote: a JSON object of [part of the pipeline or "", dotted path] by the raw names."""
-RANK_KEY, ALPHA_KEY, MODULE_KEY = "ss_network_dim", "ss_network_alpha", "ss_network_module"
+RANK_KEY, ALPHA_KEY = "ss_network_dim", "ss_network_alpha"
 
 _LEAF = re.compile("|".join(re.escape(leaf) for leaf in sorted(LEAF_NAMES, key=len, reverse=True)))
 _KEY = re.compile(rf"(?P<module>.+?)\.(?P<leaf>{_LEAF.pattern})")

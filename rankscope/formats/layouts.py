@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from rankscope.errors import FormatError
+from rankscope.formats.adapter_file import MODULE_KEY
 from rankscope.formats.diffusers import LORA_ADAPTER_METADATA_KEY
-from rankscope.formats.kohya import ALPHA_KEY, MODULE_KEY, NAMES_KEY, RANK_KEY
+from rankscope.formats.kohya import ALPHA_KEY, NAMES_KEY, RANK_KEY
 from rankscope.formats.lycoris import ALPHA_LEAF, LOCON, MAGNITUDE_LEAF
 from rankscope.formats.peft_keys import PEFT_PREFIX, magnitude_key
 from rankscope.formats.peft_write import (

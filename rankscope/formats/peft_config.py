@@ -50,8 +50,13 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def scale(self, module: str, rank: int) -> float:
         """α/r, or α/√r with rsLoRA, α by ``alpha_pattern``; ``rank`` is that of the stored factors."""
-        alpha = resolve_pattern(self.alpha_pattern, module, self.lora_alpha)
+        alpha = self.alpha(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def alpha(self, module: str) -> float:
+        """α of a module, by ``alpha_pattern``."""
+        alpha: float = resolve_pattern(self.alpha_pattern, module, self.lora_alpha)
+        return alpha
 
     def rank(self, module: str) -> int | None:
         """The rank that the configuration claims for a module."""

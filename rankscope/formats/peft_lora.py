@@ -113,6 +113,9 @@ class PeftStore(AdapterStore):
         self._add_wholes()
         self._add_others(origin, self.config.trainable_token_indices)
 
+    def layer_alpha(self, name: str) -> float | None:
+        return self.config.alpha(name) if self.info(name).method in ("lora", "dora-product") else None
+
     def _names_in_base(self, layers: list[_LayerKeys]) -> set[str]:
         names = tensor_names_in_base(self._others) | {layer.module + WEIGHT_SUFFIX for layer in layers}
         owners = {layer.owner for layer in layers}

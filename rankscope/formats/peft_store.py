@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankscope.errors import FormatError
-from rankscope.formats.abstract_store import Store, UpdateInfo
+from rankscope.formats.abstract_store import Store, StoredTensors, UpdateInfo
 from rankscope.formats.checkpoint import CONV1D_NAME, Checkpoint, non_matrix_reason
 from rankscope.formats.checkpoint_store import VOCABULARY_LAYERS
 from rankscope.formats.file_io import TensorInfo
@@ -74,6 +74,13 @@ class AdapterStore(Store):
         self._readers: dict[str, Callable[[Any], Update]] = {}
         self._origins: dict[str, Callable[[Any], Tensor | None]] = {}
         self._others = list(self.folder.others)
+
+    def stored_tensors(self) -> StoredTensors:
+        return StoredTensors(self._file.infos, (self._file.path,))
+
+    def base_name(self) -> str | None:
+        name = self.folder.config.get("base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
 
     def _put(
         self,

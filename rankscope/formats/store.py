@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from rankscope.errors import ConfigError, FormatError, RankscopeError
+from rankscope.errors import ConfigError, FormatError
 from rankscope.formats.abstract_store import SkippedItem, Store, UnknownLayerError, UpdateInfo
 from rankscope.formats.adapter_file import FileStore
-from rankscope.formats.checkpoint import INDEX_SUFFIX, UPDATES_NAME, checkpoint_file, has_checkpoint
-from rankscope.formats.checkpoint_store import CheckpointStore, UpdateStore, is_updates, write_updates
-from rankscope.formats.diffusers import DiffusersStore, is_diffusers
-from rankscope.formats.file_io import TensorFile, read_json
+from rankscope.formats.checkpoint import INDEX_SUFFIX, checkpoint_file, has_checkpoint
+from rankscope.formats.checkpoint_store import CheckpointStore, UpdateStore, write_updates
+from rankscope.formats.file_formats import CHECKPOINT, all_formats, format_of
 from rankscope.formats.hub import local_path
-from rankscope.formats.kohya import KohyaStore, is_kohya
-from rankscope.formats.loralib import LoralibStore, is_loralib
 from rankscope.formats.opening import Opening
-from rankscope.formats.peft_config import peft_type
-from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, PEFT_PREFIX, WEIGHTS_NAME, parse_key
+from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME
 from rankscope.formats.peft_lora import PeftStore
-from rankscope.formats.peft_methods import PeftMethodStore
-from rankscope.formats.pickle_file import PICKLE_SUFFIXES, PickledFile, open_tensors
+from rankscope.formats.pickle_file import PICKLE_SUFFIXES, open_tensors
 
 __all__ = [
     "CheckpointStore",
@@ -41,16 +33,6 @@ __all__ = [
     "open_source",
     "write_updates",
 ]
-
-ADAPTER_FOLDER = "adapter"
-LOOKED_FOR = (
-    f"looked for {CONFIG_NAME}, {ADAPTER_FOLDER}/{CONFIG_NAME}, {UPDATES_NAME}, model.safetensors, "
-    "model.safetensors.index.json and any single .safetensors file"
-)
-
-
-class NoBaseError(FormatError):
-    """Full weights, whose update is not known without their base."""
 
 
 def open(
@@ -105,13 +87,12 @@ def open_source(path: str | os.PathLike[str], opening: Opening) -> Store:
 
 
 def _open_folder(folder: Path, opening: Opening) -> Store:
-    for adapter in (folder, folder / ADAPTER_FOLDER):
-        if (adapter / CONFIG_NAME).exists():
-            return _open_adapter(adapter, opening)
-    if (folder / UPDATES_NAME).exists():
-        return UpdateStore(folder / UPDATES_NAME, opening.base_path, opening.device)
+    for row in all_formats():
+        for name in row.paths:
+            if (folder / name).exists():
+                return row.open(folder / name, None, opening)
     for weights in (folder / WEIGHTS_NAME, folder / OLD_WEIGHTS_NAME):
-        if weights.exists() and adapter_store_class(open_tensors(weights)) is None:
+        if weights.exists() and format_of(open_tensors(weights)) is CHECKPOINT:
             raise FormatError(f"{folder}: has an adapter's weights but no {CONFIG_NAME}, which holds its scale; add it")
         if weights.exists():
             return _open_file(weights, opening)
@@ -119,83 +100,30 @@ def _open_folder(folder: Path, opening: Opening) -> Store:
         raise FormatError(f"{folder}: is a study; give one of its runs, such as {_first_run(folder)}")
     if has_checkpoint(folder):
         return _open_weights(folder, checkpoint_file(folder), opening)
+    paths = ", ".join(name for row in all_formats() for name in row.paths)
+    looked_for = f"looked for {paths}, model.safetensors, model.safetensors.index.json and any single .safetensors file"
     if not any(folder.iterdir()):
-        raise FormatError(f"{folder}: is empty; {LOOKED_FOR}")
-    raise FormatError(f"{folder}: holds nothing that is known; {LOOKED_FOR}")
+        raise FormatError(f"{folder}: is empty; {looked_for}")
+    raise FormatError(f"{folder}: holds nothing that is known; {looked_for}")
 
 
 def _open_file(file: Path, opening: Opening) -> Store:
     if not file.exists():
         raise FormatError(f"{file}: no such file or folder")
-    names = (WEIGHTS_NAME, OLD_WEIGHTS_NAME, CONFIG_NAME)
-    if file.name in names and (file.parent / CONFIG_NAME).exists():
-        return _open_adapter(file.parent, opening)
+    for row in all_formats():
+        if row.is_part is not None and row.is_part(file):
+            return row.open(file, None, opening)
     if file.suffix in (".safetensors", *PICKLE_SUFFIXES) or file.name.endswith(INDEX_SUFFIX):
         return _open_weights(file, file, opening)
     raise FormatError(f"{file}: not a kind of file that is read; give an adapter's folder or .safetensors weights")
 
 
 def _open_weights(path: Path, file: Path, opening: Opening) -> Store:
-    """A file of tensors by what they are called."""
+    """A file of tensors, by its contents."""
     if file.name.endswith(INDEX_SUFFIX):
-        return _minus_base(path, opening)
-    header = open_tensors(file)
-    if isinstance(header, TensorFile) and is_updates(header):
-        return UpdateStore(file, opening.base_path, opening.device)
-    kind = adapter_store_class(header)
-    if kind is not None:
-        return kind(path, header, opening.base_path, opening.device, opening.alpha)
-    if any(key.startswith(PEFT_PREFIX) or parse_key(key) for key in header.infos):
-        raise FormatError(
-            f"{file}: holds the factors of an adapter, but not its scale; name it {WEIGHTS_NAME} and put its "
-            f"{CONFIG_NAME} beside it"
-        )
-    return _minus_base(path, opening)
-
-
-def adapter_store_class(header: TensorFile | PickledFile) -> type[FileStore] | None:
-    """How an adapter that is one file is read; None for what is no such adapter."""
-    if is_kohya(header.infos):
-        return KohyaStore
-    if is_diffusers(header.infos, header.metadata):
-        return DiffusersStore
-    return LoralibStore if is_loralib(header.infos) else None
-
-
-def _open_adapter(folder: Path, opening: Opening) -> Store:
-    """A PEFT adapter, with the base that its configuration names where none was given and it lies on disk."""
-    config = read_json(folder / CONFIG_NAME)
-    named = config.get("base_model_name_or_path")
-    own = Path(named).expanduser() if isinstance(named, str) and named else None
-    ours = (folder.parent / "run.json").is_file()  # a run's base is its study's, wherever this is called
-    if opening.base_path is not None or own is None or ours or not _is_folder(own):
-        return _peft_store(folder, config, opening)
-    try:
-        found = _peft_store(folder, config, replace(opening, base=own))
-        found.notes.append(f"its base was found where its configuration says: {own}")
-    except RankscopeError as error:
-        found = _peft_store(folder, config, opening)
-        found.notes.append(f"its base, {own}, could not be used ({error})")
-    return found
-
-
-def _peft_store(folder: Path, config: Mapping[str, Any], opening: Opening) -> Store:
-    if peft_type(folder / CONFIG_NAME, config) == "LORA":
-        return PeftStore(folder, opening.base_path, opening.device, opening.initial_path)
-    return PeftMethodStore(folder, opening.base_path, opening.device)
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
-
-
-def _minus_base(path: Path, opening: Opening) -> Store:
-    if opening.base_path is None:
-        raise NoBaseError(f"{path}: holds full weights; say with --base which model they were tuned from")
-    return CheckpointStore(path, opening.base_path, opening.device)
+        return CHECKPOINT.open(path, None, opening)
+    tensors = open_tensors(file)
+    return format_of(tensors).open(path, tensors, opening)
 
 
 def _first_run(study: Path) -> Path:

@@ -1,4 +1,4 @@
-"""One adapter's share of the stacked factors as leaves of their own, for an optimizer that moves this adapter alone."""
+"""One adapter's slices of the stacked factors as leaf tensors, for an optimizer that trains this adapter alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rankscope.lora.layer import AdapterLayer
 
 
 class AdapterViews:
-    """Views of the stacked factors by adapter, made when asked for and kept: they share memory with the bank's."""
+    """Views of the stacked factors by adapter, in the bank's memory; each is made once, at the first request."""
 
     def __init__(self, layers: Mapping[str, AdapterLayer]) -> None:
         self._layers = layers
@@ -24,33 +24,33 @@ class AdapterViews:
             yield f"{path}.B", layer.B, layer
 
     def views(self, i: int) -> dict[str, Tensor]:
-        """A (R, columns of A) and B (rows of B, R / groups) of each layer that adapter i goes to, as f"{path}.A"."""
+        """A (R, columns of A) and B (rows of B, R / groups) of each layer of adapter i, as f"{path}.A" and so on."""
         return {name: self._view(name, stack, i) for name, stack, layer in self._stacks() if layer.slots[i].rank}
 
     def _view(self, name: str, stack: nn.Parameter, i: int) -> Tensor:
-        held = self._views.setdefault(name, {})
-        if i not in held or not is_view(held[i], stack, i):
-            held[i] = stack.detach()[i].requires_grad_(True)
-        return held[i]
+        views = self._views.setdefault(name, {})
+        if i not in views or not is_view(views[i], stack, i):
+            views[i] = stack.detach()[i].requires_grad_(True)
+        return views[i]
 
     def share_gradients(self) -> None:
-        """Give each view its slice of the stacked gradient, without copying.
+        """Set the gradient of each view to its slice of the stacked gradient, without copying.
 
         Raises:
-            ConfigError: the factors have moved to other memory since the views were made.
+            ConfigError: the model was moved, so the factors lie in other memory than the views.
         """
         for name, stack, _ in self._stacks():
-            held = self._views.get(name, {})
-            if any(not is_view(view, stack, i) for i, view in list(held.items())[:1]):
+            views = self._views.get(name, {})
+            if any(not is_view(view, stack, i) for i, view in list(views.items())[:1]):
                 raise ConfigError("the model was moved after parameters() was called; move it first")
             slices = None if stack.grad is None else stack.grad.detach().unbind()
-            for i, view in held.items():
+            for i, view in views.items():
                 view.grad = None if slices is None else slices[i]
 
     def zero_grad(self) -> None:
-        """Drop the gradients of the views; they would hold the stacks' in memory."""
-        for held in self._views.values():
-            for view in held.values():
+        """Drop the gradients of the views, which would keep those of the stacks in memory."""
+        for views in self._views.values():
+            for view in views.values():
                 view.grad = None
 
 

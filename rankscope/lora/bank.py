@@ -25,7 +25,7 @@ from rankscope.updates import LowRank
 
 
 class Bank:
-    """N adapters attached to one model, whose own weights are frozen and never written to.
+    """N adapters on one model, whose own weights are frozen and never written to.
 
     Made by ``Bank.attach`` (fresh adapters) or ``load`` (stored ones). All rows pass adapter 0 until ``select`` says
     otherwise. Weights that the model uses twice (an embedding tied to the output layer) change only where the adapted
@@ -34,10 +34,10 @@ class Bank:
     Attributes:
         model: the model, with adapter layers in the places of the targets until ``detach``.
         specs: the spec of each adapter.
-        route: where rows go; ``route.seeds`` makes dropout a function of (seed, layer).
-        layers: the adapter layers by the path of the module that they stand for, in the order of the model. Their
-            parameters ``A`` and ``B`` have the adapter as first axis.
-        heads: what stands for the modules trained whole, by path; ``head`` gives one adapter's copy.
+        route: which adapters the rows pass; ``route.seeds`` makes dropout a function of (seed, layer).
+        layers: the adapter layers by the path of the module that they replace, in the order of the model. Their
+            parameters ``A`` (N, R, ·) and ``B`` (N, ·, R / groups) have the adapter as first axis.
+        heads: the copies of the modules trained whole, by path; ``head`` gives one adapter's copy.
         biases: the trained biases of the base, by the path of their module.
     """
 
@@ -64,7 +64,7 @@ class Bank:
                 slots = [plan.get(name, Slot()) for plan in plans]
                 self.layers[name] = self._wrap(name, module, slots, dtype)
         self.biases = make_biases_trainable(specs[0].bias, model, self.layers, self.heads, self._swap)
-        self._leaves = AdapterViews(self.layers)
+        self._views = AdapterViews(self.layers)
 
     @classmethod
     def attach(
@@ -80,8 +80,9 @@ class Bank:
             model: changed in place; ``detach`` gives it back.
             specs: one spec per adapter.
             generators: one per adapter, the only source of its initial factors and its dropout, whatever N and the
-                other adapters are. On the device of the model, they save copying dropout masks. Adapters of one sweep
-                need different seeds: with one seed, the first rows of A agree across ranks up to scale.
+                other adapters are. With generators on the device of the model, dropout masks need not be copied.
+                Adapters of one sweep need different seeds: with one seed, the first rows of A agree across ranks up to
+                scale.
             dtype: of the factors; by default float32, or float64 on a float64 base.
 
         Raises:
@@ -114,7 +115,7 @@ class Bank:
     def __len__(self) -> int:
         return len(self.specs)
 
-    # Taking the places of modules
+    # Replacing modules
 
     def _swap(self, owner: nn.Module, name: str, replacement: nn.Module | nn.Parameter) -> None:
         self._swaps.append(Swap(owner, name, replacement))
@@ -129,7 +130,7 @@ class Bank:
         return head
 
     def _wrap(self, path: str, module: Any, slots: Sequence[Slot], dtype: torch.dtype | None) -> AdapterLayer:
-        # Plans name only modules that check_target has let pass.
+        # Plans only name modules that passed check_target.
         kind = cast(type[AdapterLayer], layer_class(module))
         default = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
         layer = kind(module, slots, self.route, dtype or default, path)
@@ -154,9 +155,9 @@ class Bank:
 
     @property
     def selection(self) -> int | tuple[int, ...] | None:
-        """What ``select`` was told last."""
-        where = self.route.selection
-        return where.rows if isinstance(where, BatchRows) else where
+        """The argument of the last ``select``."""
+        selection = self.route.selection
+        return selection.rows if isinstance(selection, BatchRows) else selection
 
     def select(self, which: int | Sequence[int] | None) -> None:
         """Send every row through one adapter, or each row of a batch through its own.
@@ -184,18 +185,18 @@ class Bank:
         self.route.selection = rows
 
     def merge(self, i: int = 0) -> None:
-        """Put W + update of adapter i in the place of W: the forward pass is that of the base alone, and its heads.
+        """Replace W by W + update of adapter i, so that the forward pass costs what the base and the heads alone cost.
 
         Raises:
             ConfigError: an adapter is merged already, or a weight cannot be merged into (quantised, grouped).
-            NonFiniteError: a factor holds NaN or infinity. After either of these two nothing is merged.
+            NonFiniteError: a factor holds NaN or infinity. After a weight or a factor that fails nothing is merged.
         """
         self._check(i)
         self._require(self.route.merged is None, f"adapter {self.route.merged} is merged already; use switch")
         merge_adapter(self.route, self.layers, i)
 
     def switch(self, i: int) -> None:
-        """Replace the merged adapter by adapter i: W − BA + B'A', computed from the kept W, so that nothing drifts."""
+        """Replace the merged adapter by adapter i, computed from the original W, so that no rounding errors add up."""
         self._check(i)
         self._require(self.route.merged is not None, "no adapter is merged; use merge, or select")
         merge_adapter(self.route, self.layers, i)
@@ -221,42 +222,42 @@ class Bank:
     # Training
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What one optimizer for all adapters trains: A and B of each layer, first axis the adapter; biases; heads."""
+        """The parameters for one optimizer of all adapters: A (N, R, ·) and B (N, ·, R / groups); biases; heads."""
         factors = [factor for layer in self.layers.values() for factor in (layer.A, layer.B)]
         whole = [weight for i in range(len(self)) for weight in self._heads_and_biases(i).values()]
         return factors + list(dict.fromkeys(cast(list[nn.Parameter], whole)))
 
     def parameters(self, i: int) -> dict[str, Tensor]:
-        """What an optimizer of adapter i alone trains, by name, in a fixed order. Move the model first.
+        """The parameters for an optimizer of adapter i alone, by name, in a fixed order. Move the model first.
 
         Returns:
-            For each layer that the adapter goes to f"{path}.A" (R, columns of A) and f"{path}.B" (rows of B,
-            R / groups): leaves that share memory with the bank's, padded with zeros to the largest rank R of the
-            layer; the same objects at each call. Then, as they are, the parameters of its heads, f"{path}.{key}", and
-            biases, f"{path}.bias". Tied ones stand there once. Call ``share_gradients`` after the backward pass.
+            For each layer of the adapter f"{path}.A" (R, columns of A) and f"{path}.B" (rows of B, R / groups): leaf
+            tensors that share memory with the bank's, padded with zeros to the largest rank R of the layer; the same
+            objects at each call. Then the parameters of its heads, f"{path}.{key}", and the biases, f"{path}.bias",
+            unchanged. Tied parameters occur once. Call ``share_gradients`` after the backward pass.
         """
         self._check_index(i)
-        return {**self._leaves.views(i), **self._heads_and_biases(i)}
+        return {**self._views.views(i), **self._heads_and_biases(i)}
 
     def share_gradients(self) -> None:
-        """After a backward pass, give what ``parameters`` returned its slices of the gradients, without copying.
+        """After a backward pass, set the gradients of what ``parameters`` returned, without copying.
 
         Raises:
             ConfigError: the model has been moved since ``parameters`` was called.
         """
-        self._leaves.share_gradients()
+        self._views.share_gradients()
 
     def zero_grad(self) -> None:
         """Drop all gradients, stacked and shared."""
-        self._leaves.zero_grad()
+        self._views.zero_grad()
         for parameter in self.trainable_parameters():
             parameter.grad = None
 
     def trim(self, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies without padding of tensors named and shaped as in ``parameters(i)``: weights or AdamW's moments.
 
-        Factors become adapter i's own rank, in the shapes of ``factors``; other names pass through. What one bank
-        trims, a bank of another R can ``pad``.
+        Factors get the rank of adapter i, in the shapes of ``factors``; other tensors are returned unchanged. A bank of
+        another R can ``pad`` them.
 
         Raises:
             ShapeError: a factor that does not have the padded shape.
@@ -264,7 +265,7 @@ class Bank:
         return self._reshape_factors(i, tensors, AdapterLayer.trim)
 
     def pad(self, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The way back from ``trim``: factors padded with zeros to the shapes of ``parameters(i)``.
+        """The inverse of ``trim``: factors padded with zeros to the shapes of ``parameters(i)``.
 
         Raises:
             ShapeError: a factor that does not have adapter i's own shape.
@@ -294,7 +295,7 @@ class Bank:
         return [(name, layer) for name, layer in self.layers.items() if layer.slots[i].rank]
 
     def _heads_and_biases(self, i: int) -> dict[str, Tensor]:
-        """What of adapter i is trained whole, each parameter once."""
+        """The parameters of adapter i that are trained whole, each once."""
         named = {
             f"{path}.{key}": weight for path in self.heads for key, weight in self.head(i, path).named_parameters()
         } | {f"{path}.bias": bias for path, bias in self.biases.items()}
@@ -302,12 +303,12 @@ class Bank:
         return {name: weight for name, weight in named.items() if first[id(weight)] == name}
 
     def parameter_count(self, i: int = 0) -> int:
-        """Trainable numbers of adapter i, padding not counted."""
+        """How many numbers adapter i trains, without padding."""
         factors = sum(A.numel() + B.numel() for A, B in self.factors(i).values())
         return factors + sum(weight.numel() for weight in self._heads_and_biases(i).values())
 
     def factors(self, i: int = 0) -> dict[str, FactorPair]:
-        """Copies of (A, B) of adapter i by module path, of its own rank, in the shapes that PEFT stores."""
+        """Copies of (A, B) of adapter i by module path: (r, in) and (out, r), or the other shapes that PEFT stores."""
         return {name: layer.factors(i) for name, layer in self._layers_of(i)}
 
     def updates(self, i: int = 0) -> dict[str, LowRank]:
@@ -328,9 +329,9 @@ class Bank:
     # Files
 
     def save(self, i: int, folder: Path | str, base_name: str | None = None, task_type: str | None = None) -> None:
-        """Write adapter i in PEFT's layout, with the biases and whole modules trained along.
+        """Write adapter i in PEFT's layout, with the biases and modules that are trained whole.
 
-        It fits the base as it is: with init "pissa" the factors of B A − B0 A0 are written, of rank 2r, at the same
+        It fits the unchanged base: with init "pissa" the factors of B A − B0 A0 are written, of rank 2r, at the same
         scale.
 
         Args:
@@ -347,9 +348,9 @@ class Bank:
     def save_initial(
         self, i: int, folder: Path | str, base_name: str | None = None, task_type: str | None = None
     ) -> None:
-        """Write what adapter i starts from, as ``save`` does; to be called before training.
+        """Write the initial factors of adapter i, as ``save`` does; to be called before training.
 
-        With init "pissa" these are (B0, A0), of rank r, whenever it is called: s · B0 A0 is a part of the base weight.
+        With init "pissa" these are (B0, A0), of rank r, also after training: s · B0 A0 is a part of the base weight.
         """
         factors = {name: layer.initial_factors(i) or layer.factors(i) for name, layer in self._layers_of(i)}
         self._write(i, folder, self.specs[i], factors, base_name, task_type)

@@ -1,4 +1,4 @@
-"""What is trained whole beside the factors: heads, of which each adapter has its own, and biases of the base."""
+"""What is trained whole beside the factors: heads, with a copy for each adapter, and biases of the base."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ class HeadCopies(nn.Module):
     """N trainable copies of a module in its place, one per adapter: each row passes the copy of its adapter.
 
     Attributes:
-        base: the module itself, frozen: what rows without an adapter pass.
-        copies: the module of each adapter.
+        base: the module itself, frozen, which rows without an adapter pass.
+        copies: the copy of each adapter.
+        route: which copies the rows pass.
     """
 
     def __init__(self, base: nn.Module, count: int, route: Route) -> None:
@@ -30,28 +31,29 @@ class HeadCopies(nn.Module):
         self.training = base.training
 
     def __getattr__(self, name: str) -> Any:
-        # Models read attributes of their heads (weight, in_features): those of the adapter that is in use.
+        # Models read attributes of their heads (weight, in_features); they get those of the selected adapter.
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name in ("base", "copies", "route"):  # not set yet
                 raise
-            where = self._where()
-            return getattr(self.copies[where if isinstance(where, int) else 0], name)
+            selection = self._selection()
+            return getattr(self.copies[selection if isinstance(selection, int) else 0], name)
 
-    def _where(self) -> int | BatchRows | None:
+    def _selection(self) -> int | BatchRows | None:
+        """The merged adapter, or else the selection of the route."""
         return self.route.selection if self.route.merged is None else self.route.merged
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        where = self._where()
-        if isinstance(where, int):
-            return self.copies[where](*args, **kwargs)
+        selection = self._selection()
+        if isinstance(selection, int):
+            return self.copies[selection](*args, **kwargs)
         batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if batch is None or not batch.ndim:
-            raise ShapeError("a module trained whole was called without a batch to share out; select one adapter")
-        rows = BatchRows.equal_chunks(batch.shape[0], len(self.copies)) if where is None else where
+            raise ShapeError("a module trained whole was called without a batch that can be split; select one adapter")
+        rows = BatchRows.equal_chunks(batch.shape[0], len(self.copies)) if selection is None else selection
         rows.check(batch.shape[0])
-        # What else has as many rows, such as a mask, is shared out along with the batch.
+        # Other arguments with as many rows, such as a mask, are split like the batch.
         parts = [_split_value(rows, value) for value in (*args, *kwargs.values())]
         outputs = []
         for i, *values in zip(rows.adapters, *parts, strict=True):
@@ -62,12 +64,13 @@ class HeadCopies(nn.Module):
 
 
 def _split_value(rows: BatchRows, value: Any) -> Sequence[Any]:
-    shared = isinstance(value, Tensor) and value.ndim and value.shape[0] == len(rows.rows)
-    return rows.split(value) if shared else [value] * len(rows.adapters)
+    """The rows of each group of a tensor (rows, …); any other value for each group."""
+    has_rows = isinstance(value, Tensor) and value.ndim and value.shape[0] == len(rows.rows)
+    return rows.split(value) if has_rows else [value] * len(rows.adapters)
 
 
 def _join_outputs(rows: BatchRows, outputs: Sequence[Any]) -> Any:
-    """Tensors, or tuples of them, put together again along their first axis."""
+    """The outputs of all groups, tensors (rows, …) or tuples of them, joined along their first axis."""
     first = outputs[0]
     if isinstance(first, Tensor):
         return rows.join(outputs)
@@ -76,8 +79,8 @@ def _join_outputs(rows: BatchRows, outputs: Sequence[Any]) -> Any:
     if first is None:
         return None
     raise ConfigError(
-        f"a module trained whole returns a {type(first).__name__}; the rows of several adapters can only be put "
-        "together in tensors and tuples of them; select one adapter"
+        f"a module trained whole returns a {type(first).__name__}; rows of several adapters can only be joined in "
+        "tensors and tuples of tensors; select one adapter"
     )
 
 
@@ -88,10 +91,14 @@ def make_biases_trainable(
     heads: Mapping[str, nn.Module],
     swap: Callable[[nn.Module, str, nn.Parameter], None],
 ) -> dict[str, nn.Parameter]:
-    """Replace biases of the base, by ``swap``, by trainable copies, returned by path; tied ones stay tied.
+    """Replace biases of the base, with ``swap``, by trainable copies; tied biases stay tied. Returns them by path.
 
     Args:
-        which: "none", those of the adapted modules ("lora_only"), or "all".
+        which: "none", "lora_only" (those of the adapted modules), or "all".
+        model: the base with the adapter layers in place.
+        layers: the adapter layers by path.
+        heads: the modules trained whole by path; their own biases are left alone.
+        swap: replaces a parameter of a module.
     """
     if which == "none":
         return {}

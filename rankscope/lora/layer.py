@@ -1,8 +1,8 @@
 """What all adapter layers share: a frozen module with the factors of N adapters beside it.
 
-The factors of all adapters of a layer lie in two stacked tensors, A (N, R, ·) and B (N, ·, R), R being the largest
-rank among them. What an adapter of smaller rank does not use is zero, and stays zero in training: the gradient of a row
-of A goes through the same column of B and the other way round, so both vanish, and weight decay of zero is zero.
+The factors of all adapters of a layer lie in two stacked tensors, A (N, R, ·) and B (N, ·, R), where R is the largest
+rank among them. An adapter of smaller rank is padded with zeros, which stay zero in training: the gradient of a row of
+A contains the same column of B and the other way round, so both vanish, and weight decay of zero is zero.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ FactorPair = tuple[Tensor, Tensor]
 
 
 class AdapterLayer(nn.Module, ABC):
-    """base_layer(x) + scale · B(A(dropout(x))), for the adapter or the adapters that the route names.
+    """base_layer(x) + scale · B(A(dropout(x))), for the adapter or the adapters that the route selects.
 
     An adapter that starts from the base's own singular vectors (PiSSA) adds scale · (B A − B0 A0) instead.
 
     Attributes:
-        base_layer: the module whose place this one takes.
-        path: where in the model that is.
+        base_layer: the module that this one replaces.
+        path: its path in the model.
         A, B: the stacked factors, (N, R, columns of A) and (N, rows of B, R / groups).
-        A0, B0: of the same shapes, what PiSSA adapters started from, and zero for others; None without PiSSA here.
-        slots: rank, scale and dropout of each adapter here.
+        A0, B0: of the same shapes, the factors that PiSSA adapters started from, zero for others; None without PiSSA.
+        slots: rank, scale and dropout of each adapter on this layer.
+        route: which adapters the rows pass.
     """
 
     kind: ClassVar[LayerType] = "linear"
@@ -68,7 +69,7 @@ class AdapterLayer(nn.Module, ABC):
         self.train(base_layer.training)
 
     def __getattr__(self, name: str) -> Any:
-        # Models read attributes of their layers (embedding_dim, in_features, bias): the base has them.
+        # Models read attributes of their layers (embedding_dim, in_features, bias), which the base has.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -78,7 +79,7 @@ class AdapterLayer(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The base weight without adapters, merged or not: what a model that uses it twice reads from here."""
+        """The base weight without adapters, merged or not, for models that use the weight in a second place."""
         original: Any = self.base_layer.weight if self.merge_swap is None else self.merge_swap.original
         return cast(Tensor, original)
 
@@ -91,10 +92,10 @@ class AdapterLayer(nn.Module, ABC):
 
     @abstractmethod
     def delta(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """B(A(x)) of one adapter, A (R, ·) and B (·, R / groups), before the scale."""
+        """B(A(x)) of one adapter without the scale: x (batch, …, in), A (R, ·), B (·, R / groups) → (batch, …, out)."""
 
     def initialise(self, i: int, init: Init) -> None:
-        """Draw A of adapter i, from its own stream and in its own rank; B stays zero."""
+        """Draw A of adapter i from its own generator and at its own rank; B stays zero."""
         shape, _ = self.shapes(self.base_layer, self.slots[i].rank)
         source = self.route.generators[i]
         A = torch.empty(shape, device=source.device)
@@ -107,7 +108,7 @@ class AdapterLayer(nn.Module, ABC):
         self.set_factors(i, A=A)
 
     def to_matrix(self, A: Tensor, B: Tensor, scale: float) -> LowRank:
-        """The update (out, in) that stored factors make."""
+        """The update (out, in) of factors in the shapes that PEFT stores."""
         return LowRank(B, A, scale)
 
     def to_weight(self, update: Tensor) -> Tensor:
@@ -121,31 +122,32 @@ class AdapterLayer(nn.Module, ABC):
     # Forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (batch, …, in) → (batch, …, out), for the kinds of module that have other axes as those do."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.route.merged is not None:
             return result
-        where = self.route.selection
-        if where is None:
+        selection = self.route.selection
+        if selection is None:
             check_equal_chunks(x.shape[0], len(self.slots))
             return self.forward_all(x, result)
-        if isinstance(where, BatchRows):
-            return self.forward_rows(x, result, where)
-        return self.forward_one(x, result, where) if self.slots[where].rank else result
+        if isinstance(selection, BatchRows):
+            return self.forward_rows(x, result, selection)
+        return self.forward_one(x, result, selection) if self.slots[selection].rank else result
 
     def forward_one(self, x: Tensor, result: Tensor, i: int) -> Tensor:
-        """All rows through adapter i."""
+        """Adds adapter i to the base's ``result`` (batch, …, out) of x (batch, …, in)."""
         delta = self.delta(self.prepare_input(x, i), *self.forward_factors(i))
         return (result + delta * self.slots[i].scale).to(result.dtype)
 
     def forward_all(self, x: Tensor, result: Tensor) -> Tensor:
-        """The i-th of N chunks of the rows through adapter i."""
-        A, B = self.stacked_forward_factors()
+        """Adds adapter i to the i-th of N equal chunks of the batch; shapes as in ``forward_one``."""
+        A, B = self.all_forward_factors()
         parts = zip(x.tensor_split(len(self.slots)), A.unbind(), B.unbind(), self.slots, strict=True)
         deltas = [self.delta(self.prepare_input(x, i), A, B) * slot.scale for i, (x, A, B, slot) in enumerate(parts)]
         return (result + torch.cat(deltas)).to(result.dtype)
 
     def forward_rows(self, x: Tensor, result: Tensor, rows: BatchRows) -> Tensor:
-        """Each group of rows through its adapter, or through none."""
+        """Adds to each group of rows its adapter, or none; shapes as in ``forward_one``."""
         rows.check(x.shape[0])
         here = [i != NO_ADAPTER and self.slots[i].rank > 0 for i in rows.adapters]
         if not any(here):
@@ -154,29 +156,29 @@ class AdapterLayer(nn.Module, ABC):
         return rows.join([self.forward_one(x, out, i) if there else out for i, there, x, out in groups])
 
     def forward_factors(self, i: int) -> FactorPair:
-        """The factors that adapter i's rows pass, A (R, ·) and B (·, R / groups); twice as many with PiSSA."""
+        """The factors that the rows of adapter i pass, A (R, ·) and B (·, R / groups); with PiSSA of twice the rank."""
         A, B = select_factor(self.A, i), select_factor(self.B, i)
         if self.A0 is None or self.B0 is None or not self.subtracts[i]:
             return A, B
         return difference_factors(A, B, select_factor(self.A0, i), select_factor(self.B0, i))
 
-    def stacked_forward_factors(self) -> FactorPair:
-        """The factors of all adapters, stacked."""
+    def all_forward_factors(self) -> FactorPair:
+        """The factors of all adapters, stacked: A (N, R, ·) and B (N, ·, R / groups); with PiSSA of twice the rank."""
         if self.A0 is None or self.B0 is None:
             return self.A, self.B
         return difference_factors(self.A, self.B, self.A0, self.B0)
 
     def prepare_input(self, x: Tensor, i: int) -> Tensor:
-        """Rows of adapter i in the dtype of the factors, with dropout from adapter i's own stream."""
+        """x (batch, …, in) in the dtype of the factors, with dropout from the generator of adapter i."""
         x = self.cast(x)
         if not self.applies_dropout(i):
             return x
-        kept, source = 1 - self.slots[i].dropout, self.route.dropout_generator(i, self.path)
-        mask = torch.empty(x.shape, device=source.device).bernoulli_(kept, generator=source)
-        return x * mask.div_(kept).to(x.device, x.dtype, non_blocking=supports_non_blocking(x.device))
+        keep, generator = 1 - self.slots[i].dropout, self.route.dropout_generator(i, self.path)
+        mask = torch.empty(x.shape, device=generator.device).bernoulli_(keep, generator=generator)
+        return x * mask.div_(keep).to(x.device, x.dtype, non_blocking=supports_non_blocking(x.device))
 
     def cast(self, x: Tensor) -> Tensor:
-        """x in the dtype of the factors; under autocast, which casts for itself, as it is."""
+        """x, of any shape, in the dtype of the factors; unchanged under autocast, which casts by itself."""
         device = x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         return x if autocast else x.to(self.A.dtype)
@@ -187,7 +189,7 @@ class AdapterLayer(nn.Module, ABC):
     # Factors of one adapter
 
     def trim(self, i: int, half: FactorName, stacked: Tensor) -> Tensor:
-        """What adapter i uses of one slice of a stack, copied: of its own rank, in the shape that PEFT stores.
+        """A copy of one slice (R, ·) or (·, R / groups) of a stack without padding, in the shape that PEFT stores.
 
         Raises:
             ShapeError: not the shape of a slice of this layer's stack.
@@ -203,7 +205,7 @@ class AdapterLayer(nn.Module, ABC):
         return used.reshape(shape).clone()
 
     def pad(self, i: int, half: FactorName, own: Tensor) -> Tensor:
-        """The way back from ``trim``: zero where adapter i uses nothing.
+        """The inverse of ``trim``: the slice of the stack, with zeros where adapter i has no rank.
 
         Raises:
             ShapeError: not the shape of this factor of adapter i.
@@ -224,7 +226,7 @@ class AdapterLayer(nn.Module, ABC):
 
     @torch.no_grad()
     def set_factors(self, i: int, A: Tensor | None = None, B: Tensor | None = None) -> None:
-        """Overwrite A or B of adapter i; shapes as in ``factors``."""
+        """Overwrite A or B of adapter i; in the shapes that PEFT stores, as ``factors`` gives them."""
         if A is not None:
             self.A[i].copy_(self.pad(i, "A", A))
         if B is not None:
@@ -232,7 +234,7 @@ class AdapterLayer(nn.Module, ABC):
 
     @torch.no_grad()
     def start_from_weight(self, members: Sequence[int]) -> None:
-        """Give adapters the PiSSA start; one decomposition serves all of them."""
+        """Start these adapters as PiSSA does; one decomposition of the weight serves all of them."""
         svd = sign_fixed_svd(self.from_weight(self.weight.detach()))
         self.A0, self.B0 = torch.zeros_like(self.A.detach()), torch.zeros_like(self.B.detach())
         for i in members:
@@ -244,13 +246,13 @@ class AdapterLayer(nn.Module, ABC):
             self.subtracts[i] = True
 
     def initial_factors(self, i: int) -> FactorPair | None:
-        """Copies of the (A0, B0) that adapter i takes off, shaped as in ``factors``; None where there are none."""
+        """Copies of the (A0, B0) that PiSSA subtracts for adapter i, shaped as in ``factors``; None without PiSSA."""
         if self.A0 is None or self.B0 is None or not self.subtracts[i]:
             return None
         return self.trim(i, "A", self.A0[i]), self.trim(i, "B", self.B0[i])
 
     def update_factors(self, i: int) -> FactorPair:
-        """Copies of factors whose product is the whole update of adapter i, as PEFT stores them."""
+        """Copies of factors A, B whose product is the whole update of adapter i, in the shapes that PEFT stores."""
         own, start = self.factors(i), self.initial_factors(i)
         if start is None:
             return own
@@ -259,7 +261,7 @@ class AdapterLayer(nn.Module, ABC):
         return A.reshape(a_shape), B.reshape(b_shape)
 
     def update(self, i: int) -> LowRank:
-        """The update of adapter i as a matrix (out, in), kept as factors.
+        """The update of adapter i, (out, in), kept as factors.
 
         Raises:
             NonFiniteError: a factor holds NaN or infinity.
@@ -267,8 +269,8 @@ class AdapterLayer(nn.Module, ABC):
         A, B = self.update_factors(i)
         return self.to_matrix(A, B, self.slots[i].scale)
 
-    def merged_weight(self, i: int) -> nn.Parameter:
-        """base weight + adapter i, the update in float32, the sum rounded once, to the dtype of the base.
+    def weight_with_adapter(self, i: int) -> nn.Parameter:
+        """Base weight + adapter i, in the shape of the weight: added in float32, rounded once to the base's dtype.
 
         Raises:
             ConfigError: nothing can be added to this weight (quantised, grouped).
@@ -286,13 +288,12 @@ class AdapterLayer(nn.Module, ABC):
 
 
 def select_factor(stacked: Tensor, i: int) -> Tensor:
-    """Factor i of a stack."""
+    """Factor i of a stack (N, ·, ·), as (·, ·)."""
     # Indexing would allocate and fill the whole stack again in the backward pass; a view does not.
     return stacked.squeeze(0) if stacked.shape[0] == 1 else stacked[i]
 
 
-def check_shape(tensor: Tensor, wanted: Sequence[int], half: FactorName) -> None:
-    if tuple(tensor.shape) != tuple(wanted):
-        raise ShapeError(
-            f"{half} is {tuple(tensor.shape)}, expected {tuple(wanted)}; is it of another adapter or rank?"
-        )
+def check_shape(tensor: Tensor, shape: Sequence[int], half: FactorName) -> None:
+    """Raise ShapeError where a factor has another shape."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ShapeError(f"{half} is {tuple(tensor.shape)}, expected {tuple(shape)}; is it of another adapter or rank?")

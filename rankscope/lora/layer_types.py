@@ -1,4 +1,4 @@
-"""The adapter layers, one class per kind of module: Linear, transformers' Conv1D, Embedding, Conv2d."""
+"""The adapter layers, one class for each kind of module: Linear, transformers' Conv1D, Embedding, Conv2d."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rankscope.updates import LowRank
 
 
 class LinearLayer(AdapterLayer):
-    """nn.Linear. One fused product for one adapter, one batched product for all."""
+    """nn.Linear: one fused product for one adapter, one batched product for all."""
 
     @staticmethod
     def shapes(base: Any, rank: int) -> FactorShapes:
@@ -26,19 +26,21 @@ class LinearLayer(AdapterLayer):
 
     def forward_one(self, x: Tensor, result: Tensor, i: int) -> Tensor:
         (A, B), scale = self.forward_factors(i), self.slots[i].scale
-        low = linear(self.prepare_input(x, i), A).reshape(-1, A.shape[0])
+        low = linear(self.prepare_input(x, i), A).reshape(-1, A.shape[0])  # (rows, R)
         if low.dtype != result.dtype:
             return (result + (linear(low, B) * scale).view_as(result)).to(result.dtype)
+        # (rows, out) + scale · (rows, R) @ (R, out)
         return torch.addmm(result.reshape(-1, B.shape[0]), low, B.T, alpha=scale).view_as(result)
 
     def forward_all(self, x: Tensor, result: Tensor) -> Tensor:
-        (A, B), n = self.stacked_forward_factors(), len(self.slots)
+        (A, B), n = self.all_forward_factors(), len(self.slots)  # (N, R, in), (N, out, R)
         if any(self.applies_dropout(i) for i in range(n)):
             x = torch.cat([self.prepare_input(part, i) for i, part in enumerate(x.tensor_split(n))])
-        low = torch.bmm(self.cast(x).reshape(n, -1, x.shape[-1]), A.mT)
+        low = torch.bmm(self.cast(x).reshape(n, -1, x.shape[-1]), A.mT)  # (N, rows, in) @ (N, in, R) → (N, rows, R)
         low = (low * self.scales).to(low.dtype)
         if low.dtype != result.dtype:
             return (result + torch.bmm(low, B.mT).view_as(result)).to(result.dtype)
+        # (N, rows, out) + (N, rows, R) @ (N, R, out)
         return torch.baddbmm(result.reshape(n, -1, B.shape[1]), low, B.mT).view_as(result)
 
 
@@ -68,9 +70,10 @@ class EmbeddingLayer(AdapterLayer):
 
     def delta(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         base: Any = self.base_layer
-        looked_up = embedding(x, A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
-        # Gemma's and BART's embeddings multiply what they look up.
-        return linear(looked_up, B) * getattr(base, "embed_scale", 1.0)
+        # Tokens x (batch, …) → rows of Aᵀ (batch, …, R) → (batch, …, dim)
+        rows = embedding(x, A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+        # Gemma's and BART's embeddings scale their output.
+        return linear(rows, B) * getattr(base, "embed_scale", 1.0)
 
     def prepare_input(self, x: Tensor, i: int) -> Tensor:
         return x
@@ -104,10 +107,12 @@ class Conv2dLayer(AdapterLayer):
         if base.padding_mode != "zeros":
             x, padding = pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
         A = A.view(-1, base.in_channels, *base.kernel_size)
+        # x (batch, in, height, width) → (batch, R, …) → (batch, out, …)
         low = conv2d(x, A, stride=base.stride, padding=padding, dilation=base.dilation)
         return conv2d(low, B[:, :, None, None], groups=base.groups)
 
     def to_matrix(self, A: Tensor, B: Tensor, scale: float) -> LowRank:
+        # Groups of B (out / groups, r / groups) → block diagonal (out, r)
         blocks = torch.block_diag(*B.flatten(1).chunk(self.groups))  # type: ignore[no-untyped-call]
         return LowRank(blocks, A.flatten(1), scale)
 

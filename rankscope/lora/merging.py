@@ -1,4 +1,4 @@
-"""Base weights with an adapter added, in the places of the base weights."""
+"""Replaces base weights by their sums with an adapter, and restores them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rankscope.lora.swap import Swap
 
 
 def merge_adapter(route: Route, layers: Mapping[str, AdapterLayer], i: int) -> None:
-    """Merge adapter i, in place of whichever is merged; on an error nothing is merged."""
+    """Merge adapter i instead of the one that is merged, if any; after an error none is merged."""
     restore_base_weights(route, layers)
     try:
         for name, layer in layers.items():
             if layer.slots[i].rank:
                 with prefix_errors(name):
-                    layer.merge_swap = Swap(layer.base_layer, "weight", layer.merged_weight(i))
+                    layer.merge_swap = Swap(layer.base_layer, "weight", layer.weight_with_adapter(i))
     except BaseException:
         restore_base_weights(route, layers)
         raise

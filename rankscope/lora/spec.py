@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Slot(NamedTuple):
-    """One adapter's share of one layer. Rank 0 means that the adapter leaves this layer alone."""
+    """One adapter on one layer. Rank 0 means that the adapter does not change this layer."""
 
     rank: int = 0
     scale: float = 0.0
@@ -38,7 +38,7 @@ class AdapterSpec:
         init: how A starts; B starts at zero. "kaiming" is uniform in ±1/√in, "gaussian" has deviation 1/r. An
             embedding is the other way round, as in PEFT and loralib: A, whose columns the tokens look up, is zero and
             B is standard normal, so that tokens that are never seen, and the padding token, never move. "pissa" starts
-            both from the r largest singular directions of the weight and takes that start off again (``lora.pissa``);
+            both from the r largest singular directions of the weight and subtracts that start again (``lora.pissa``);
             dropout then acts on the whole difference.
         dropout: probability, in [0, 1), that an entry of the input of A is dropped (embeddings look up: none there).
         rslora: the rank-stabilised scale (Kalajdzievski 2023).
@@ -105,7 +105,7 @@ class AdapterSpec:
         return Slot(rank, scaling(alpha, rank, self.rslora), float(self.dropout))
 
     def as_plain(self) -> AdapterSpec:
-        """What the adapter is in a file: with "pissa" B A − B0 A0 is stored, of twice the rank and the same scale."""
+        """The spec of the adapter's file: with "pissa" B A − B0 A0 is stored, of twice the rank and the same scale."""
         if self.init != "pissa":
             return self
         factor = math.sqrt(2) if self.rslora else 2
@@ -133,19 +133,19 @@ def first_match(patterns: Mapping[str, T], module: str, default: T) -> T:
 
 
 def select_names(names: str | Sequence[str], paths: Sequence[str], what: str, shown: Sequence[str]) -> list[str]:
-    """The paths, in order, that a regular expression or a sequence of names picks.
+    """The paths, in order, that a regular expression or a sequence of names matches.
 
     Raises:
-        ConfigError: nothing is picked, or one of the names picks nothing; the message gives last parts of ``shown``.
+        ConfigError: the expression or one of the names matches nothing; the message lists last parts of ``shown``.
     """
     if isinstance(names, str):
-        found = [path for path in paths if re.fullmatch(names, path)]
-        idle = [] if found else [names]
+        selected = [path for path in paths if re.fullmatch(names, path)]
+        unmatched = [] if selected else [names]
     else:
-        found = [path for path in paths if any(matches_path_end(name, path) for name in names)]
-        idle = [name for name in names if not any(matches_path_end(name, path) for path in paths)]
-    if idle:
+        selected = [path for path in paths if any(matches_path_end(name, path) for name in names)]
+        unmatched = [name for name in names if not any(matches_path_end(name, path) for path in paths)]
+    if unmatched:
         known = list(dict.fromkeys(path.rpartition(".")[2] for path in shown))
-        some = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
-        raise ConfigError(f"{what} {idle[0]!r} matches no module of the model; it has {some or 'none'}")
-    return found
+        listed = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
+        raise ConfigError(f"{what} {unmatched[0]!r} matches no module of the model; it has {listed or 'none'}")
+    return selected

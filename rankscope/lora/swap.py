@@ -1,4 +1,4 @@
-"""Parameters and modules put in the place of others, with the way back."""
+"""Replaces parameters and modules, and restores them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class Swap:
-    """An attribute of a module replaced by another parameter or module, with the way back.
+    """Replaces an attribute of a module, a parameter or a module, until ``undo``.
 
-    Nothing of a base model is ever written to: what changes is put in the place of the original, and the original put
-    back, so it returns bit for bit, and whoever else holds it (a tied output layer) does not notice.
+    The original itself is never written to. So it comes back bit for bit, and other modules that share it (a tied
+    output layer) are not affected.
     """
 
     def __init__(self, owner: nn.Module, name: str, replacement: nn.Module | nn.Parameter) -> None:
@@ -20,18 +20,18 @@ class Swap:
         setattr(owner, name, replacement)
 
     def undo(self) -> None:
-        """Put the original back, on the device that its replacement has been moved to meanwhile."""
+        """Put the original back, on the device that its replacement has been moved to since."""
         device, original = device_of(getattr(self.owner, self.name)), self.original
         if isinstance(original, nn.Module):
             original.to(device)
         elif original.device != device:
-            # In a module, so that the parameter is moved as modules move theirs: the object stays where it can.
+            # A module moves its parameters in place where it can, so the original object stays the same.
             original = nn.ParameterList([original]).to(device)[0]
         setattr(self.owner, self.name, original)
 
 
 def device_of(item: nn.Module | Tensor) -> torch.device | None:
-    """Where a tensor is, or the first parameter of a module; None for a module without any."""
+    """The device of a tensor, or of the first parameter of a module; None for a module without parameters."""
     if isinstance(item, Tensor):
         return item.device
     first = next(item.parameters(), None)

@@ -19,7 +19,7 @@ from rankscope.updates import check_finite
 
 def layer_class(module: nn.Module) -> type[AdapterLayer] | None:
     """The layer that adapts a module of this kind; None where there is none."""
-    # A Conv1D can only be there if transformers has been imported; importing it to ask would take a second.
+    # The model can only have a Conv1D if transformers is imported; importing it for this check would take a second.
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
     for kind, layer in (
         (nn.Linear, LinearLayer),
@@ -58,24 +58,25 @@ def find_targets(model: nn.Module, spec: AdapterSpec) -> dict[str, Slot]:
 
 
 def find_modules_to_save(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Paths of the modules that are trained whole; what lies within one of them goes along with it."""
+    """Paths of the modules that are trained whole, without those that lie within another of them."""
     paths = [name for name, _ in model.named_modules() if name]
-    found = select_names(names, paths, "modules_to_save entry", shown=paths) if names else []
-    return [name for name in found if not any(name != other and is_within(name, other) for other in found)]
+    saved = select_names(names, paths, "modules_to_save entry", shown=paths) if names else []
+    return [name for name in saved if not any(name != other and is_within(name, other) for other in saved)]
 
 
 def is_within(path: str, ancestor: str) -> bool:
-    """Whether a path is another, or lies below it."""
+    """Whether a path equals another or lies below it."""
     return path == ancestor or path.startswith(f"{ancestor}.")
 
 
 def _output_layer(model: nn.Module) -> object:
-    find = getattr(model, "get_output_embeddings", None)
-    return find() if callable(find) else None
+    """The output layer of a model of transformers; None where there is none."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
 
 
 def check_target(model: nn.Module, name: str, slot: Slot) -> None:
-    """Raise ConfigError where an adapter on this module would be impossible, or would silently do nothing."""
+    """Raise ConfigError where an adapter on this module is impossible or would have no effect."""
     module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     reason = None
     if layer_class(module) is None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from rankscope.errors import ConfigError, FormatError, prefix_errors
 from rankscope.formats.abstract_store import SkippedItem
-from rankscope.formats.diffusers import DIFFUSERS_WEIGHTS_NAME
-from rankscope.formats.layouts import AdapterContents, LayerFactors, pipeline_component, to_diffusers, to_kohya, to_peft
+from rankscope.formats.file_formats import FormatWriter, writers
+from rankscope.formats.layouts import AdapterContents, LayerFactors, pipeline_component
 from rankscope.formats.peft_write import write_peft_folder
 from rankscope.formats.streaming import LazyTensor, write_streamed
 from rankscope.surgery.adapter import AdapterSource
@@ -22,13 +22,12 @@ from rankscope.surgery.output_folder import copy_tokenizer, free_output_path
 from rankscope.surgery.surgery_result import LayerChange, SurgeryResult, error_over_norm, format_count
 from rankscope.updates import LowRank
 
-TargetFormat = Literal["peft", "kohya", "diffusers"]
 SUFFIX = ".safetensors"
 
 
 def convert(
     adapter: AdapterSource,
-    to: TargetFormat,
+    to: str,
     out: str | os.PathLike[str],
     *,
     alpha: float | None = None,
@@ -47,8 +46,8 @@ def convert(
 
     Args:
         adapter: an adapter in any format that can be read.
-        to: "peft" (a folder), "kohya" or "diffusers" (a folder with one file, or that file if ``out`` ends in
-            .safetensors).
+        to: a format that can be written (``formats.file_formats``): "peft" (a folder), "kohya" or "diffusers" (a
+            folder with one file, or that file if ``out`` ends in .safetensors).
         out: the folder or file to be made.
         alpha: α where the adapter's file has none.
         component: the part of a pipeline (unet, transformer, text_encoder …) that is kept; where the adapter names
@@ -63,69 +62,62 @@ def convert(
         RankscopeError: the adapter cannot be read, is in that format already or has no layer that the format can hold,
             its names are not known, or ``out`` exists.
     """
-    if to not in get_args(TargetFormat):
-        raise ConfigError(f"to = {to!r}: convert to one of {', '.join(get_args(TargetFormat))}")
+    writer = writers().get(to)
+    if writer is None:
+        raise ConfigError(f"to = {to!r}: convert to one of {', '.join(writers())}")
     path = free_output_path(out)
-    if to == "peft" and path.suffix == SUFFIX:
-        raise ConfigError(f"{out}: PEFT's format is a folder; give a name without {SUFFIX}")
+    is_folder = writer.file_name is None
+    if is_folder and path.suffix == SUFFIX:
+        raise ConfigError(f"{out}: the format {to} is a folder; give a name without {SUFFIX}")
     known = [*(read_base_names(base) if base is not None else ()), *(read_names(names) if names is not None else ())]
     operation = Operation(name="convert", out=out, device=device, track=track, command=command)
     source = ConvertibleAdapter.open(adapter, alpha=alpha, device=device, names=known)
     if source.kind == to:
         raise ConfigError(f"{source.label}: is in the format {to} already")
-    source.choose_component(component, to == "peft")
-    pieces, skipped = _split_by_format(source.read_layers(track), to)
+    source.choose_component(component, is_folder)
+    pieces, skipped = _split_by_format(source.read_layers(track), to, is_folder)
     with prefix_errors(source.label):
-        written = _to_format(pieces, to, base, [module for _, module in known])
+        contents = writer.arrange(pieces, base, [module for _, module in known])
     fields = {
         "inputs": (source.label,),
         "choice": f"{source.kind} → {to}",
         "carried": (),
         "skipped": (*source.skipped, *skipped),
-        "notes": (*source.notes, *_notes(pieces, to)),
+        "notes": (*source.notes, *_notes(pieces, is_folder)),
     }
-    changes = tuple(_layer_change(*pair) for pair in zip(pieces, written.updates, strict=True))
+    changes = tuple(_layer_change(*pair) for pair in zip(pieces, contents.updates, strict=True))
     tokenizer = source.folder if source.kind == "peft" else None
-    return _write_output(path, written, to, operation, changes, fields, tokenizer)
+    return _write_output(path, contents, writer, operation, changes, fields, tokenizer)
 
 
 def _write_output(
     path: Path,
-    written: AdapterContents,
-    to: TargetFormat,
+    contents: AdapterContents,
+    writer: FormatWriter,
     operation: Operation,
     changes: tuple[LayerChange, ...],
     fields: dict[str, Any],
     tokenizer: Path | None,
 ) -> SurgeryResult:
     """Write the folder, or the one file; ``tokenizer`` is the folder that one is copied from."""
-    tensors = {key: LazyTensor.of(tensor.contiguous()) for key, tensor in written.tensors.items()}
-    metadata = {**operation.file_metadata(), **written.metadata}
+    tensors = {key: LazyTensor.of(tensor.contiguous()) for key, tensor in contents.tensors.items()}
+    metadata = {**operation.file_metadata(), **contents.metadata}
     if path.suffix == SUFFIX:
         write_streamed(path, tensors, metadata)
         return operation.make_result(changes, **fields)
     with operation.create_folder() as folder:
-        if written.config is not None:
-            write_peft_folder(folder, written.config, tensors, metadata)
+        if contents.config is not None:
+            write_peft_folder(folder, contents.config, tensors, metadata)
         else:
-            name = DIFFUSERS_WEIGHTS_NAME if to == "diffusers" else f"{path.name}{SUFFIX}"
-            write_streamed(folder / name, tensors, metadata)
+            write_streamed(folder / (writer.file_name or "{}").format(path.name), tensors, metadata)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, folder)
         return operation.write_record(folder, changes, **fields)
 
 
-def _to_format(
-    pieces: Sequence[LayerFactors], to: TargetFormat, base: str | os.PathLike[str] | None, paths: Sequence[str]
-) -> AdapterContents:
-    if to == "peft":
-        part = None if base is None else os.path.join(base, pieces[0].component)  # a pipeline's folder has its parts
-        named = part if part is not None and os.path.isdir(part) else base
-        return to_peft(pieces, None if named is None else str(named).rstrip(os.sep), paths)
-    return to_kohya(pieces) if to == "kohya" else to_diffusers(pieces)
-
-
-def _split_by_format(pieces: Sequence[LayerFactors], to: TargetFormat) -> tuple[list[LayerFactors], list[SkippedItem]]:
+def _split_by_format(
+    pieces: Sequence[LayerFactors], to: str, is_folder: bool
+) -> tuple[list[LayerFactors], list[SkippedItem]]:
     """The layers that the format can hold, and the others with the reason.
 
     Raises:
@@ -133,9 +125,9 @@ def _split_by_format(pieces: Sequence[LayerFactors], to: TargetFormat) -> tuple[
     """
     kept, skipped = [], []
     for piece in pieces:
-        if to != "peft" and piece.place.kind == "embedding":
+        if not is_folder and piece.place.kind == "embedding":
             skipped.append(SkippedItem(piece.name, f"factors of an embedding, for which {to} has no layout"))
-        elif to != "peft" and piece.place.groups > 1:
+        elif not is_folder and piece.place.groups > 1:
             reason = "a convolution with groups, whose factors only PEFT stores like this"
             skipped.append(SkippedItem(piece.name, reason))
         else:
@@ -145,9 +137,9 @@ def _split_by_format(pieces: Sequence[LayerFactors], to: TargetFormat) -> tuple[
     return kept, skipped
 
 
-def _notes(pieces: Sequence[LayerFactors], to: TargetFormat) -> list[str]:
+def _notes(pieces: Sequence[LayerFactors], is_folder: bool) -> list[str]:
     notes = []
-    if to != "peft" and any(not piece.component for piece in pieces):
+    if not is_folder and any(not piece.component for piece in pieces):
         notes.append(
             "the adapter does not say which part of a pipeline it is for; it is written for "
             f"{pipeline_component(pieces[0], pieces)} (choose another with --component)"

@@ -270,7 +270,7 @@ def test_reprs_name_their_measures() -> None:
     page = result._repr_html_()
     assert "&lt;q&gt;" in page
     assert "<q>" not in page
-    assert "(noise" in page
+    assert "<th>noise k90</th>" in page
 
 
 def test_titles_tell_runs_apart() -> None:

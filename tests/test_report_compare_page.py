@@ -15,6 +15,7 @@ from scipy.stats import beta
 
 import rankscope
 from rankscope.errors import ConfigError
+from rankscope.measures import measures_shown
 from rankscope.report import compare_page as comparison
 from rankscope.report import spectrum_page as spectrum
 from rankscope.report.document import Cell, Document, Section, Table
@@ -258,7 +259,7 @@ def test_a_full_update_has_the_noise_of_its_shape_beside_it() -> None:
     document = spectra({"fc": Dense(normal(48, 40) + signal)})
     found = columns(tables(document)["ranks-1"])
     noise = noise_measures((48, 40))
-    for title, measure in spectrum.MEASURE_COLUMNS.items():
+    for title, measure in ((measure.title, measure.name) for measure in measures_shown("medians")):
         assert found[f"{title}, noise"] == [noise[measure]]
         assert found[title] != found[f"{title}, noise"]
     assert "r" not in found

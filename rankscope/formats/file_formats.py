@@ -1,0 +1,275 @@
+"""The table of file formats: how each is told, opened and written. A new format is one file and one row here.
+
+Readers and writers are imported when they are used: help texts name the formats, and load neither torch nor scipy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankscope.errors import FormatError, RankscopeError
+from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, PEFT_PREFIX, WEIGHTS_NAME, parse_key
+
+if TYPE_CHECKING:
+    from rankscope.formats.abstract_store import Store
+    from rankscope.formats.adapter_file import FileStore
+    from rankscope.formats.file_io import TensorFile
+    from rankscope.formats.layouts import AdapterContents, LayerFactors
+    from rankscope.formats.opening import Opening
+    from rankscope.formats.pickle_file import PickledFile
+
+    OpenTensors = TensorFile | PickledFile
+
+ADAPTER_FOLDER = "adapter"
+UPDATES_NAME = "update.safetensors"
+
+
+class NoBaseError(FormatError):
+    """Full weights, whose update is not known without their base."""
+
+
+@dataclass(frozen=True)
+class FormatWriter:
+    """How layers are written in a format.
+
+    ``arrange`` makes the contents from the layers, the base as it was given, and the paths of the base's modules.
+    ``file_name`` is that of the one file in an output folder, with ``{}`` for the folder's name; None for a format
+    that is a folder of one model and holds layers of every kind, as PEFT's does.
+    """
+
+    arrange: Callable[[Sequence[LayerFactors], str | os.PathLike[str] | None, Sequence[str]], AdapterContents]
+    file_name: str | None = None
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """One format.
+
+    Attributes:
+        kind: the ``Store.kind`` of its sources, and its name in ``convert --to``.
+        title: what ``inspect`` calls a source of it.
+        open: makes the store of a path; the tensors are None where the path alone told the format.
+        tools: tools that write it, as help texts name them; none for formats that are no adapter's.
+        paths: where in a folder it lies; the first that is there tells the format.
+        matches: whether a file of tensors is of this format, by its keys and metadata.
+        is_part: whether a file that was given by its own path belongs to a folder of this format.
+        writer: how ``convert`` writes it; None where it is only read.
+    """
+
+    kind: str
+    title: str
+    open: Callable[[Path, OpenTensors | None, Opening], Store]
+    tools: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    matches: Callable[[OpenTensors], bool] | None = None
+    is_part: Callable[[Path], bool] | None = None
+    writer: FormatWriter | None = None
+
+
+def _open_peft(path: Path, _: OpenTensors | None, opening: Opening) -> Store:
+    """A PEFT adapter, with the base that its configuration names where none was given and it lies on disk."""
+    from rankscope.formats.file_io import read_json
+
+    folder = path.parent
+    config = read_json(folder / CONFIG_NAME)
+    named = config.get("base_model_name_or_path")
+    own = Path(named).expanduser() if isinstance(named, str) and named else None
+    ours = (folder.parent / "run.json").is_file()  # a run's base is its study's, wherever this is called
+    if opening.base_path is not None or own is None or ours or not _is_folder(own):
+        return _peft_store(folder, config, opening)
+    try:
+        store = _peft_store(folder, config, replace(opening, base=own))
+        store.notes.append(f"its base was found where its configuration says: {own}")
+    except RankscopeError as error:
+        store = _peft_store(folder, config, opening)
+        store.notes.append(f"its base, {own}, could not be used ({error})")
+    return store
+
+
+def _peft_store(folder: Path, config: Mapping[str, Any], opening: Opening) -> Store:
+    from rankscope.formats.peft_config import peft_type
+    from rankscope.formats.peft_lora import PeftStore
+    from rankscope.formats.peft_methods import PeftMethodStore
+
+    if peft_type(folder / CONFIG_NAME, config) == "LORA":
+        return PeftStore(folder, opening.base_path, opening.device, opening.initial_path)
+    return PeftMethodStore(folder, opening.base_path, opening.device)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _is_peft_file(file: Path) -> bool:
+    return file.name in (WEIGHTS_NAME, OLD_WEIGHTS_NAME, CONFIG_NAME) and (file.parent / CONFIG_NAME).exists()
+
+
+def _arrange_peft(
+    layers: Sequence[LayerFactors], base: str | os.PathLike[str] | None, paths: Sequence[str]
+) -> AdapterContents:
+    from rankscope.formats.layouts import to_peft
+
+    part = None if base is None else os.path.join(base, layers[0].component)  # a pipeline's folder has its parts
+    named = part if part is not None and os.path.isdir(part) else base
+    return to_peft(layers, None if named is None else str(named).rstrip(os.sep), paths)
+
+
+def _open_updates(path: Path, tensors: OpenTensors | None, opening: Opening) -> Store:
+    from rankscope.formats.checkpoint_store import UpdateStore
+
+    return UpdateStore(path if tensors is None else tensors.path, opening.base_path, opening.device)
+
+
+def _match_updates(tensors: OpenTensors) -> bool:
+    from rankscope.formats.checkpoint_store import is_updates
+
+    return is_updates(tensors)
+
+
+def _open_kohya(path: Path, tensors: OpenTensors | None, opening: Opening) -> Store:
+    from rankscope.formats.kohya import KohyaStore
+
+    return open_adapter_file(KohyaStore, path, tensors, opening)
+
+
+def _match_kohya(tensors: OpenTensors) -> bool:
+    from rankscope.formats.kohya import is_kohya
+
+    return is_kohya(tensors.infos)
+
+
+def _arrange_kohya(layers: Sequence[LayerFactors], _: object, __: object) -> AdapterContents:
+    from rankscope.formats.layouts import to_kohya
+
+    return to_kohya(layers)
+
+
+def _open_diffusers(path: Path, tensors: OpenTensors | None, opening: Opening) -> Store:
+    from rankscope.formats.diffusers import DiffusersStore
+
+    return open_adapter_file(DiffusersStore, path, tensors, opening)
+
+
+def _match_diffusers(tensors: OpenTensors) -> bool:
+    from rankscope.formats.diffusers import is_diffusers
+
+    return is_diffusers(tensors.infos, tensors.metadata)
+
+
+def _arrange_diffusers(layers: Sequence[LayerFactors], _: object, __: object) -> AdapterContents:
+    from rankscope.formats.layouts import to_diffusers
+
+    return to_diffusers(layers)
+
+
+def _open_loralib(path: Path, tensors: OpenTensors | None, opening: Opening) -> Store:
+    from rankscope.formats.loralib import LoralibStore
+
+    return open_adapter_file(LoralibStore, path, tensors, opening)
+
+
+def _match_loralib(tensors: OpenTensors) -> bool:
+    from rankscope.formats.loralib import is_loralib
+
+    return is_loralib(tensors.infos)
+
+
+def open_adapter_file(store: type[FileStore], path: Path, tensors: OpenTensors | None, opening: Opening) -> Store:
+    """The ``open`` of a format that is one file, with ``store`` given.
+
+    Raises:
+        FormatError: the file is damaged, or nothing in it can be read.
+    """
+    if tensors is None:
+        raise FormatError(f"{path}: is not a file of tensors")
+    return store(path, tensors, opening.base_path, opening.device, opening.alpha)
+
+
+def _open_checkpoint(path: Path, tensors: OpenTensors | None, opening: Opening) -> Store:
+    if tensors is not None and any(key.startswith(PEFT_PREFIX) or parse_key(key) for key in tensors.infos):
+        raise FormatError(
+            f"{tensors.path}: holds the factors of an adapter, but not its scale; name it {WEIGHTS_NAME} and put its "
+            f"{CONFIG_NAME} beside it"
+        )
+    if opening.base_path is None:
+        raise NoBaseError(f"{path}: holds full weights; say with --base which model they were tuned from")
+    from rankscope.formats.checkpoint_store import CheckpointStore
+
+    return CheckpointStore(path, opening.base_path, opening.device)
+
+
+FORMATS: tuple[FileFormat, ...] = (
+    FileFormat(
+        "peft",
+        "PEFT adapter",
+        _open_peft,
+        tools=("PEFT",),
+        paths=(CONFIG_NAME, f"{ADAPTER_FOLDER}/{CONFIG_NAME}"),
+        is_part=_is_peft_file,
+        writer=FormatWriter(_arrange_peft),
+    ),
+    FileFormat(
+        "update",
+        "updates written by rankscope",
+        _open_updates,
+        paths=(UPDATES_NAME,),
+        matches=_match_updates,
+    ),
+    FileFormat(
+        "kohya",
+        "kohya or LyCORIS file",
+        _open_kohya,
+        tools=("kohya", "LyCORIS"),
+        matches=_match_kohya,
+        writer=FormatWriter(_arrange_kohya, "{}.safetensors"),
+    ),
+    FileFormat(
+        "diffusers",
+        "diffusers file",
+        _open_diffusers,
+        tools=("diffusers",),
+        matches=_match_diffusers,
+        writer=FormatWriter(_arrange_diffusers, "pytorch_lora_weights.safetensors"),
+    ),
+    FileFormat(
+        "loralib",
+        "loralib file",
+        _open_loralib,
+        tools=("loralib",),
+        matches=_match_loralib,
+    ),
+)
+CHECKPOINT = FileFormat("checkpoint", "full weights", _open_checkpoint)
+"""What a file of tensors is that is none of the others."""
+
+
+def all_formats() -> tuple[FileFormat, ...]:
+    """Every format, in the order in which they are tried."""
+    return (*FORMATS, CHECKPOINT)
+
+
+def format_of(tensors: OpenTensors) -> FileFormat:
+    """The format of a file of tensors by its contents; full weights where no other matches."""
+    return next((row for row in FORMATS if row.matches is not None and row.matches(tensors)), CHECKPOINT)
+
+
+def format_title(kind: str) -> str:
+    """What a source of this kind is called."""
+    return next((row.title for row in all_formats() if row.kind == kind), kind)
+
+
+def writers() -> dict[str, FormatWriter]:
+    """The formats that can be written, by kind."""
+    return {row.kind: row.writer for row in all_formats() if row.writer is not None}
+
+
+def adapter_tools() -> list[str]:
+    """Tools whose adapters are read, as help texts name them."""
+    return [tool for row in all_formats() for tool in row.tools]
