@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
 import math
@@ -407,6 +408,13 @@ def test_every_command_has_its_public_function() -> None:
 def test_every_command_names_its_module() -> None:
     for name, entry in COMMANDS.items():
         assert isinstance(import_module(entry.module).command, click.Command), name
+
+
+def test_functions_of_surgery_name_the_arguments_they_share() -> None:
+    for name in ("resize", "extract", "merge", "unmerge", "convert", "average", "subtract", "merge_adapters"):
+        parameters = inspect.signature(getattr(rankscope, name)).parameters
+        assert {"out", "device", "track", "command"} <= parameters.keys()
+        assert "Raises:" in inspect.getdoc(getattr(rankscope, name))
 
 
 def test_verbs_stay_verbs_whatever_is_imported() -> None:
