@@ -13,6 +13,7 @@ import click
 import msgspec
 
 from rankscope.cli.cost_table import cost_entries, cost_legend, cost_rows
+from rankscope.formats.study_layout import PERFORMANCE_PLOT_NAME, SPECTRA_PLOT_NAME
 from rankscope.measures import measures_shown
 from rankscope.train.latency import Latency
 from rankscope.train.method_table import find_method
@@ -176,7 +177,7 @@ def write_plots(study: Study, found: list[RunResult]) -> list[Path]:
     if measured := [row for row in best if row.spectra]:
         first = min(row.record.run.seed for row in measured)
         one_seed = [row.spectra for row in measured if row.spectra and row.record.run.seed == first]
-        written.append(plots.save(plots.plot_spectra(one_seed), study.folder / "spectra.png"))
+        written.append(plots.save(plots.plot_spectra(one_seed), study.folder / SPECTRA_PLOT_NAME))
     if best:
         figure = plots.plot_performance(
             [_point(row) for row in best],
@@ -185,7 +186,7 @@ def write_plots(study: Study, found: list[RunResult]) -> list[Path]:
             baseline=baseline_score(study),
             higher_is_better=study.higher_is_better,
         )
-        written.append(plots.save(figure, study.folder / "performance.png"))
+        written.append(plots.save(figure, study.folder / PERFORMANCE_PLOT_NAME))
     return written
 
 
