@@ -2,8 +2,8 @@
 
 The commands of the program are functions: ``spectrum``, ``compare`` (``compare_all`` for more than two), ``resize``,
 ``extract``, ``merge`` (``merge_adapters`` for ``merge --as-adapter``), ``unmerge``, ``convert``, ``average``,
-``subtract``, ``calibrate``, ``run_study`` for ``train``, and ``hypothesis`` for ``report``, which are subpackages.
-Each is loaded when it is first used.
+``subtract``, ``inspect``, ``bench``, ``calibrate``, ``run_study`` for ``train`` and ``hypothesis`` for ``report`` (both
+words are names of subpackages). Each is loaded when it is first used.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rankscope.analysis.benchmark import BenchResult as BenchResult
+    from rankscope.analysis.benchmark import bench as bench
     from rankscope.analysis.comparison import CompareResult as CompareResult
     from rankscope.analysis.comparison import compare as compare
+    from rankscope.analysis.inspection import Inspection as Inspection
+    from rankscope.analysis.inspection import inspect as inspect
     from rankscope.analysis.layer_spectra import SpectrumResult as SpectrumResult
     from rankscope.analysis.layer_spectra import spectrum as spectrum
-    from rankscope.analysis.matrix import MatrixResult as MatrixResult
     from rankscope.analysis.matrix import compare_all as compare_all
+    from rankscope.analysis.matrix_result import MatrixResult as MatrixResult
     from rankscope.analysis.process_sharing import processes as processes
     from rankscope.errors import RankscopeError as RankscopeError
     from rankscope.evidence.calibration import Calibration as Calibration
@@ -58,12 +62,14 @@ _HOME = {
     "Bank": "lora.bank",
     "Budget": "surgery.truncate",
     "Calibration": "evidence.calibration",
+    "BenchResult": "analysis.benchmark",
     "CompareResult": "analysis.comparison",
     "Dense": "updates",
     "Energy": "surgery.truncate",
     "Hypothesis": "evidence.hypothesis",
+    "Inspection": "analysis.inspection",
     "LowRank": "updates",
-    "MatrixResult": "analysis.matrix",
+    "MatrixResult": "analysis.matrix_result",
     "Rank": "surgery.truncate",
     "RankCallback": "train.callback",
     "RankscopeError": "errors",
@@ -76,11 +82,13 @@ _HOME = {
     "SurgeryResult": "surgery.surgery_result",
     "average": "surgery.algebra",
     "calibrate": "evidence.calibration",
+    "bench": "analysis.benchmark",
     "compare": "analysis.comparison",
     "compare_all": "analysis.matrix",
     "convert": "surgery.convert",
     "extract": "surgery.extract",
     "hypothesis": "evidence.hypothesis",
+    "inspect": "analysis.inspection",
     "merge": "surgery.merge",
     "merge_adapters": "surgery.algebra",
     "open": "formats.store",

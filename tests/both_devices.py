@@ -74,18 +74,18 @@ def lines(study: Study) -> dict[str, list[dict[str, Any]]]:
     curves = {}
     for record in study.records:
         path = study.path(record.run) / "metrics.jsonl"
-        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        curves[record.run.name] = [{**line, "seconds": 0} for line in found]
+        evaluations = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        curves[record.run.name] = [{**line, "seconds": 0} for line in evaluations]
     return curves
 
 
 def losses(study: Study) -> list[float]:
     """Of each run the held-out losses, before, twice between and after, and the mean training losses between them."""
-    found = []
+    losses = []
     for line in (line for curve in lines(study).values() for line in curve):
-        found += [line[split]["loss"] for split in ("validation", "test") if split in line]
-        found += [line["train_loss"]] if "train_loss" in line else []
-    return found
+        losses += [line[split]["loss"] for split in ("validation", "test") if split in line]
+        losses += [line["train_loss"]] if "train_loss" in line else []
+    return losses
 
 
 def close(a: Any, b: Any, tolerance: float) -> bool:

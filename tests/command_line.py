@@ -9,7 +9,7 @@ from rankscope.cli import main
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object, str, str]:
     """Exit code, stdout and stderr of ``rankscope`` with these arguments."""
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main([str(argument) for argument in arguments])
-    said = capsys.readouterr()
-    return ended.value.code, said.out, said.err
+    output = capsys.readouterr()
+    return exit_info.value.code, output.out, output.err

@@ -305,15 +305,15 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 def write_tensors_of(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """The same file with other tensors."""
     plain = {name: value.contiguous().clone() for name, value in tensors.items()}
-    told = None
+    metadata = None
     if path.suffix != ".bin":
         with safe_open(path, "pt") as file:
-            told = file.metadata()
+            metadata = file.metadata()
     path.unlink()
     if path.suffix == ".bin":
         torch.save(plain, path)
     else:
-        save_file(plain, path, told)
+        save_file(plain, path, metadata)
 
 
 def _spoil(path: Path, rng: random.Random) -> str:

@@ -1,4 +1,4 @@
-"""What a process of torchrun does for ``test_analysis_processes``: commands, then calls; the outcomes go to a file."""
+"""What a process of torchrun does for ``test_analysis_process_sharing``; the outcomes of all calls go to a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rankscope.updates import LowRank, Update
 RANK = int(os.environ["RANK"])
 
 
-def said(arguments: list[str]) -> list[Any]:
+def run_command(arguments: list[str]) -> list[Any]:
     """Exit code, stdout and stderr of a command."""
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -126,13 +126,13 @@ def different() -> str:
 
 def in_a_thread() -> int:
     """What one process alone calls in a thread, it computes alone."""
-    found: list[int] = []
+    counts: list[int] = []
     with rankscope.processes():
         if RANK == 1:
-            thread = threading.Thread(target=lambda: found.append(len(rankscope.spectrum(layers()).layers)))
+            thread = threading.Thread(target=lambda: counts.append(len(rankscope.spectrum(layers()).layers)))
             thread.start()
             thread.join()
-    return sum(found)
+    return sum(counts)
 
 
 def open_already() -> tuple[bool, float]:
@@ -161,6 +161,6 @@ CALLS = (
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    outcomes = [said(arguments) for arguments in json.loads((folder / "commands.json").read_text())]
+    outcomes = [run_command(arguments) for arguments in json.loads((folder / "commands.json").read_text())]
     calls = {call.__name__: call() for call in CALLS}
     (folder / f"{RANK}.json").write_text(json.dumps({"commands": outcomes, "calls": calls}))

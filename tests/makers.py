@@ -44,7 +44,7 @@ def planted_dense(shape: tuple[int, int], sigma: object, seed: int = 0) -> Dense
 
 
 def spectrum_of(sigma: object, shape: tuple[int, int] | None = None, eps: float = 2.0**-52) -> Spectrum:
-    """A complete spectrum of the given values, square where no shape is told."""
+    """A complete spectrum of the given values, square where no shape is given."""
     values = np.asarray(sigma, dtype=np.float64)
     return Spectrum(values, float(values @ values), shape or (len(values), len(values)), eps)
 
@@ -137,8 +137,8 @@ def concrete_kinds() -> set[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
                 bases[node.name] = {ast.unparse(base).split(".")[-1] for base in node.bases}
-    kinds, found = {"Update"}, {"Update"}
-    while found:
-        found = {name for name, above in bases.items() if above & kinds} - kinds
-        kinds |= found
+    kinds, derived = {"Update"}, {"Update"}
+    while derived:
+        derived = {name for name, above in bases.items() if above & kinds} - kinds
+        kinds |= derived
     return kinds - {"Update"}

@@ -97,11 +97,11 @@ def save_peft(model: Any, folder: Path, seed: int = 0, dtype: torch.dtype = torc
 def with_peft(model: Any, folder: Path) -> Tensor:
     """Logits of the model with the adapter attached by PEFT; a factor that is missing or not used is an error."""
     peft = import_peft()
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
         adapted = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
         used = peft.get_peft_model_state_dict(adapted)
-    assert not [one for one in said if "missing adapter keys" in str(one.message)]
+    assert not [warning for warning in messages if "missing adapter keys" in str(warning.message)]
     stored = load_file(folder / "adapter_model.safetensors")
     assert {key for key in stored if ".lora_" in key} == {key for key in used if ".lora_" in key}
     return logits(adapted)
@@ -109,8 +109,8 @@ def with_peft(model: Any, folder: Path) -> Tensor:
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad(), quietly():
-        found: Tensor = model(TOKENS).logits
-        return found
+        result: Tensor = model(TOKENS).logits
+        return result
 
 
 def with_updates(model: Any, updates: Mapping[str, Tensor]) -> Tensor:

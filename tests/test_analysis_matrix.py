@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 import rankscope
 from rankscope.analysis.comparison import compare
 from rankscope.analysis.display import distinct_names
-from rankscope.analysis.matrix import MatrixResult, combine_p_values, compare_all
+from rankscope.analysis.layer_matrices import combine_p_values
+from rankscope.analysis.matrix import MatrixResult, compare_all
 from rankscope.errors import ConfigError, FormatError, NonFiniteError, RankscopeError
 from rankscope.formats.peft_lora import PeftStore
 from rankscope.updates import Dense, LowRank, Update

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
 import math
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from adapters import PREFIX, linear, write_adapter, write_checkpoint
@@ -19,7 +22,7 @@ from torch import Tensor
 
 import rankscope
 from rankscope.analysis import worker_threads as workers
-from rankscope.cli import main, output
+from rankscope.cli import COMMANDS, main, output
 from rankscope.table import format_p_value
 from rankscope.train.config import StudyConfig
 from rankscope.train.study import run_study
@@ -392,6 +395,26 @@ def test_every_name_of_the_package_is_there() -> None:
     )
     with pytest.raises(AttributeError, match="nonsense"):
         _ = rankscope.nonsense  # type: ignore[attr-defined]
+
+
+def test_every_command_has_its_public_function() -> None:
+    """train and report are subpackages, so that their functions have other names."""
+    functions = {name: {"train": "run_study", "report": "hypothesis"}.get(name, name) for name in COMMANDS}
+    missing = {name for name, function in functions.items() if function not in rankscope.__all__}
+    assert not missing
+    assert all(callable(getattr(rankscope, function)) for function in functions.values())
+
+
+def test_every_command_names_its_module() -> None:
+    for name, entry in COMMANDS.items():
+        assert isinstance(import_module(entry.module).command, click.Command), name
+
+
+def test_functions_of_surgery_name_the_arguments_they_share() -> None:
+    for name in ("resize", "extract", "merge", "unmerge", "convert", "average", "subtract", "merge_adapters"):
+        parameters = inspect.signature(getattr(rankscope, name)).parameters
+        assert {"out", "device", "track", "command"} <= parameters.keys()
+        assert "Raises:" in inspect.getdoc(getattr(rankscope, name))
 
 
 def test_verbs_stay_verbs_whatever_is_imported() -> None:

@@ -169,12 +169,12 @@ def test_what_is_left_out_is_listed_with_v(tmp_path: Path, capsys: pytest.Captur
 
 
 USAGE = [
-    (["resize", "{a}", "-o", "{o}"], "say how much is kept"),
+    (["resize", "{a}", "-o", "{o}"], "no ranks are chosen; give one of"),
     (["resize", "{a}", "--rank", "1", "--noise", "-o", "{o}"], "choose one of --rank"),
     (["resize", "{a}", "--rank", "0", "-o", "{o}"], "--rank"),
     (["resize", "{a}", "--rank", "1"], "Missing option '-o'"),
     (["resize", "--rank", "1", "-o", "{o}"], "Missing argument 'ADAPTER'"),
-    (["extract", "{a}", "-o", "{o}"], "say how much is kept"),
+    (["extract", "{a}", "-o", "{o}"], "no ranks are chosen; give one of"),
     (["merge", "{a}", "-o", "{o}"], "give BASE and at least one ADAPTER"),
     (["merge", "{a}", "{a}", "--rank", "2", "-o", "{o}"], "with --as-adapter only"),
     (["merge", "{a}", "{a}", "--dtype", "float16", "-o", "{o}"], "with --as-adapter only"),

@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from hf_makers import enlarge_weights, save_word_tokenizer
 from safetensors.torch import load_file
-from test_train_hf import wide, word_tokenizer
 from torch import Tensor, nn
 
 from rankscope import lora
@@ -272,8 +272,8 @@ def classified(tmp_path_factory: pytest.TempPathFactory) -> Watching:
         vocab_size=44, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
         max_position_embeddings=32, pad_token_id=0,
     )  # fmt: skip
-    wide(transformers.BertModel(config)).save_pretrained(folder / "model")
-    word_tokenizer(folder / "model")
+    enlarge_weights(transformers.BertModel(config)).save_pretrained(folder / "model")
+    save_word_tokenizer(folder / "model")
     settings = {**SMALL, "ranks": (4,), "lrs": (1e-2,), "full_lrs": (1e-2,), "bias": "lora_only"}
     study = StudyConfig(task="classify", model=str(folder / "model"), data=str(texts(folder)), **settings)
     return Watching(run_study(study, folder / "study"))
@@ -371,8 +371,8 @@ def test_transposed_and_tied_weights_are_cut_as_they_are_used(tmp_path: Path) ->
     config = transformers.GPT2Config(
         vocab_size=44, n_positions=32, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
     )
-    wide(transformers.GPT2LMHeadModel(config)).save_pretrained(tmp_path / "model")
-    word_tokenizer(tmp_path / "model")
+    enlarge_weights(transformers.GPT2LMHeadModel(config)).save_pretrained(tmp_path / "model")
+    save_word_tokenizer(tmp_path / "model")
     settings = {**SMALL, "methods": (), "ranks": (), "full_lrs": (1e-2,)}
     study = StudyConfig(task="lm", model=str(tmp_path / "model"), data=str(texts(tmp_path)), **settings)
     material = Watching(run_study(study, tmp_path / "study"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_makers import WORDS, enlarge_weights, save_byte_tokenizer, save_word_tokenizer
 from torch.nn import functional as F
 
 from rankscope.errors import ConfigError, FormatError, RankscopeError
@@ -27,45 +28,8 @@ from rankscope.train.tasks import make_task
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-WORDS = [f"w{i}" for i in range(40)]
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 CPU = torch.device("cpu")
-
-
-def word_tokenizer(folder: Path) -> None:
-    """[CLS] text [SEP], a token a word, with a padding token: as BERT's."""
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(SPECIAL + WORDS)}, "[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    made.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
-
-
-def byte_tokenizer(folder: Path, added: str = "", **names: str) -> None:
-    """A token a byte and <end>, nothing to pad with, padding in front: as GPT-2's."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    made = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate([*alphabet, "<end>"])}, []))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(["<end>"])
-    if added:
-        made.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"$A {added}", special_tokens=[("<end>", 256)]
-        )
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, padding_side="left", **names).save_pretrained(folder)
-
-
-def wide(model: Any) -> Any:
-    """Weights large enough that each token changes the logits by far more than rounding."""
-    source = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.3, generator=source)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +53,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     with hf_quiet():
         for name, model in models.items():
-            wide(model).save_pretrained(root / name)
+            enlarge_weights(model).save_pretrained(root / name)
             if name in ("llama", "gpt2"):  # one of them ends each text, with what it is then padded with
-                byte_tokenizer(root / name, added="<end>" * (name == "llama"), eos_token="<end>")
+                save_byte_tokenizer(root / name, added="<end>" * (name == "llama"), eos_token="<end>")
             else:
-                word_tokenizer(root / name)
+                save_word_tokenizer(root / name)
     return {name: root / name for name in models}
 
 
@@ -107,8 +71,8 @@ def save_bert(folder: Path) -> None:
     """A small encoder with its tokenizer."""
     shape = {"vocab_size": 44, "max_position_embeddings": 32, "pad_token_id": 0, **SMALL}
     with hf_quiet():
-        wide(transformers.BertModel(transformers.BertConfig(**shape))).save_pretrained(folder)
-    word_tokenizer(folder)
+        enlarge_weights(transformers.BertModel(transformers.BertConfig(**shape))).save_pretrained(folder)
+    save_word_tokenizer(folder)
 
 
 def classified(count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -155,7 +119,7 @@ def lm(tmp_path: Path, model: Path | str, rows: list[dict[str, Any]] | None = No
 def test_metrics_are_transformers_own_on_single_rows(tmp_path: Path, folders: dict[str, Path], name: str) -> None:
     """One row at a time there is no padding, so this is also padding invariance; decoders here have no pad token."""
     task = classifier(tmp_path, folders[name])
-    model: Any = wide(task.model(0))
+    model: Any = enlarge_weights(task.model(0))
     truth, losses, right = [], [], []
     for place in task.splits["test"].tolist():
         out = model(input_ids=task.rows[place][None], labels=task.truth[place][None])
@@ -275,7 +239,7 @@ def test_a_joined_batch_gives_each_run_what_it_has_alone(
 ) -> None:
     """Padding to the longest of all changes nothing: decoders, too, read the last token that is none."""
     task: Any = classifier(tmp_path, folders[name]) if kind == "classify" else lm(tmp_path, folders[name])
-    model: Any = wide(task.model(0))
+    model: Any = enlarge_weights(task.model(0))
     batches = [task.batch(seed, 0, 2) for seed in (0, 1, 2)]
     joined = task.join(batches)
     if kind == "classify":
@@ -515,7 +479,7 @@ def test_shards_are_read_and_all_hashed(tmp_path: Path, folders: dict[str, Path]
     parts = tmp_path / "parts"
     with hf_quiet():
         model.save_pretrained(parts, max_shard_size="20KB")
-    byte_tokenizer(parts, eos_token="<end>")
+    save_byte_tokenizer(parts, eos_token="<end>")
     shards = sorted(parts.glob("model-*.safetensors"))
     assert len(shards) > 1
     base = PretrainedModel(str(parts))
@@ -533,7 +497,7 @@ def test_half_precision_checkpoints_come_up_in_float32(tmp_path: Path, folders: 
     model, _ = base.model("AutoModelForCausalLM")
     with hf_quiet():
         model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    byte_tokenizer(tmp_path / "half", eos_token="<end>")
+    save_byte_tokenizer(tmp_path / "half", eos_token="<end>")
     again, _ = PretrainedModel(str(tmp_path / "half")).model("AutoModelForCausalLM")
     assert {p.dtype for p in again.parameters()} == {torch.float32}
     assert dtype_keyword("5.23.0") == dtype_keyword("4.56.1") == "dtype"
@@ -656,10 +620,10 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path, folders: dict[str, Path]) ->
     folder = copied(folders, "bert", tmp_path / "byte-level")
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    byte_tokenizer(folder, eos_token="<end>")
+    save_byte_tokenizer(folder, eos_token="<end>")
     one_sentence(tmp_path, folder, "but it has 44 embeddings")
     folder = copied(folders, "gpt2", tmp_path / "no end")
-    byte_tokenizer(folder)
+    save_byte_tokenizer(folder)
     one_sentence(tmp_path, folder, "neither a padding nor an end-of-text token")
     model, _ = PretrainedModel(str(folders["bert"])).model("AutoModel")
     with pytest.raises(ConfigError, match="makes nothing of text 2"):

@@ -105,8 +105,8 @@ MUTATIONS = (
         "updates.py",
         "return torch.finfo(torch.float32).eps",
         "return torch.finfo(torch.float64).eps",
-        "spectrum.py::test_spectra_of_every_kind",
-        "spectrum.py::test_rounding_dust_is_not_counted",
+        "spectra.py::test_spectra_of_every_kind",
+        "spectra.py::test_rounding_dust_is_not_counted",
     ),
     mutation(
         "no rounding floor of bfloat16",
@@ -128,7 +128,7 @@ MUTATIONS = (
         "spectra.py",
         "return int(np.argmax(reached)) + 1",
         "return int(np.argmax(reached))",
-        "spectrum.py::test_unit_values",
+        "spectra.py::test_unit_values",
     ),
     mutation(
         "energy of the values that a truncation kept",

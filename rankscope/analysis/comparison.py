@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +25,7 @@ from rankscope.analysis.layer_comparison import (
 )
 from rankscope.analysis.matching import MatchedSources, Renames, match_layers
 from rankscope.analysis.sources import Readable, Source, Track, matches_any, pattern_list
-from rankscope.analysis.worker_threads import compute_items
+from rankscope.analysis.worker_threads import compute_items, job_on_sources
 from rankscope.errors import RankscopeError, ShapeError, prefix_errors
 from rankscope.formats.abstract_store import SkippedItem, examples
 from rankscope.formats.names import Pairing
@@ -122,10 +122,10 @@ class CompareResult(Result, frozen=True, eq=False, kw_only=True):
     def __repr__(self) -> str:
         a, b = self.titles
         sides = {"left": self.summary.left, "right": self.summary.right}
-        said = [f"{name} overlap {s.overlap:.3f} (chance {s.expected:.3f})" for name, s in sides.items() if s]
+        parts = [f"{name} overlap {s.overlap:.3f} (chance {s.expected:.3f})" for name, s in sides.items() if s]
         if self.summary.cosine is not None:
-            said.append(f"cosine {self.summary.cosine:.3f}")
-        return f"CompareResult({a!r}, {b!r}: {len(self.layers)} layers of {self.matrices}, {', '.join(said)})"
+            parts.append(f"cosine {self.summary.cosine:.3f}")
+        return f"CompareResult({a!r}, {b!r}: {len(self.layers)} layers of {self.matrices}, {', '.join(parts)})"
 
     def _repr_html_(self) -> str:
         return html_table(repr(self), layer_table(self), self.notes)
@@ -194,26 +194,28 @@ def compare_sources(
     left, right = (Source.of(*source) for source in zip(sources, openings, "ab", strict=True))
     matched = match_layers(left, right, rename)
     pairing = _select_pairs(matched, patterns)
-    found, skipped = _compare_pairs(matched.a, matched.b, pairing.pairs, top, of, track, workers)
-    if not found:
+    compared, skipped = _compare_pairs(matched.a, matched.b, pairing.pairs, top, of, track, workers)
+    if not compared:
         raise RankscopeError(
             f"{left.label} and {right.label}: no layer can be compared; {skipped[0].name}: {skipped[0].reason}"
         )
     skipped += matched.skipped
     skipped += [
-        SkippedItem(one.name, f"in {s}: {one.reason}") for s, x in (("a", left), ("b", right)) for one in x.skipped
+        SkippedItem(item.name, f"in {name}: {item.reason}")
+        for name, source in (("a", left), ("b", right))
+        for item in source.skipped
     ]
     before, unread = _initial(left, right, patterns) if of == "update" else (None, [])
-    summary = _summary(found, before)
+    summary = _summary(compared, before)
     return CompareResult(
         a=ComparedSource(path=left.label, kind=left.kind),
         b=ComparedSource(path=right.label, kind=right.kind),
         of=of,
-        layers=tuple(found),
+        layers=tuple(compared),
         summary=summary,
         unmatched=UnmatchedLayers(a=tuple(pairing.only_a), b=tuple(pairing.only_b)),
         skipped=tuple(skipped),
-        notes=(*_notes(left, right, found, summary, top), *unread),
+        notes=(*_notes(left, right, compared, summary, top), *unread),
     )
 
 
@@ -240,32 +242,22 @@ def _select_pairs(matched: MatchedSources, patterns: list[str] | None) -> Pairin
 def _compare_pairs(
     a: Source,
     b: Source,
-    pairs: list[tuple[str, str]],
+    pairs: Sequence[tuple[str, ...]],
     top: int | None,
     of: MatrixKind,
     track: Track,
     workers: int | None,
 ) -> tuple[list[LayerComparison], list[SkippedItem]]:
-    def kind(names: tuple[str, str]) -> Hashable | None:
-        kinds = a.batch_key(names[0]), b.batch_key(names[1])
-        return None if None in kinds else kinds
-
-    def read(names: tuple[str, str]) -> list[Update]:
-        return [a.read(names[0]), b.read(names[1])]
-
-    def one(names: tuple[str, str], updates: Sequence[Update]) -> LayerComparison | SkippedItem:
+    def compare_pair(names: Sequence[str], updates: Sequence[Update]) -> LayerComparison | SkippedItem:
         try:
             with prefix_errors(f"{a.layer_label(names[0])} against {b.label}"):
-                return compare_layers(*names, updates[0], updates[1], top, of)
+                return compare_layers(names[0], names[1], updates[0], updates[1], top, of)
         except ShapeError as error:
             return SkippedItem(names[0], str(error.__cause__ or error))
 
-    def cost(names: tuple[str, str]) -> float:
-        return a.cost(names[0]) + b.cost(names[1])
-
-    outcomes = compute_items(pairs, kind, read, one, a.device, workers, track, cost=cost)
-    found = [outcome for outcome in outcomes if isinstance(outcome, LayerComparison)]
-    return found, [outcome for outcome in outcomes if isinstance(outcome, SkippedItem)]
+    outcomes = compute_items(pairs, job_on_sources([a, b], compare_pair), a.device, workers, track)
+    layers = [outcome for outcome in outcomes if isinstance(outcome, LayerComparison)]
+    return layers, [outcome for outcome in outcomes if isinstance(outcome, SkippedItem)]
 
 
 def _summary(layers: Sequence[LayerComparison], initial: SideSummary | None) -> Summary:
@@ -289,17 +281,17 @@ def _summary(layers: Sequence[LayerComparison], initial: SideSummary | None) -> 
 
 
 def _side(layers: Sequence[LayerComparison], side: Literal["left", "right"]) -> SideSummary | None:
-    found = [layer.sides[side] for layer in layers if side in layer.sides]
-    if not found:
+    sides = [layer.sides[side] for layer in layers if side in layer.sides]
+    if not sides:
         return None
-    # Not by the cells, whose p nobody would look at.
-    sizes = [sorted(one.overlap.shape) for one in found]
-    square = [float(one.overlap[k - 1, k - 1]) for one, (k, _) in zip(found, sizes, strict=True)]
+    # Read from the grids rather than as cells, which would compute a p that nobody needs.
+    sizes = [sorted(one.overlap.shape) for one in sides]
+    square = [float(one.overlap[k - 1, k - 1]) for one, (k, _) in zip(sides, sizes, strict=True)]
     return SideSummary(
         overlap=statistics.median(square),
-        expected=statistics.median(k / one.d for one, (k, _) in zip(found, sizes, strict=True)),
-        whole=statistics.median(float(one.overlap[-1, -1]) for one in found),
-        whole_expected=statistics.median(k / one.d for one, (_, k) in zip(found, sizes, strict=True)),
+        expected=statistics.median(k / one.d for one, (k, _) in zip(sides, sizes, strict=True)),
+        whole=statistics.median(float(one.overlap[-1, -1]) for one in sides),
+        whole_expected=statistics.median(k / one.d for one, (_, k) in zip(sides, sizes, strict=True)),
     )
 
 
@@ -311,7 +303,7 @@ def _initial(a: Source, b: Source, patterns: list[str] | None) -> tuple[SideSumm
         return None, []
     try:
         before = compare(folders[0], folders[1], layers=patterns, of="A", device=a.device)
-    except RankscopeError as error:  # they only serve a remark; the adapters themselves can be compared
+    except RankscopeError as error:  # they matter for a note only; the adapters themselves can be compared
         return None, [f"the factors before training cannot be compared: {error}"]
     return before.summary.right, []
 

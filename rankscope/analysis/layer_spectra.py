@@ -14,7 +14,7 @@ import torch
 from rankscope.analysis.display import html_table, short_name
 from rankscope.analysis.sources import Readable, Source, Track, select_layers
 from rankscope.analysis.spectrum_tables import layer_table
-from rankscope.analysis.worker_threads import compute_items
+from rankscope.analysis.worker_threads import Job, compute_items
 from rankscope.errors import ConfigError, prefix_errors
 from rankscope.formats.abstract_store import SkippedItem
 from rankscope.formats.opening import Opening
@@ -185,45 +185,39 @@ def measure_spectra(
     opened = Source.of(source, opening)
     names = select_layers(opened.names(), layers, opened.label)
 
-    def one(name: str, updates: Sequence[Update]) -> LayerSpectrum:
-        return _layer(opened, name, updates[0], top, sketch)
-
-    def read(name: str) -> Sequence[Update]:
-        return [opened.read(name)]
-
-    def cost(name: str) -> float:
-        return opened.cost(name, sketch)
-
-    spectra = compute_items(
-        names, opened.batch_key, read, one, opened.device, workers, track, opened.can_read_ahead, cost
+    job = Job(
+        kind=opened.batch_key,
+        read=lambda name: [opened.read(name)],
+        compute=lambda name, updates: _measure_layer(opened, name, updates[0], top, sketch),
+        cost=lambda name: opened.cost(name, sketch),
     )
-    found = tuple(spectra)
-    notes = (*opened.notes, *_zero_note(found), *_sketch_note(found))
+    spectra = tuple(compute_items(names, job, opened.device, workers, track, opened.can_read_ahead))
+    notes = (*opened.notes, *_zero_note(spectra), *_sketch_note(spectra))
     return SpectrumResult(
-        path=opened.label, kind=opened.kind, layers=found, total=_total(found), skipped=opened.skipped, notes=notes
+        path=opened.label, kind=opened.kind, layers=spectra, total=_total(spectra), skipped=opened.skipped, notes=notes
     )
 
 
-def _layer(source: Source, name: str, update: Update, top: int | None, sketch: int | None) -> LayerSpectrum:
+def _measure_layer(source: Source, name: str, update: Update, top: int | None, sketch: int | None) -> LayerSpectrum:
     info = source.info(name)
     with prefix_errors(source.layer_label(name)):
-        rough = sketch_update(update, sketch) if sketch else None
-        found = rough.top if rough else Spectrum.of(update)
-        bounds = rough.bounds() if rough else None
+        sketched = sketch_update(update, sketch) if sketch else None
+        spectrum = sketched.top if sketched else Spectrum.of(update)
+        bounds = sketched.bounds() if sketched else None
     return LayerSpectrum(
         name=name,
-        shape=found.shape,
-        nominal_rank=found.nominal_rank,
+        shape=spectrum.shape,
+        nominal_rank=spectrum.nominal_rank,
         scale=info.scale if info else getattr(update, "scale", 1.0),
-        dtype=str(info.dtype).removeprefix("torch.") if info else found.stored,
-        energy=found.energy,
-        singular_values=tuple(found.values[:top].tolist()),
-        count=len(found.values),
-        measures=_resolve_measures(bounds) if bounds else found.measures(),
-        noise=_noise(update, found),
-        rounding_floor=rough.floor() if rough else rounding_floor(found),
+        dtype=str(info.dtype).removeprefix("torch.") if info else spectrum.stored,
+        energy=spectrum.energy,
+        singular_values=tuple(spectrum.values[:top].tolist()),
+        count=len(spectrum.values),
+        measures=_resolve_measures(bounds) if bounds else spectrum.measures(),
+        noise=_noise(update, spectrum),
+        rounding_floor=sketched.floor() if sketched else rounding_floor(spectrum),
         bounds=bounds,
-        residuals=tuple(rough.residuals[:top].tolist()) if rough else None,
+        residuals=tuple(sketched.residuals[:top].tolist()) if sketched else None,
     )
 
 
@@ -238,18 +232,19 @@ def _sketch_note(layers: Sequence[LayerSpectrum]) -> list[str]:
         return []
     worst = max(max(layer.residuals or (0.0,)) / (layer.singular_values[0] or 1.0) for layer in sketched)
     hidden = sum(layer.dtype in ("bfloat16", "float16") and layer.rounding_floor is None for layer in sketched)
-    floor = f"; in {hidden} of them its end lies above the rounding floor, which is not told" if hidden else ""
+    floor = f"; in {hidden} of them its end lies above the rounding floor, which is not known" if hidden else ""
     return [
         f"{len(sketched)} of {len(layers)} layers were sketched: what the rest of the spectrum could change is given "
         f"as bounds (largest residual {worst:.1e} of the first singular value){floor}"
     ]
 
 
-def _noise(update: Update, found: Spectrum) -> dict[str, float | int | None] | None:
-    if update.nominal_rank is not None:  # its rank is of its making: noise of this shape is no null
+def _noise(update: Update, spectrum: Spectrum) -> dict[str, float | int | None] | None:
+    """Noise of the update's shape; None for a product, whose rank follows from how it was made."""
+    if update.nominal_rank is not None:
         return None
-    counts = {"mp_edge": mp_edge(found), "mp_count": mp_count(found), "gd_count": gd_count(found)}
-    return {**noise_measures(found.shape), **counts}
+    counts = {"mp_edge": mp_edge(spectrum), "mp_count": mp_count(spectrum), "gd_count": gd_count(spectrum)}
+    return {**noise_measures(spectrum.shape), **counts}
 
 
 def _zero_note(layers: Sequence[LayerSpectrum]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rankscope.table import Cell, Column, Table
 
 if TYPE_CHECKING:
-    from rankscope.analysis.matrix import MatrixResult, SideMatrix
+    from rankscope.analysis.matrix_result import MatrixResult, SideMatrix
     from rankscope.noise import Array
     from rankscope.subspace import Side
 

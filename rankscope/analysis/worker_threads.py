@@ -13,13 +13,14 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from rankscope.analysis.process_sharing import distribute_items
-from rankscope.analysis.sources import Track
+from rankscope.analysis.sources import Source, Track
 from rankscope.errors import ConfigError
 from rankscope.updates import Update, cache_gram_matrices
 
@@ -46,28 +47,59 @@ def worker_count(workers: int | None, device: torch.device) -> int:
     return workers or (cores if device.type == "cpu" else min(cores, MAX_WORKERS_ON_DEVICE))
 
 
+@dataclass(frozen=True)
+class Job(Generic[T, V]):
+    """What an analysis does with each of its items (a layer, or the names of a layer in several sources).
+
+    ``kind``: what items have in common that may go to a GPU as one batch; None for an item that gets all cores.
+    ``read``: the updates of an item, on the device. ``compute``: the result of an item from its updates; several
+    threads call it and ``read`` at once. ``cost``: of an item, in any unit, by which processes share the items out.
+    """
+
+    kind: Callable[[T], Hashable | None]
+    read: Callable[[T], Sequence[Update]]
+    compute: Callable[[T, Sequence[Update]], V]
+    cost: Callable[[T], float] = lambda item: 1.0
+
+    def run(self, item: T) -> V:
+        """The result of one item."""
+        return self.compute(item, self.read(item))
+
+
+def job_on_sources(
+    sources: Sequence[Source], compute: Callable[[tuple[str, ...], Sequence[Update]], V]
+) -> Job[tuple[str, ...], V]:
+    """The job whose items are the names of one layer in each of the sources."""
+
+    def kind(names: tuple[str, ...]) -> Hashable | None:
+        kinds = tuple(source.batch_key(name) for source, name in zip(sources, names, strict=True))
+        return None if None in kinds else kinds
+
+    def read(names: tuple[str, ...]) -> list[Update]:
+        return [source.read(name) for source, name in zip(sources, names, strict=True)]
+
+    def cost(names: tuple[str, ...]) -> float:
+        return sum(source.cost(name) for source, name in zip(sources, names, strict=True))
+
+    return Job(kind, read, compute, cost)
+
+
 def compute_items(
     items: Sequence[T],
-    kind: Callable[[T], Hashable | None],
-    read: Callable[[T], Sequence[Update]],
-    compute: Callable[[T, Sequence[Update]], V],
+    job: Job[T, V],
     device: torch.device,
     workers: int | None = None,
     track: Track = iter,
     ahead: bool = False,
-    cost: Callable[[T], float] = lambda item: 1.0,
 ) -> list[V]:
-    """``compute(item, read(item))`` for each item, in order; an error is raised when its turn comes.
+    """The results of a job on all items, in their order; an error is raised when the turn of its item comes.
 
-    Within ``processes.processes`` each process does so for a share of the items, and gets all results.
+    Within ``process_sharing.processes`` each process computes a share of the items, and gets all results.
 
     Args:
-        kind: what items have in common that may go to a GPU as one batch; None for those that get all cores.
-        read: the updates of an item, on the device. Like ``compute``, it is called by several threads at once.
         workers: None takes the default of ``worker_count``.
         track: wraps the items of this process.
-        ahead: whether a thread may read the next of those that get all cores while this one is computed.
-        cost: of an item, by which processes share them out.
+        ahead: whether a thread may read the next of the items that get all cores while this one is computed.
 
     Raises:
         ConfigError: fewer than one worker.
@@ -77,41 +109,39 @@ def compute_items(
         torch.linalg.qr(torch.eye(2, device=device))
 
     def work(batch: Sequence[T]) -> list[V]:
-        updates = [read(item) for item in batch]
+        updates = [job.read(item) for item in batch]
         if device.type != "cpu":
             cache_gram_matrices([update for several in updates for update in several])
-        return [compute(item, several) for item, several in zip(batch, updates, strict=True)]
+        return [job.compute(item, several) for item, several in zip(batch, updates, strict=True)]
 
     def results(share: Sequence[T]) -> Generator[V, None, None]:
-        for alone, run in groupby(share, key=lambda item: kind(item) is None):
+        for alone, run in groupby(share, key=lambda item: job.kind(item) is None):
             if alone and ahead:
-                yield from _read_ahead(list(run), read, compute)
+                yield from _read_ahead(list(run), job)
             elif alone:
-                yield from (compute(item, read(item)) for item in run)
+                yield from map(job.run, run)
             else:
-                yield from _compute_batches(list(run), kind, work, device, count)
+                yield from _compute_batches(list(run), job, work, device, count)
 
-    def collect(share: Sequence[T], found: list[V]) -> None:
+    def collect(share: Sequence[T], outcomes: list[V]) -> None:
         # Closed also where an error ends it: torch's threads are put back now, not later.
         with closing(results(share)) as arriving:
             for _ in track(list(share)):
-                found.append(next(arriving))
+                outcomes.append(next(arriving))
 
-    return distribute_items(items, cost, collect)
+    return distribute_items(items, job.cost, collect)
 
 
-def _read_ahead(
-    items: Sequence[T], read: Callable[[T], Sequence[Update]], compute: Callable[[T, Sequence[Update]], V]
-) -> Iterator[V]:
+def _read_ahead(items: Sequence[T], job: Job[T, V]) -> Iterator[V]:
     """One after another, with at most the next one in memory besides; its thread leaves the other cores alone."""
     before = torch.get_num_threads()
     with release_freed_memory(), ThreadPoolExecutor(1, "rankscope-read", torch.set_num_threads, (1,)) as reader:
         try:
-            coming = [reader.submit(read, items[0])]
+            coming = [reader.submit(job.read, items[0])]
             for place, item in enumerate(items):
                 updates = coming.pop().result()  # what was read is held here alone, not by its future
-                coming += [reader.submit(read, following) for following in items[place + 1 : place + 2]]
-                yield compute(item, updates)
+                coming += [reader.submit(job.read, following) for following in items[place + 1 : place + 2]]
+                yield job.compute(item, updates)
         finally:
             torch.set_num_threads(before)
 
@@ -137,20 +167,20 @@ def release_freed_memory() -> Iterator[None]:
 
 def _compute_batches(
     items: Sequence[T],
-    kind: Callable[[T], Hashable | None],
+    job: Job[T, V],
     work: Callable[[Sequence[T]], list[V]],
     device: torch.device,
     workers: int,
 ) -> Iterator[V]:
-    batches = _batches([kind(item) for item in items], 1 if device.type == "cpu" else BATCH_SIZE)
+    batches = _batches([job.kind(item) for item in items], 1 if device.type == "cpu" else BATCH_SIZE)
     done: dict[int, V] = {}
     with single_threaded_map(min(workers, len(batches))) as run:
         outcomes = run(lambda places: work([items[place] for place in places]), batches)
         arriving = zip(batches, outcomes, strict=True)
         for place in range(len(items)):
             while place not in done:
-                places, found = next(arriving)
-                done.update(zip(places, found, strict=True))
+                places, results = next(arriving)
+                done.update(zip(places, results, strict=True))
             yield done.pop(place)
 
 

@@ -8,32 +8,56 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from typing import NamedTuple
 
 import click
 
 from rankscope.cli.torchrun import SHARED_COMMANDS, is_first_process
 from rankscope.errors import RankscopeError
 
+
+class CommandEntry(NamedTuple):
+    """The module whose ``command`` it is, and its line in the list of commands."""
+
+    module: str
+    summary: str
+
+
 COMMANDS = {
-    "train": "Train LoRA at many ranks, and full fine-tuning beside it.",
-    "spectrum": "Singular spectra and effective ranks of adapters or of a tuned checkpoint.",
-    "compare": "Overlap, angles and distance of two adapters or updates, with chance levels.",
-    "inspect": "What a file or folder is: format, method, ranks, targets, what cannot be read.",
-    "report": "The hypothesis tested on a study, along several lines of evidence, as one page.",
-    "resize": "Shrink an adapter: the same update at lower rank.",
-    "convert": "An adapter in the format of another tool.",
-    "extract": "A LoRA adapter from a full fine-tune.",
-    "merge": "Adapters into their base, or into one adapter.",
-    "unmerge": "Take adapters out of a merged model.",
-    "subtract": "What one adapter learned beyond another, as an adapter.",
-    "average": "The mean of adapters, as an adapter.",
-    "bench": "How fast this machine is, and how close the analysis comes.",
-    "calibrate": "The whole instrument on planted truth: can it find a rank, can it say no?",
+    "train": CommandEntry("rankscope.cli.train_command", "Train LoRA at many ranks, and full fine-tuning beside it."),
+    "spectrum": CommandEntry(
+        "rankscope.cli.spectrum_command", "Singular spectra and effective ranks of adapters or of a tuned checkpoint."
+    ),
+    "compare": CommandEntry(
+        "rankscope.cli.compare_command", "Overlap, angles and distance of two adapters or updates, with chance levels."
+    ),
+    "inspect": CommandEntry(
+        "rankscope.cli.inspect_command",
+        "What a file or folder is: format, method, ranks, targets, what cannot be read.",
+    ),
+    "report": CommandEntry(
+        "rankscope.cli.report_command",
+        "The hypothesis tested on a study, along several lines of evidence, as one page.",
+    ),
+    "resize": CommandEntry("rankscope.cli.resize_command", "Shrink an adapter: the same update at lower rank."),
+    "convert": CommandEntry("rankscope.cli.convert_command", "An adapter in the format of another tool."),
+    "extract": CommandEntry("rankscope.cli.extract_command", "A LoRA adapter from a full fine-tune."),
+    "merge": CommandEntry("rankscope.cli.merge_command", "Adapters into their base, or into one adapter."),
+    "unmerge": CommandEntry("rankscope.cli.unmerge_command", "Take adapters out of a merged model."),
+    "subtract": CommandEntry(
+        "rankscope.cli.subtract_command", "What one adapter learned beyond another, as an adapter."
+    ),
+    "average": CommandEntry("rankscope.cli.average_command", "The mean of adapters, as an adapter."),
+    "bench": CommandEntry("rankscope.cli.bench_command", "How fast this machine is, and how close the analysis comes."),
+    "calibrate": CommandEntry(
+        "rankscope.cli.calibrate_command", "The whole instrument on planted truth: can it find a rank, can it say no?"
+    ),
 }
+"""The commands by name, in the order of the help; a module is imported when its command runs."""
 
 
 class LazyGroup(click.Group):
-    """Finds the command NAME as ``rankscope.cli.NAME_command:command``."""
+    """Imports a command of ``COMMANDS`` when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -41,12 +65,12 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"rankscope.cli.{cmd_name}_command").command
+        command: click.Command = import_module(COMMANDS[cmd_name].module).command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def command(adapters: tuple[str, ...], weights: list[float] | None, **shared: Any) -> SurgeryResult:
     """The adapter whose update is the mean of several.
 
-    The mean of the updates sBA, not of the factors. Exact, with the ranks added, or lower by --rank and its like;
-    --energy 1 drops only what is rounding. Heads and biases that all of them hold are averaged too.
+    The mean of the updates sBA, not of the factors. Exact, with the sum of the ranks, or of lower rank by --rank and
+    its like; --energy 1 drops only rounding errors. Heads and biases that all of them hold are averaged too.
 
     \b
     Examples:

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="The part of a pipeline: which is kept, or what a PEFT adapter is of (unet, transformer, text_encoder …).",
 )
-@click.option("--base", metavar="PATH", help="The model, or a pipeline's folder: tells the dots in kohya's names.")
-@click.option("--names", metavar="FILE", help="The same from a file: the paths of its modules, one a line.")
+@click.option(
+    "--base",
+    metavar="PATH",
+    help="The model, or a pipeline's folder, whose module paths give the dots in kohya's names.",
+)
+@click.option("--names", metavar="FILE", help="A file with these module paths, one a line.")
 @alpha_option
 @surgery_command()
 def command(
@@ -37,10 +41,10 @@ def command(
 ) -> SurgeryResult:
     """The same updates in the format of another tool.
 
-    ADAPTER is a LoRA in any format that is read. Factors go as they are, with the α that gives their scale (for
-    diffusers the scale goes into B), DoRA's magnitudes go along, and what the format has no place for is listed.
-    kohya's names have lost their dots: those of files that convert wrote are known, others need --base or --names. OUT
-    is a folder, or, ending in .safetensors, the file (not for PEFT).
+    ADAPTER is a LoRA in any format that can be read. Factors stay as they are, with the α that gives their scale (for
+    diffusers the scale is multiplied into B). DoRA's magnitudes are copied; layers that the format cannot hold are
+    listed. kohya's names have underscores instead of dots: files that convert wrote contain the dotted names, others
+    need --base or --names. OUT is a folder; for kohya and diffusers it may be a file that ends in .safetensors.
 
     \b
     Examples:

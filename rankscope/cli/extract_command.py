@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     type=click.Choice(["whole", "low-rank"]),
     default="whole",
     show_default=True,
-    help="Embeddings that changed: saved whole, or low-rank as other matrices.",
+    help="Save embeddings that changed whole, or make them low-rank like other matrices.",
 )
 @surgery_command(chooses="always")
 def command(tuned: str, base: str | None, embeddings: EmbeddingMode, **shared: Any) -> SurgeryResult:
     """Make a LoRA adapter of a full fine-tuning.
 
     TUNED is a checkpoint (with --base), or a study's run of full fine-tuning. Energies are shares of the exact energy
-    of each update. --rank takes the largest singular values alone where they are found sooner: the error, which is
-    reported exactly, is then at most 0.1 % above the least. What cannot be low-rank (norms, biases, new modules) goes
-    along whole where PEFT can load it; -v lists the rest. Factors are written in float32 unless --dtype says otherwise.
+    of each update. --rank computes only the largest singular values where that is faster: the error, which is reported
+    exactly, is then at most 0.1 % above the least. What cannot be low-rank (norms, biases, new modules) is copied whole
+    where PEFT can load it; -v lists the rest. Factors are written in float32 unless --dtype names another type.
 
     \b
     Examples:

@@ -12,7 +12,7 @@ from rankscope.cli.output import format_count, print_table
 from rankscope.table import format_number
 
 if TYPE_CHECKING:
-    from rankscope.analysis.matrix import MatrixResult, SideMatrix
+    from rankscope.analysis.matrix_result import MatrixResult, SideMatrix
 
 
 def uncommon_layer_lines(result: MatrixResult, verbose: bool) -> Iterator[str]:
@@ -25,7 +25,7 @@ def uncommon_layer_lines(result: MatrixResult, verbose: bool) -> Iterator[str]:
 
 def print_matrix(result: MatrixResult) -> None:
     """φ of both sides in one table, and the cosines; sources in the order of the tree, alike ones side by side."""
-    from rankscope.analysis.matrix import SIGNIFICANCE_LEVEL
+    from rankscope.analysis.matrix_result import SIGNIFICANCE_LEVEL
     from rankscope.analysis.matrix_tables import cosine_table, join_table, side_table
 
     sides = list(result.sides.values())

@@ -21,8 +21,8 @@ def command(paths: tuple[str, ...], as_adapter: bool, weights: list[float] | Non
     """Add adapters to the weights of their base, or to each other.
 
     BASE is a checkpoint; its shards, configuration and tokenizer are kept, and each weight is rounded once. With
-    --as-adapter there is no BASE: the adapters, of any ranks, become one whose rank is their sum, exactly, or lower
-    by --rank and its like. The table gives what rounding took.
+    --as-adapter there is no BASE: the adapters, of any ranks, become one exactly, whose rank is the sum of theirs, or
+    of lower rank by --rank and its like. The table gives the rounding errors.
 
     \b
     Examples:
@@ -35,7 +35,9 @@ def command(paths: tuple[str, ...], as_adapter: bool, weights: list[float] | Non
     if as_adapter:
         return merge_adapters(paths, weights=weights, **shared)
     if shared.pop("choice") or "dtype" in shared:
-        raise click.UsageError("ranks and dtype are those of BASE's weights; choose them with --as-adapter only")
+        raise click.UsageError(
+            "ranks and dtype can be chosen with --as-adapter only; a merged weight keeps the dtype of BASE"
+        )
     if len(paths) < 2:
         raise click.UsageError("give BASE and at least one ADAPTER, or --as-adapter and two adapters")
     return merge(paths[0], paths[1:], weights=weights, **shared)

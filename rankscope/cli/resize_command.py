@@ -24,8 +24,8 @@ def command(adapter: str, initial: str | None, **shared: Any) -> SurgeryResult:
     """Shrink an adapter: the same update at lower rank, as close as that rank allows.
 
     ADAPTER is a LoRA adapter in PEFT's layout, or a run of a study. Each layer keeps its largest singular values;
-    --budget gives rank to the layers where it counts. The output has α = r and loads in PEFT; heads, biases and
-    DoRA's magnitudes go along. The table gives what was lost, exactly.
+    --budget chooses the ranks for which the total error is least. The output has α = r and loads in PEFT; heads,
+    biases and DoRA's magnitudes are copied. The table gives the exact error.
 
     \b
     Examples:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def command(a: str, b: str, **shared: Any) -> SurgeryResult:
     """The adapter whose update is that of A minus that of B.
 
-    Exact, with the ranks added, or lower by --rank and its like; --energy 1 drops only what is rounding. Layers that
-    one of them lacks count as unchanged there.
+    Exact, with the sum of both ranks, or of lower rank by --rank and its like; --energy 1 drops only rounding errors.
+    A layer that one of them lacks counts as unchanged there.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""What the commands that act on adapters share: how ranks are chosen, where the output goes, how it is reported."""
+"""What the commands that change adapters share: how ranks are chosen, where the output goes, how it is shown."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ SurgeryFunction = Callable[..., "SurgeryResult"]
 CHOICES = ("rank", "energy", "sigma_ratio", "noise", "budget")
 choice_options = combine_options(
     click.option("--rank", type=click.IntRange(min=1), metavar="R", help="At most rank R in every layer."),
-    click.option("--energy", type=float, metavar="SHARE", help="The fewest σ with this share of each layer's energy."),
+    click.option(
+        "--energy", type=float, metavar="SHARE", help="The fewest σ that hold this share of each layer's energy."
+    ),
     click.option("--sigma-ratio", type=float, metavar="X", help="In every layer the σ of at least X·σ₁."),
-    click.option("--noise", is_flag=True, help="The σ above what noise, or rounding to half precision, explains."),
+    click.option("--noise", is_flag=True, help="The σ that noise, or rounding to half precision, cannot explain."),
     click.option(
         "--budget",
         type=click.IntRange(min=1),
         metavar="PARAMS",
-        help="So many parameters in all, shared out so that the total error is least.",
+        help="This many parameters in all layers together, with the least total error.",
     ),
 )
 dtype_option = click.option(
@@ -51,7 +53,7 @@ report_options = combine_options(
 def surgery_command(
     chooses: Literal["never", "maybe", "always"] = "never",
 ) -> Callable[[SurgeryFunction], Callable[..., None]]:
-    """A command that writes an adapter or a model: with the options that all of these share, and what it returns shown.
+    """A decorator for commands that write an adapter or a model: adds the shared options, and shows the result.
 
     The function is called with its own arguments, and with those that the functions of ``rankscope.surgery`` share:
     ``out``, ``device``, ``track`` and ``command``; where ranks can be chosen, also ``choice`` and, if given, ``dtype``.
@@ -77,10 +79,10 @@ def surgery_command(
 def choice_from_options(
     required: bool, rank: int | None, energy: float | None, sigma_ratio: float | None, noise: bool, budget: int | None
 ) -> RankChoice | None:
-    """The choice of ranks that was made, if one was.
+    """The choice of ranks that the options make; None where they make none.
 
     Raises:
-        UsageError: several; or none where one is required.
+        UsageError: the options make several choices, or none where one is required.
     """
     from rankscope.surgery.truncate import AboveNoise, Budget, Energy, Rank, SigmaRatio
 
@@ -96,7 +98,7 @@ def choice_from_options(
     if len(given) > 1:
         raise click.UsageError(f"choose one of {names}, not {len(given)}")
     if required and not given:
-        raise click.UsageError(f"say how much is kept: one of {names}")
+        raise click.UsageError(f"no ranks are chosen; give one of {names}")
     return given[0][0](given[0][1]) if given else None
 
 
@@ -124,7 +126,7 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def command_line() -> str:
-    """What was typed, for the record."""
+    """The command line, for the record."""
     from rankscope.formats.file_io import as_text
 
     return as_text(shlex.join(["rankscope", *sys.argv[1:]]))

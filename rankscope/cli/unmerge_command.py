@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 @weights_option("Those that the adapters were merged with [1 each].")
 @surgery_command()
 def command(merged: str, adapters: tuple[str, ...], weights: list[float] | None, **shared: Any) -> SurgeryResult:
-    """Take adapters off the weights that they were merged into.
+    """Subtract adapters from the weights that they were merged into.
 
     Rounding lost a part of the original weight wherever the sum was the larger number. The column "from original"
-    says how far each layer is expected to be from it, if the sum was rounded once.
+    gives the expected distance of each layer from its original weight, if the sum was rounded once.
 
     \b
     Examples:

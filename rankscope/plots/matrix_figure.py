@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 
-from rankscope.analysis.matrix import SIGNIFICANCE_LEVEL, MatrixResult
+from rankscope.analysis.matrix_result import SIGNIFICANCE_LEVEL, MatrixResult
 from rankscope.noise import Array
 from rankscope.plots.figure import COLOURS, FONT_SIZE, GREY, escape_math, new_figure
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rankscope.analysis.matrix import SIGNIFICANCE_LEVEL, MatrixResult
+from rankscope.analysis.matrix_result import SIGNIFICANCE_LEVEL, MatrixResult
 from rankscope.analysis.matrix_tables import join_table, overlap_table, pair_table, source_columns
 from rankscope.plots import plot_matrix
 from rankscope.report.document import Document, Picture, Section

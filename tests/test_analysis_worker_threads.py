@@ -24,7 +24,7 @@ from rankscope.analysis import worker_threads as module
 from rankscope.analysis.comparison import compare
 from rankscope.analysis.layer_spectra import spectrum
 from rankscope.analysis.sources import Source
-from rankscope.analysis.worker_threads import compute_items, worker_count
+from rankscope.analysis.worker_threads import Job, compute_items, worker_count
 from rankscope.errors import ConfigError, FormatError, NonFiniteError
 from rankscope.formats.file_io import write_json, write_tensors
 from rankscope.formats.store import write_updates
@@ -99,9 +99,8 @@ def collect(items: Sequence[Any], alone: set[Any], workers: int, track: Any = it
         computed.append(item)
         return item, torch.get_num_threads(), threading.current_thread() is threading.main_thread()
 
-    return compute_items(
-        items, lambda item: None if item in alone else 0, lambda item: [], compute, CPU, workers, track
-    )
+    job = Job[Any, tuple[Any, int, bool]](lambda item: None if item in alone else 0, lambda item: [], compute)
+    return compute_items(items, job, CPU, workers, track)
 
 
 def test_thin_layers_have_one_thread_each_and_full_ones_all() -> None:
@@ -211,7 +210,7 @@ def test_one_full_matrix_is_read_ahead_and_no_more(length: int) -> None:
         return updates[0].norm
 
     def ahead() -> list[float]:
-        return compute_items(range(length), lambda n: None, read, compute, CPU, ahead=True)
+        return compute_items(range(length), Job(lambda n: None, read, compute), CPU, ahead=True)
 
     before = torch.get_num_threads()
     if length == 5:
@@ -237,14 +236,14 @@ def test_only_stores_are_read_ahead(tmp_path: Path) -> None:
 BLOCKS = """
 import resource, torch
 from pathlib import Path
-from rankscope.analysis.worker_threads import freed_at_once
+from rankscope.analysis.worker_threads import release_freed_memory
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 2**20
 
-with freed_at_once():
+with release_freed_memory():
     pass  # which leaves glibc as it is after a block of 32 MB was freed
-with freed_at_once():
+with release_freed_memory():
     before = resident()
     blocks = [torch.ones(2**22) for _ in range(12)]
     most = resident() - before
