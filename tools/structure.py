@@ -23,8 +23,8 @@ from pathlib import Path
 PACKAGE = "rankscope"
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
-LAZY_TABLES = {"__init__.py", "cli/__init__.py"}
-"""Files that load a module by the name in a table of their own: public names and commands, each when first used."""
+LAZY_TABLES = {"__init__.py", "cli/__init__.py", "train/methods.py"}
+"""Files that load a module whose name a table has in full: public names, commands, trainers; each when first used."""
 ROOM_MODULES = {"measure", "figure", "section"}
 """Modules of one name in every folder of a line of evidence."""
 IRREGULAR_PARTICIPLES = frozenset(
