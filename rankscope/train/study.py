@@ -118,10 +118,10 @@ class Study:
         """The runs at the best rate of their label, one a seed, and the untouched base."""
         choices = self.choices()
 
-        def chosen(run: Run) -> bool:
+        def is_chosen(run: Run) -> bool:
             return run.lr is None or (run.label in choices and choices[run.label].lr == run.lr)
 
-        return [record for record in self.done() if chosen(record.run)]
+        return [record for record in self.done() if is_chosen(record.run)]
 
     def path(self, run: Run) -> Path:
         return self.folder / RUNS_FOLDER / run.name
