@@ -156,3 +156,16 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     )
     root = Path(rankscope.__file__).parent.parent
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=root, timeout=120)
+
+
+def test_the_names_in_a_study_are_written_once() -> None:
+    names = ("study.json", "latency.json", "run.json", "metrics.jsonl", "update.safetensors", "state.pt")
+    package = Path(rankscope.__file__).parent
+    for name in names:
+        quoted = [f'"{name}"', f"'{name}'", f"/{name}"]
+        holders = [
+            path.relative_to(package).as_posix()
+            for path in package.rglob("*.py")
+            if any(text in path.read_text(encoding="utf-8") for text in quoted)
+        ]
+        assert holders == ["formats/study_layout.py"], name

@@ -40,8 +40,8 @@ PARTICLES = frozenset(
         r"\w+", "apart as away back beside by down for from in of off on out over to together under up whole with"
     )
 )
-EXEMPT_PARTICIPLES = {"Interval.known", "Study.done"}
-"""Names that users' scripts call."""
+EXEMPT_PARTICIPLES = {"Interval.known", "Study.done", "SideComparison.expected"}
+"""Names that users' scripts call, or that results have in JSON."""
 _SIDE = r"[^\s(),]{1,9}(?: [·+−-] [^\s(),]{1,9})*"
 SHAPE = re.compile(rf"\((?:{_SIDE}, ?)+(?:{_SIDE})?\)|\b(?:any|same|one) shapes?\b|\bscalar\b")
 """(out, r), (k,), (…, d, r), (o₁·o₂, i₁·i₂); or the words where every shape will do."""

@@ -30,11 +30,11 @@ from rankscope.errors import RankscopeError, ShapeError, prefix_errors
 from rankscope.formats.abstract_store import SkippedItem, examples
 from rankscope.formats.names import Pairing
 from rankscope.formats.opening import Opening
+from rankscope.formats.study_layout import ADAPTER_FOLDER, INITIAL_FOLDER, RUN_NAME
 from rankscope.result import Result
 from rankscope.updates import Update
 
 SCHEMA = "rankscope.compare/1"
-INITIAL_FOLDER = "initial"
 """Folder of a run that holds the factors before training."""
 
 
@@ -310,10 +310,10 @@ def _initial(a: Source, b: Source, patterns: list[str] | None) -> tuple[SideSumm
 
 def initial_folder(source: Source) -> Path | None:
     """Where a run of a study kept its factors at step 0; None for any other adapter, whatever lies beside it."""
-    if source.kind != "peft" or source.folder is None or source.folder.name != "adapter":
+    if source.kind != "peft" or source.folder is None or source.folder.name != ADAPTER_FOLDER:
         return None
     run = source.folder.parent
-    return run / INITIAL_FOLDER if (run / "run.json").is_file() and (run / INITIAL_FOLDER).is_dir() else None
+    return run / INITIAL_FOLDER if (run / RUN_NAME).is_file() and (run / INITIAL_FOLDER).is_dir() else None
 
 
 def _notes(a: Source, b: Source, layers: Sequence[LayerComparison], summary: Summary, top: int | None) -> Iterable[str]:

@@ -6,10 +6,12 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from rankscope.formats.peft_keys import CONFIG_NAME, WEIGHTS_NAME
+from rankscope.formats.study_layout import ADAPTER_FOLDER, INITIAL_FOLDER, UPDATES_NAME
 from rankscope.table import Table
 
 MAX_HTML_ROWS = 40  # of a result's table in a notebook
-RUN_FILE_NAMES = {"adapter", "initial", "update.safetensors", "adapter_model.safetensors", "adapter_config.json"}
+RUN_FILE_NAMES = {ADAPTER_FOLDER, INITIAL_FOLDER, UPDATES_NAME, WEIGHTS_NAME, CONFIG_NAME}
 
 
 def short_name(path: str) -> str:

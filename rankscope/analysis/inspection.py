@@ -22,10 +22,10 @@ from rankscope.formats.names import layer_kind
 from rankscope.formats.opening import Opening
 from rankscope.formats.recipes import element_count
 from rankscope.formats.store import open_source
+from rankscope.formats.study_layout import RUN_NAME, RUNS_FOLDER, STUDY_NAME
 from rankscope.result import Result
 
 SCHEMA = "rankscope.inspect/1"
-STUDY, RUN = "study.json", "run.json"
 
 
 class TargetGroup(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +102,7 @@ def describe_source(path: str | os.PathLike[str], opening: Opening) -> Inspectio
         FormatError: as for ``inspect``.
     """
     place = local_path(path)
-    if (place / STUDY).is_file():
+    if (place / STUDY_NAME).is_file():
         return _study(place, str(path))
     notes: list[str] = []
     try:
@@ -120,18 +120,18 @@ def describe_source(path: str | os.PathLike[str], opening: Opening) -> Inspectio
 
 
 def _study(folder: Path, label: str) -> Inspection:
-    read_json(folder / STUDY)
-    runs = [path for path in folder.glob("runs/*") if path.is_dir()]
-    ended = sum((run / RUN).is_file() for run in runs)
+    read_json(folder / STUDY_NAME)
+    runs = [path for path in folder.glob(f"{RUNS_FOLDER}/*") if path.is_dir()]
+    ended = sum((run / RUN_NAME).is_file() for run in runs)
     says = f"a study of {len(runs)} runs that have begun, {ended} of them ended; spectrum and report read it whole"
     return Inspection(path=label, format="study", says=says)
 
 
 def _run(folder: Path) -> str | None:
     """One sentence on a run of a study; None for anything else."""
-    if not (folder / RUN).is_file():
+    if not (folder / RUN_NAME).is_file():
         return None
-    told = read_json(folder / RUN)
+    told = read_json(folder / RUN_NAME)
     inner = told.get("run")
     run = inner if isinstance(inner, dict) else told
     settings = [f"{key} {run[key]}" for key in ("method", "rank", "alpha", "lr", "seed") if run.get(key) is not None]

@@ -21,6 +21,7 @@ from rich.text import Text
 from rankscope.cli.output import format_count, remove_control_characters
 from rankscope.cli.progress_state import Leader, Metric, ProgressState, format_duration, summarize_group
 from rankscope.formats.file_io import read_json
+from rankscope.formats.study_layout import STUDY_NAME
 from rankscope.train.events import (
     Event,
     GridPlanned,
@@ -230,7 +231,7 @@ def open_listener(quiet: bool, study: Path | str | None = None, workers: int = 1
 
 
 def study_metric(study: Path) -> Metric:
-    description = read_json(study / "study.json")
+    description = read_json(study / STUDY_NAME)
     return Metric(str(description["metric"]), bool(description["higher_is_better"]))
 
 

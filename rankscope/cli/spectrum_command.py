@@ -12,6 +12,7 @@ from rankscope.cli.format_names import FormatsCommand
 from rankscope.cli.options import initial_option, output_options, reading_options, workers_option
 from rankscope.cli.output import OutputOptions, print_table, progress_tracker, skipped_lines
 from rankscope.cli.torchrun import share_analyses
+from rankscope.formats.study_layout import STUDY_NAME
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,7 +133,7 @@ def expand_studies(paths: Sequence[str]) -> tuple[list[str], bool]:
 
 def _is_study(path: str) -> bool:
     try:
-        return (Path(path) / "study.json").is_file()
+        return (Path(path) / STUDY_NAME).is_file()
     except OSError:  # a name that no file can have: what opens it says so
         return False
 

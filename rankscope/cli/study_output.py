@@ -14,6 +14,7 @@ import msgspec
 
 from rankscope.cli.cost_table import cost_entries, cost_legend, cost_table
 from rankscope.cli.output import print_table
+from rankscope.formats.study_layout import PERFORMANCE_PLOT_NAME, SPECTRA_PLOT_NAME
 from rankscope.measures import measures_shown
 from rankscope.table import Column, Table, format_cell
 from rankscope.train.latency import Latency
@@ -185,10 +186,10 @@ def write_plots(study: Study, results: list[RunResult]) -> list[Path]:
     if with_spectra := [row for row in best if row.spectra]:
         first = min(row.record.run.seed for row in with_spectra)
         one_seed = [row.spectra for row in with_spectra if row.spectra and row.record.run.seed == first]
-        written.append(plots.save(plots.plot_spectra(one_seed), study.folder / "spectra.png"))
+        written.append(plots.save(plots.plot_spectra(one_seed), study.folder / SPECTRA_PLOT_NAME))
     if best:
         rows = [row for row in results if not row.record.run.is_subspace]
         points = [run_point(row) for row in best if row.ranks]
         figure = plot_rank_curve(measure_best_runs(Material(study, rows=rows)), points)
-        written.append(plots.save(figure, study.folder / "performance.png"))
+        written.append(plots.save(figure, study.folder / PERFORMANCE_PLOT_NAME))
     return written

@@ -16,10 +16,10 @@ from rankscope.formats.hub import local_path
 from rankscope.formats.names import WEIGHT_SUFFIX, pair_names
 from rankscope.formats.peft_keys import OLD_WEIGHTS_NAME, WEIGHTS_NAME
 from rankscope.formats.pickle_file import PickledFile, open_tensors
+from rankscope.formats.study_layout import UPDATES_NAME
 
 INDEX_SUFFIX = ".index.json"
 MODEL_CONFIG = "config.json"
-UPDATES_NAME = "update.safetensors"
 NOT_CHECKPOINTS = {WEIGHTS_NAME, OLD_WEIGHTS_NAME, UPDATES_NAME}
 # In the order transformers prefers them; then whatever single file or index the folder has (diffusers' names).
 FOLDER_PATTERNS = (

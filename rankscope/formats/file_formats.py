@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankscope.errors import FormatError, RankscopeError
 from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, PEFT_PREFIX, WEIGHTS_NAME, parse_key
+from rankscope.formats.study_layout import ADAPTER_FOLDER, RUN_NAME, UPDATES_NAME
 
 if TYPE_CHECKING:
     from rankscope.formats.abstract_store import Store
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from rankscope.formats.pickle_file import PickledFile
 
     OpenTensors = TensorFile | PickledFile
-
-ADAPTER_FOLDER = "adapter"
-UPDATES_NAME = "update.safetensors"
 
 
 class NoBaseError(FormatError):
@@ -78,7 +76,7 @@ def _open_peft(path: Path, _: OpenTensors | None, opening: Opening) -> Store:
     config = read_json(folder / CONFIG_NAME)
     named = config.get("base_model_name_or_path")
     own = Path(named).expanduser() if isinstance(named, str) and named else None
-    ours = (folder.parent / "run.json").is_file()  # a run's base is its study's, wherever this is called
+    ours = (folder.parent / RUN_NAME).is_file()  # a run's base is its study's, wherever this is called
     if opening.base_path is not None or own is None or ours or not _is_folder(own):
         return _peft_store(folder, config, opening)
     try:

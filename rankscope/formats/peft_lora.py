@@ -23,11 +23,12 @@ from rankscope.formats.peft_keys import CONFIG_NAME, LayerType
 from rankscope.formats.peft_shapes import block_diagonal, check_magnitude, layer_geometry
 from rankscope.formats.peft_store import AdapterStore, BaseCheckpoint, tensor_names_in_base
 from rankscope.formats.recipes import upcast_float8
+from rankscope.formats.study_layout import INITIAL_FOLDER
 from rankscope.linalg import working_dtype
 from rankscope.updates import Dense, LowRank, check_finite
 
 WHOLE_SUFFIX = ":whole"
-INITIAL_FOLDERS = ("initial", *(f"{init}_init" for init in BASE_MODIFYING_INITS))
+INITIAL_FOLDERS = (INITIAL_FOLDER, *(f"{init}_init" for init in BASE_MODIFYING_INITS))
 """Folders, in the adapter's or beside it, that its initial factors are looked for in."""
 
 

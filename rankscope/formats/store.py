@@ -19,6 +19,7 @@ from rankscope.formats.opening import Opening
 from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME
 from rankscope.formats.peft_lora import PeftStore
 from rankscope.formats.pickle_file import PICKLE_SUFFIXES, open_tensors
+from rankscope.formats.study_layout import ADAPTER_FOLDER, RUNS_FOLDER, STUDY_NAME, UPDATES_NAME
 
 __all__ = [
     "CheckpointStore",
@@ -96,7 +97,7 @@ def _open_folder(folder: Path, opening: Opening) -> Store:
             raise FormatError(f"{folder}: has an adapter's weights but no {CONFIG_NAME}, which holds its scale; add it")
         if weights.exists():
             return _open_file(weights, opening)
-    if (folder / "study.json").exists():
+    if (folder / STUDY_NAME).exists():
         raise FormatError(f"{folder}: is a study; give one of its runs, such as {_first_run(folder)}")
     if has_checkpoint(folder):
         return _open_weights(folder, checkpoint_file(folder), opening)
@@ -128,6 +129,6 @@ def _open_weights(path: Path, file: Path, opening: Opening) -> Store:
 
 def _first_run(study: Path) -> Path:
     runs = sorted(
-        {found.parent for name in ("adapter", "update.safetensors") for found in study.glob(f"runs/*/{name}")}
+        {path.parent for name in (ADAPTER_FOLDER, UPDATES_NAME) for path in study.glob(f"{RUNS_FOLDER}/*/{name}")}
     )
-    return runs[0] if runs else study / "runs" / "NAME"
+    return runs[0] if runs else study / RUNS_FOLDER / "NAME"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.formats.store import write_updates
+from rankscope.formats.study_layout import ADAPTER_FOLDER, INITIAL_FOLDER, UPDATES_NAME
 from rankscope.lora import AdapterSpec, Bank
 from rankscope.train.config import StudyConfig, make_generator
 from rankscope.train.costs import total_bytes
@@ -136,12 +137,12 @@ class TrainableAdapters(TrainableModel):
         return self.bank.pad(i, tensors)
 
     def save(self, i: int, folder: Path) -> int:
-        target = folder / "adapter"
+        target = folder / ADAPTER_FOLDER
         self.bank.save(i, target, base_name=self.task.base_name, task_type=self.task.peft_task)
         return (target / "adapter_model.safetensors").stat().st_size
 
     def save_initial(self, i: int, folder: Path) -> None:
-        self.bank.save_initial(i, folder / "initial", base_name=self.task.base_name, task_type=self.task.peft_task)
+        self.bank.save_initial(i, folder / INITIAL_FOLDER, base_name=self.task.base_name, task_type=self.task.peft_task)
 
 
 def init_seed_parts(run: Run) -> tuple[object, ...]:
@@ -197,7 +198,7 @@ class TrainableWeights(TrainableModel):
         )
 
     def save(self, i: int, folder: Path) -> int:
-        path = folder / "update.safetensors"
+        path = folder / UPDATES_NAME
         updates = self.updates()
         if self.team.is_main_process:
             write_updates(path, updates)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rankscope.errors import FormatError
 from rankscope.formats.file_io import write_atomic
+from rankscope.formats.study_layout import METRICS_NAME, STATE_NAME
 from rankscope.train.config import StudyConfig
 from rankscope.train.costs import optimizer_bytes, total_bytes
 from rankscope.train.methods import TrainableModel
@@ -22,8 +23,6 @@ from rankscope.train.process_group import distribute_like, gather_tensor
 from rankscope.train.runs import Run, RunCost, RunRecord, Status
 from rankscope.train.session import Session
 
-STATE_NAME = "state.pt"
-METRICS_NAME = "metrics.jsonl"
 # What torch.load and reading its result raise on a file that is damaged or not ours.
 STATE_ERRORS = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, UnpicklingError)
 

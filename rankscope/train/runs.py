@@ -13,6 +13,7 @@ from torch import nn
 
 from rankscope.errors import ConfigError, FormatError
 from rankscope.formats.file_io import write_json
+from rankscope.formats.study_layout import RUN_NAME
 from rankscope.lora.targets import is_within
 from rankscope.train.config import StudyConfig, parse_alpha
 from rankscope.train.method_table import TrainingMethod, find_method
@@ -207,7 +208,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     def write(self, folder: Path) -> None:
         flat = msgspec.to_builtins(self)
-        write_json(folder / "run.json", {"schema": flat.pop("schema"), "name": self.run.name, **flat})
+        write_json(folder / RUN_NAME, {"schema": flat.pop("schema"), "name": self.run.name, **flat})
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord:
@@ -216,7 +217,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             FormatError: missing, or not a run.json of a schema known here.
         """
-        path = folder / "run.json"
+        path = folder / RUN_NAME
         try:
             record = msgspec.json.decode(path.read_bytes(), type=cls)
         except FileNotFoundError as error:

@@ -11,6 +11,7 @@ from torch import nn
 
 from rankscope.errors import FormatError
 from rankscope.formats.file_io import write_json
+from rankscope.formats.study_layout import ADAPTER_FOLDER, LATENCY_NAME
 from rankscope.lora.loading import load
 from rankscope.train.claims import lock_study, open_claims
 from rankscope.train.config import resolve_device
@@ -21,7 +22,6 @@ from rankscope.train.study import Study
 from rankscope.train.tasks import make_task
 
 LATENCY_SCHEMA = "rankscope.latency/1"
-LATENCY_NAME = "latency.json"
 BATCH_SIZES = (1, 32)
 REPEATS = 10
 
@@ -74,7 +74,7 @@ def _measure(study: Study, record: RunRecord) -> ServingLatency:
     task = make_task(study.config)
     device = resolve_device(study.config.device)
     model = task.model(record.run.seed).to(device)
-    bank = load(model, study.path(record.run) / "adapter")
+    bank = load(model, study.path(record.run) / ADAPTER_FOLDER)
     batches = {size: move_batch(task.batch(0, 0, size), device) for size in BATCH_SIZES}
 
     def run(called: nn.Module, size: int) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from rankscope.formats.study_layout import RUNS_FOLDER
 from rankscope.train.config import StudyConfig
 from rankscope.train.events import Listener, Silent
 from rankscope.train.process_group import SINGLE_PROCESS, TrainingProcesses
@@ -46,4 +47,4 @@ class Session:
 
     def path(self, run: Run) -> Path:
         """The folder of a run."""
-        return self.folder / "runs" / run.name
+        return self.folder / RUNS_FOLDER / run.name

@@ -20,13 +20,13 @@ from rankscope.errors import ConfigError, FormatError
 from rankscope.formats.abstract_store import Store
 from rankscope.formats.file_io import read_json, write_json
 from rankscope.formats.store import open as open_store
+from rankscope.formats.study_layout import ADAPTER_FOLDER, RUN_NAME, RUNS_FOLDER, STATE_NAME, STUDY_NAME, UPDATES_NAME
 from rankscope.train.claims import LOCK_NAME, lock_study, open_claims
 from rankscope.train.config import RESUMABLE_KEYS, StudyConfig, make_study_config, resolve_device
 from rankscope.train.events import Listener, Silent, TrainingNote
 from rankscope.train.loop import set_precision
 from rankscope.train.method_table import METHODS, find_method
 from rankscope.train.process_group import open_process_group
-from rankscope.train.run_state import STATE_NAME
 from rankscope.train.runs import Run, RunRecord, plan_runs
 from rankscope.train.session import Session
 from rankscope.train.sweep import Sweep
@@ -60,17 +60,17 @@ class Study:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self.description = read_json(self.folder / "study.json")
+        self.description = read_json(self.folder / STUDY_NAME)
         if self.description.get("schema") != STUDY_SCHEMA:
             schema = self.description.get("schema")
-            raise FormatError(f"{self.folder / 'study.json'}: its schema is {schema!r}, not {STUDY_SCHEMA!r}")
+            raise FormatError(f"{self.folder / STUDY_NAME}: its schema is {schema!r}, not {STUDY_SCHEMA!r}")
         for key in ("config", "metric", "higher_is_better"):
             if key not in self.description:
-                raise FormatError(f"{self.folder / 'study.json'}: holds no {key!r}; is this a study of rankscope?")
-        self.config = make_study_config(self.description["config"], str(self.folder / "study.json"))
+                raise FormatError(f"{self.folder / STUDY_NAME}: holds no {key!r}; is this a study of rankscope?")
+        self.config = make_study_config(self.description["config"], str(self.folder / STUDY_NAME))
         self.metric: str = self.description["metric"]
         self.higher_is_better: bool = self.description["higher_is_better"]
-        folders = sorted(path.parent for path in self.folder.glob("runs/*/run.json"))
+        folders = sorted(path.parent for path in self.folder.glob(f"{RUNS_FOLDER}/*/{RUN_NAME}"))
         self.records = sorted((self._read(path) for path in folders), key=_order)
 
     def _read(self, folder: Path) -> RunRecord:
@@ -80,9 +80,7 @@ class Study:
         if record.status == "done" and not all(
             self.metric in record.metrics.get(s, {}) for s in ("validation", "test")
         ):
-            raise FormatError(
-                f"{folder / 'run.json'}: lacks {self.metric} of a split; delete the folder to run it again"
-            )
+            raise FormatError(f"{folder / RUN_NAME}: lacks {self.metric} of a split; delete the folder to run it again")
         return record
 
     def score(self, record: RunRecord, split: str = "test") -> float:
@@ -120,13 +118,13 @@ class Study:
         """The runs at the best rate of their label, one a seed, and the untouched base."""
         choices = self.choices()
 
-        def chosen(run: Run) -> bool:
+        def is_chosen(run: Run) -> bool:
             return run.lr is None or (run.label in choices and choices[run.label].lr == run.lr)
 
-        return [record for record in self.done() if chosen(record.run)]
+        return [record for record in self.done() if is_chosen(record.run)]
 
     def path(self, run: Run) -> Path:
-        return self.folder / "runs" / run.name
+        return self.folder / RUNS_FOLDER / run.name
 
     def store(self, run: Run) -> Store:
         """The updates that a run learned: its adapter, or the update of full fine-tuning."""
@@ -134,7 +132,7 @@ class Study:
 
     def has_weights(self, run: Run) -> bool:
         """Whether what a run learned is still there; weights are large, and people delete those they need no more."""
-        return any((self.path(run) / name).exists() for name in ("adapter", "update.safetensors"))
+        return any((self.path(run) / name).exists() for name in (ADAPTER_FOLDER, UPDATES_NAME))
 
     def check_fingerprint(self, task: Task) -> None:
         """See that a task has the base and the data that the study was begun with.
@@ -242,7 +240,7 @@ def next_learning_rate(tried: tuple[float, ...], edge: GridEdge) -> float:
 
 def _check_free(folder: Path) -> None:
     """Refuse a folder that holds something other than a study, before anything is written to it."""
-    if (folder / "study.json").exists() or not folder.exists():
+    if (folder / STUDY_NAME).exists() or not folder.exists():
         return
     if not folder.is_dir() or any(not path.name.startswith((LOCK_NAME, ".study.json.")) for path in folder.iterdir()):
         raise ConfigError(f"{folder} exists and is not a study; choose another folder with -o")
@@ -250,7 +248,7 @@ def _check_free(folder: Path) -> None:
 
 def _describe(folder: Path, config: StudyConfig, task: Task, device: torch.device) -> None:
     """Write study.json, or check that the one there is of the same study."""
-    path = folder / "study.json"
+    path = folder / STUDY_NAME
     made_by = {
         "versions": versions(),
         "machine": describe_machine(device),
@@ -305,6 +303,6 @@ def _remove_study_leftovers(folder: Path) -> None:
     """Remove what a killed process was writing of the study's own files, and states of runs that have ended."""
     for path in folder.glob(".study.json.*.tmp"):
         path.unlink(missing_ok=True)
-    for path in folder.glob(f"runs/*/{STATE_NAME}"):
-        if (path.parent / "run.json").exists():
+    for path in folder.glob(f"{RUNS_FOLDER}/*/{STATE_NAME}"):
+        if (path.parent / RUN_NAME).exists():
             path.unlink(missing_ok=True)

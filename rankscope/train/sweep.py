@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from rankscope.errors import TrainingError, prefix_errors
+from rankscope.formats.study_layout import RUN_NAME, STATE_NAME
 from rankscope.train.claims import Claims
 from rankscope.train.costs import memory_capacity
 from rankscope.train.events import GridPlanned, RunEnded, TrainingNote
 from rankscope.train.loop import InterruptedTrainingError, RunGroup, evaluate_base, evaluation_steps
 from rankscope.train.process_group import SINGLE_PROCESS
-from rankscope.train.run_state import STATE_NAME, last_evaluated_step, read_metrics_at
+from rankscope.train.run_state import last_evaluated_step, read_metrics_at
 from rankscope.train.runs import Run, RunRecord
 from rankscope.train.session import Session
 
@@ -81,7 +82,7 @@ class Sweep:
         self.session.listener.tell(GridPlanned(runs, ended))
 
     def has_ended(self, run: Run) -> bool:
-        return (self.path(run) / "run.json").exists()
+        return (self.path(run) / RUN_NAME).exists()
 
     def _is_through(self, run: Run, until: int | None) -> bool:
         return self.has_ended(run) or (until is not None and last_evaluated_step(self.path(run)) >= until)

@@ -8,12 +8,12 @@ from itertools import combinations
 import msgspec
 import torch
 
-from rankscope.analysis.comparison import INITIAL_FOLDER
 from rankscope.analysis.layer_comparison import MatrixKind
 from rankscope.evidence.material import Material, group_by_rank
 from rankscope.evidence.overlap.pairs import ALIKE_Z, RunComparison, RunUpdates, SideOverlap, compare_runs
 from rankscope.formats.abstract_store import Store
 from rankscope.formats.store import open as open_store
+from rankscope.formats.study_layout import INITIAL_FOLDER
 from rankscope.train.config import make_generator
 from rankscope.train.results import RunResult
 from rankscope.updates import LowRank, Update
