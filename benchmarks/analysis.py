@@ -120,13 +120,13 @@ def growth(args: argparse.Namespace, home: Path, ranks: list[int], few: int, lay
     """Processor time against r and against the number of layers, with the exponents of power laws through them."""
     model, device = MODELS[args.model], torch.device(args.device)
 
-    def measured(rank: int, number: int) -> float:
+    def measure_seconds(rank: int, number: int) -> float:
         folder = home / f"{rank}-{number}"
         write_adapter(folder, model, rank, number)
         return processor(lambda: spectrum(folder, device=device, workers=args.workers), args.repeats)
 
     print(f"\nprocessor time against r, {few} layers")
-    times = {rank: measured(rank, few) for rank in ranks}
+    times = {rank: measure_seconds(rank, few) for rank in ranks}
     for rank, seconds in times.items():
         flops = spectrum_flops([s for s in model.shapes().values() for _ in range(few)], rank)
         print(f"  r = {rank:4d}: {seconds:8.4f} s, {flops / seconds / 1e9:6.1f} Gflop/s of the floor's operations")
@@ -134,7 +134,7 @@ def growth(args: argparse.Namespace, home: Path, ranks: list[int], few: int, lay
         if len(part) > 1:
             print(f"  time ~ r^{exponent({r: times[r] for r in part}):.2f} for r = {part[0]} … {part[-1]}")
     numbers = sorted({max(1, layers // n) for n in (8, 4, 2, 1)})
-    counts = {number: measured(args.rank, number) for number in numbers}
+    counts = {number: measure_seconds(args.rank, number) for number in numbers}
     print(f"against layers, r = {args.rank}: " + ", ".join(f"{n}: {t:.3f} s" for n, t in counts.items()))
     if len(counts) > 1:
         print(f"  time ~ layers^{exponent(counts):.2f}")

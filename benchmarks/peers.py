@@ -69,15 +69,15 @@ def of_rankscope(folder: Path) -> Callable[[], Layers]:
     def act() -> Layers:
         sketch = 20 if folder.name == LARGE else None  # all σ of that one take minutes
         found = spectrum(source(folder), base if base.exists() else None, sketch=sketch).layers
-        told: Layers = {}
+        result: Layers = {}
         for layer in found:
             row: dict[str, Any] = {"values": list(layer.singular_values), "stable": layer.measures["stable_rank"]}
             if "entropy_rank" in layer.measures:
                 row["entropy"] = layer.measures["entropy_rank"]
             if layer.rounding_floor and not sketch:
                 row["floor"] = layer.rounding_floor.measures["entropy_rank"]
-            told[layer.name.removesuffix(":whole")] = row  # DoRA's whole update comes after its product
-        return told
+            result[layer.name.removesuffix(":whole")] = row  # DoRA's whole update comes after its product
+        return result
 
     return act
 
@@ -127,13 +127,13 @@ def of_weightwatcher(folder: Path) -> Callable[[], Layers]:
         watcher = WeightWatcher(model=str(source(folder)), base_model=str(base) if not peft else None)
         decompose = watcher.combined_eigenvalues
 
-        def timed(*arguments: Any, **options: Any) -> Any:
+        def measure_call(*arguments: Any, **options: Any) -> Any:
             began = time.process_time()
             found = decompose(*arguments, **options)
             decomposing.append(time.process_time() - began)
             return found
 
-        watcher.combined_eigenvalues = timed
+        watcher.combined_eigenvalues = measure_call
         table = watcher.analyze(peft=peft)
         return {
             module(row["longname"]): {"ends": [row["sv_max"], row["sv_min"]], "stable": row["stable_rank"]}
@@ -249,35 +249,35 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def judged(told: Layers, right: Layers) -> dict[str, tuple[float, float, float]]:
-    """Of each measure that is told: the largest relative error, with what is told and what is right there."""
+def measure_errors(result: Layers, right: Layers) -> dict[str, tuple[float, float, float]]:
+    """The largest relative error of each measure that a tool gives, with its value and the right one there."""
     found: dict[str, tuple[float, float, float]] = {}
-    for name in told.keys() & right.keys():
-        for measure in told[name].keys() & MEASURES.keys():
+    for name in result.keys() & right.keys():
+        for measure in result[name].keys() & MEASURES.keys():
             size = np.max(right[name][measure])
-            for mine, true in paired(told[name][measure], right[name][measure]):
+            for mine, true in pair_values(result[name][measure], right[name][measure]):
                 off = abs(mine - true) / size
                 if measure not in found or off > found[measure][0]:
                     found[measure] = (off, mine, true)
     return found
 
 
-def paired(told: Any, right: Any) -> list[tuple[float, float]]:
+def pair_values(result: Any, right: Any) -> list[tuple[float, float]]:
     """Lists from their beginning, as far as both go."""
-    if not isinstance(told, list):
-        return [(told, right)]
-    return list(zip(told, right, strict=False))
+    if not isinstance(result, list):
+        return [(result, right)]
+    return list(zip(result, right, strict=False))
 
 
-def verdict(found: dict[str, Any], right: Layers) -> str:
+def verdict(outcome: dict[str, Any], right: Layers) -> str:
     """One line: how many layers of how many, how wrong each number is."""
-    if "error" in found:
-        return found["error"][:90]
-    told = found["layers"]
-    missing, extra = len(right.keys() - told.keys()), len(told.keys() - right.keys())
+    if "error" in outcome:
+        return outcome["error"][:90]
+    result = outcome["layers"]
+    missing, extra = len(right.keys() - result.keys()), len(result.keys() - right.keys())
     parts = [f"{missing} of {len(right)} layers missing"] if missing else []
     parts += [f"{extra} not of the update"] if extra else []
-    errors = judged(told, right)
+    errors = measure_errors(result, right)
     for measure in [measure for measure in MEASURES if measure in errors]:
         off, mine, true = errors[measure]
         both = f" ({mine:.4g}, right {true:.4g})" if off > WRONG else ""
@@ -319,7 +319,7 @@ def speed(arguments: argparse.Namespace, home: Path) -> None:
 
 def answers(arguments: argparse.Namespace, home: Path) -> None:
     """Small files of what people have, one difficulty each."""
-    cases = planted(home)
+    cases = write_planted_cases(home)
     print("\nanswers: largest relative errors")
     found: dict[str, dict[str, dict[str, Any]]] = {case: {} for case in cases}
     for side in SIDES if arguments.python else ("rankscope",):
@@ -338,7 +338,7 @@ def answers(arguments: argparse.Namespace, home: Path) -> None:
                     print(f"      {name}: effective rank {both}")
 
 
-def planted(home: Path, large: bool = True) -> list[str]:
+def write_planted_cases(home: Path, large: bool = True) -> list[str]:
     """Writes small files of which the answers are known; names of the folders."""
     generator = torch.Generator().manual_seed(0)
 

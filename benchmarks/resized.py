@@ -27,7 +27,7 @@ def score(material: Material, run: Run, adapter: Path) -> float:
     return material.score(model.to(material.device))
 
 
-def resized(material: Material, run: Run) -> Iterator[tuple[str, str]]:
+def resize_run(material: Material, run: Run) -> Iterator[tuple[str, str]]:
     """What was asked for, then parameters, retained energy, relative error and the metric, as printed."""
     adapter = material.study.path(run) / "adapter"
     infos = [material.study.store(run).info(name) for name in material.study.store(run)]
@@ -60,7 +60,7 @@ def main() -> None:
     named = {record.run.name: record.run for record in material.study.records}
     print(f"{'run':26}{'resized to':22}{'parameters':>12}{'retained':>10}{'error':>8}{material.study.metric:>16}")
     for name in arguments.runs:
-        for title, numbers in resized(material, named[name]):
+        for title, numbers in resize_run(material, named[name]):
             print(f"{name:26}{title:22}" + numbers, flush=True)
 
 

@@ -127,7 +127,7 @@ def processor_seconds() -> float:
 clock: Callable[[], float] = time.perf_counter
 
 
-def timed(act: Callable[[int], Any], repeats: int) -> tuple[float, Any]:
+def measure_time(act: Callable[[int], Any], repeats: int) -> tuple[float, Any]:
     """Median seconds, and what the last call gave."""
     seconds, found = [], None
     for i in range(repeats):
@@ -148,7 +148,7 @@ def of_rankscope(files: Files, to: int, repeats: int) -> list[Row]:
     }
     rows = []
     for task, act in acts.items():
-        seconds, _ = timed(lambda i, act=act, task=task: act(files.home / f"{task}{i}"), repeats)  # type: ignore[misc]
+        seconds, _ = measure_time(lambda i, act=act, task=task: act(files.home / f"{task}{i}"), repeats)  # type: ignore[misc]
         written = load_file(files.home / f"{task}{repeats - 1}" / "adapter_model.safetensors")
         rows.append((task, "rankscope", seconds, written))
     return rows
@@ -158,7 +158,7 @@ def of_peft(files: Files, to: int, repeats: int) -> list[Row]:
     from peft.tuners.lora.conversion import convert_to_lora
 
     model = peft_model(files, ["one"])
-    seconds, (_, tensors) = timed(lambda i: convert_to_lora(model, rank=to, adapter_name="one"), repeats)
+    seconds, (_, tensors) = measure_time(lambda i: convert_to_lora(model, rank=to, adapter_name="one"), repeats)
     rows: list[Row] = [("resize", "PEFT convert_to_lora", seconds, tensors)]
     both = peft_model(files, ["one", "two"])
     for title, full in (("PEFT svd", True), ("PEFT svd, thin", False)):
@@ -169,7 +169,7 @@ def of_peft(files: Files, to: int, repeats: int) -> list[Row]:
             both.add_weighted_adapter(["one", "two"], [1.0, 1.0], name, **options)
             return name
 
-        seconds, name = timed(combine, repeats)
+        seconds, name = measure_time(combine, repeats)
         rows.append(("combine", title, seconds, state_of(both, name)))
     return rows
 
@@ -186,13 +186,13 @@ def state_of(model: Any, name: str) -> dict[str, Tensor]:
 
 def of_mergekit(files: Files, to: int, command: str | None) -> Row:
     if command is None:
-        seconds, tensors = timed(lambda i: dense_extraction(files, to), 1)
+        seconds, tensors = measure_time(lambda i: dense_extraction(files, to), 1)
         return ("extract", "mergekit's method, redone", seconds, tensors)
     out = files.home / "mergekit"
     full = [command, "--model", files.home / "tuned", "--base-model", files.home / "base", "--out-path", out]
-    start, _ = timed(lambda i: subprocess.run([command, "--help"], capture_output=True, check=True), 1)
+    start, _ = measure_time(lambda i: subprocess.run([command, "--help"], capture_output=True, check=True), 1)
     options = ["--max-rank", str(to), "--exclude-regex", "embed|lm_head|norm", "--distribute-scale"]
-    seconds, _ = timed(lambda i: subprocess.run([*full, *options], capture_output=True, check=True), 1)
+    seconds, _ = measure_time(lambda i: subprocess.run([*full, *options], capture_output=True, check=True), 1)
     tensors = load_file(out / "adapter_model.safetensors")
     return ("extract", "mergekit-extract-lora", seconds - start, tensors)
 

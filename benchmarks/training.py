@@ -134,10 +134,10 @@ def worker(job: Job, together: int, threads: int, ready: Any, following: Any, an
     warm.steps = 1
     ours(warm, passes)
     ready.wait()
-    answers.put(ours(job, taken(passes, following)))
+    answers.put(ours(job, take_passes(passes, following)))
 
 
-def taken(passes: list[list[Run]], following: Any) -> Iterator[list[Run]]:
+def take_passes(passes: list[list[Run]], following: Any) -> Iterator[list[Run]]:
     """The passes that this worker comes to first."""
     while True:
         with following.get_lock():

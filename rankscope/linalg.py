@@ -23,8 +23,7 @@ GRAM_BLOCK = 2**22
 KRYLOV_BLOCK = 16
 """Columns by which a Krylov space grows."""
 KRYLOV_COLUMNS = 5
-"""Columns of a Krylov space per singular value that is asked for. It never has fewer than twice ``KRYLOV_BLOCK`` times
-this many."""
+"""Columns of a Krylov space per singular value that is asked for, but for no fewer than twice ``KRYLOV_BLOCK`` values."""
 LARGEST_ENTRY = 1e30
 """A float32 matrix with a larger entry is scaled before it is multiplied: sums over its rows and columns may overflow."""
 SMALLEST_SQUARE = 1e-280
@@ -282,10 +281,7 @@ def gram_lower_triangle(tall: Tensor) -> Tensor:
 
 
 def _lower_triangle(blocks: Iterable[Tensor], n: int) -> Tensor:
-    """``gram_lower_triangle`` from blocks of rows (m_i, n), by dsyrk of BLAS.
-
-    dsyrk multiplies a matrix with its own transpose at half the cost of a general product; torch does not offer it.
-    """
+    """``gram_lower_triangle`` from blocks of rows (m, n), by BLAS's dsyrk: half the cost of a product; torch lacks it."""
     from scipy.linalg.blas import dsyrk
 
     total = np.zeros((n, n), order="F")  # the upper triangle in Fortran's order; transposed, the lower one in C's

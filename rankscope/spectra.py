@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -20,7 +21,6 @@ from rankscope.updates import Dense, LowRank, Update
 
 CLUSTER_GAP = 0.01
 """Singular values closer than 1 % are a cluster: their singular vectors are arbitrary up to a rotation."""
-
 SMALLEST_ENERGY = 1e-290
 """A smaller energy has lost digits to underflow, so neither its missing part nor a cosine can be computed from it."""
 
@@ -81,9 +81,8 @@ class Spectrum:
             stored = update.B.dtype
         all_values = isinstance(update, LowRank) and len(values) >= min(*update.shape, update.nominal_rank)
         energy = float(values @ values) if all_values else update.energy
-        name = str(stored).removeprefix("torch.")
         eps = relative_precision(update, float(values[0]))
-        return cls(values, energy, update.shape, eps, update.nominal_rank, name, rounding)
+        return cls(values, energy, update.shape, eps, update.nominal_rank, str(stored).removeprefix("torch."), rounding)
 
     def top(self, k: int) -> Spectrum:
         """The k largest singular values, with the energy of all.
@@ -118,8 +117,7 @@ class Spectrum:
     @cached_property
     def ratios(self) -> Array:
         """σ/σ₁, (k,), zero where σ is rounding. Measures use these: squares of tiny or huge σ leave float64."""
-        first = self.values[0]
-        ratios: Array = self.values / first if first > 0 else np.zeros_like(self.values)
+        ratios = self.values / self.values[0] if self.values[0] > 0 else np.zeros_like(self.values)
         return np.where(ratios > self.precision, ratios, 0.0)
 
     @property
@@ -223,13 +221,11 @@ class Spectrum:
 
     def measures(self) -> dict[str, float | int]:
         """Every measure of ``MEASURES`` by its name; one that a missing tail could change is left out."""
-        found: dict[str, float | int] = {}
+        values: dict[str, float | int] = {}
         for name, measure in MEASURES.items():
-            try:
-                found[name] = measure(self)
-            except RankscopeError:
-                continue
-        return found
+            with suppress(RankscopeError):
+                values[name] = measure(self)
+        return values
 
     @property
     def gaps(self) -> Array:
@@ -249,8 +245,8 @@ class Spectrum:
         return bool(self.gaps[k - 1] < CLUSTER_GAP)
 
     def _summary(self) -> dict[str, str]:
-        found = self.measures()
-        shown = {measure.name: found.get(measure.name) for measure in measures_shown("summary")}
+        values = self.measures()
+        shown = {measure.name: values.get(measure.name) for measure in measures_shown("summary")}
         return {
             "shape": f"{self.shape[0]} × {self.shape[1]}",
             "nominal rank": str(self.nominal_rank or "none (full)"),
@@ -388,10 +384,9 @@ def rounding_floor(spectrum: Spectrum) -> RoundingFloor | None:
     """
     if spectrum.rounding <= 0:
         return None
-    out, into = spectrum.shape
     edge = noise_edge(spectrum.rounding, spectrum.shape)
     spectrum._require(spectrum.complete or spectrum.values[-1] <= edge, "the number of σ above the rounding floor")
-    norm = spectrum.rounding * math.sqrt(out * into)
+    norm = spectrum.rounding * math.sqrt(math.prod(spectrum.shape))
     total = math.sqrt(spectrum.energy)
     above = int(np.count_nonzero(spectrum.values > edge))
     measures = denoise_spectrum(spectrum, spectrum.rounding).measures()

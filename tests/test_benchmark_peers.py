@@ -35,23 +35,23 @@ def peers() -> ModuleType:
 @pytest.fixture(scope="module")
 def home(peers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("planted")
-    assert peers.planted(home, large=False) == CASES
+    assert peers.write_planted_cases(home, large=False) == CASES
     return home
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_rankscope_is_right(peers: ModuleType, home: Path, case: str) -> None:
-    told, right = peers.SIDES["rankscope"](home / case)(), peers.exact(home / case)
-    assert told.keys() == right.keys()
-    errors = {name: error for name, (error, _, _) in peers.judged_strength(told, right).items()}
+    result, right = peers.SIDES["rankscope"](home / case)(), peers.exact(home / case)
+    assert result.keys() == right.keys()
+    errors = {name: error for name, (error, _, _) in peers.measure_errors(result, right).items()}
     assert errors.keys() == {"values", "stable", "entropy"}
     assert max(errors.values()) < 1e-8, errors  # float32 checkpoints are subtracted in float32
 
 
 def test_a_wrong_answer_is_seen(peers: ModuleType) -> None:
     right = {"layer": {"values": np.array([4.0, 2.0, 1.0]), "stable": 1.3125, "entropy": 2.6}}
-    told = {"layer": {"values": [4.0, 3.0], "stable": 1.3125}}
-    assert peers.judged_strength(told, right) == {"values": (0.25, 3.0, 2.0), "stable": (0.0, 1.3125, 1.3125)}
-    line = peers.verdict({"layers": {**told, "other": {}}}, {**right, "lost": {}})
+    result = {"layer": {"values": [4.0, 3.0], "stable": 1.3125}}
+    assert peers.measure_errors(result, right) == {"values": (0.25, 3.0, 2.0), "stable": (0.0, 1.3125, 1.3125)}
+    line = peers.verdict({"layers": {**result, "other": {}}}, {**right, "lost": {}})
     assert line == "1 of 2 layers missing, 1 not of the update, σ 2e-01 (3, right 2), stable rank 0e+00"
     assert peers.verdict({"error": "ValueError: no"}, right) == "ValueError: no"

@@ -293,7 +293,7 @@ def test_lines_of_a_log(state: ProgressState, clock: Clock) -> None:
         "[2/3] lora-r2-lr0.01-s0: validation loss 0.7500 (base 2.0000)",
         "note: out of memory with 2 runs in one pass; going on with 1",
         "full-lr0.001-s0: taken up at step 4 of 10",
-        "[3/3] full-lr0.001-s0: stopped at step 5, in the worse half of its rates",
+        "[3/3] full-lr0.001-s0: stopped at step 5, in the worse half of its learning rates",
     ]
 
 

@@ -154,7 +154,12 @@ def test_a_row_for_each_rank_at_its_best_rate(study: Path, capsys: pytest.Captur
     assert r8[5:11] == ["0.6000", "±", "0.1414", "1.6000", "±", "0.1414"]
     assert r8[11:] == ["2.5", "2.5", "2.5", "1", "diverged"]
     assert whole == ["full", "0.1*!", "1", "0.3000", "1.3000", "2.0", "2.0", "2.0", "1", "stopped"]
-    for said in ("loss (lower is better), mean ± standard deviation", "* the best rate", "! the best rate", "median"):
+    for said in (
+        "loss (lower is better), mean ± standard deviation",
+        "* the best learning rate",
+        "! the best learning rate",
+        "median",
+    ):
         assert said in err
         assert said not in out
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from rankscope import plots
 from rankscope.analysis.comparison import CompareResult, compare
 from rankscope.analysis.layer_spectra import SpectrumResult, spectrum
+from rankscope.analysis.matrix import compare_all
 from rankscope.errors import ConfigError, FormatError
 from rankscope.plots import PerformancePoint
 from rankscope.plots.overlap_figure import _ticks
@@ -374,3 +375,51 @@ def test_dollar_signs_in_names_are_no_mathematics() -> None:
 
 def replace_path(result: SpectrumResult, path: str) -> SpectrumResult:
     return msgspec.structs.replace(result, path=path)
+
+
+def test_the_levels_of_a_spectrum_are_the_medians_of_its_layers() -> None:
+    result = spectrum({f"layers.{i}.fc": Dense(normal(30, 20, seed=i)) for i in range(3)})
+    (axes,) = plots.plot_spectra([result]).axes
+    edges = [layer.noise["mp_edge"] for layer in result.layers if layer.noise]
+    (line,) = (line for line in axes.lines if str(line.get_label()).startswith("noise edge (MP)"))
+    assert line.get_ydata()[0] == pytest.approx(np.median(edges))  # type: ignore[index]
+    assert line.get_label() == f"noise edge (MP) {np.median(edges):.2g}"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("index", "singular value σ")
+    curves = [line.get_ydata() for line in axes.lines if len(line.get_xdata()) == 20]  # type: ignore[arg-type]
+    assert [list(curve) for curve in curves] == [list(layer.singular_values) for layer in result.layers]  # type: ignore[arg-type]
+
+
+def test_the_heat_maps_of_an_overlap_are_its_grids_and_chance() -> None:
+    result = compare({"q": planted((9, 8), (3.0, 2.0), 1)}, {"q": planted((9, 8), (3.0, 2.0, 1.0), 2)})
+    figure = plots.plot_overlap(result)
+    maps = [axes for axes in figure.axes if axes.get_xlabel()]
+    assert len(maps) == 4
+    for row, (name, side) in enumerate(result["q"].sides.items()):
+        drawn, chance = (np.asarray(axes.images[0].get_array()) for axes in maps[2 * row : 2 * row + 2])
+        np.testing.assert_array_equal(drawn, side.overlap)
+        np.testing.assert_array_equal(chance, side.expected)
+        assert name in maps[2 * row].get_title()
+        assert f"d = {side.d}" in maps[2 * row + 1].get_title()
+    assert {axes.get_ylabel() for axes in figure.axes} == {"top i directions of a", "overlap φ"}
+
+
+def test_the_matrix_shows_its_values_and_the_chance_level() -> None:
+    result = compare_all([{"q": planted((9, 8), (3.0, 2.0), seed)} for seed in range(3)])
+    tree, overlaps, cosines, *bars = plots.plot_matrix(result).axes
+    order = result.order
+    assert result.left is not None
+    assert result.right is not None
+    assert result.cosine is not None
+    drawn = np.asarray(overlaps.images[0].get_array())
+    for i, j in ((1, 0), (2, 0), (2, 1)):
+        assert drawn[i, j] == result.left.overlap[order[i], order[j]]
+        assert drawn[j, i] == result.right.overlap[order[j], order[i]]
+    np.testing.assert_array_equal(np.asarray(cosines.images[0].get_array()), result.cosine[np.ix_(order, order)])
+    assert overlaps.texts[1].get_text() == f"{drawn[0, 1]:.2f}".replace("0.", ".", 1)
+    (level,) = tree.lines
+    assert level.get_xdata()[0] == np.median(result.chance_distance[np.triu_indices(3, 1)])  # type: ignore[index]
+    assert [label.get_text() for label in overlaps.get_xticklabels()] == [str(i + 1) for i in order]
+    assert [bar.get_xlabel() for bar in bars] == ["overlap φ, median over layers", "cosine, all layers as one vector"]
+    legend = tree.get_legend()
+    assert legend is not None
+    assert "chance" in [text.get_text() for text in legend.get_texts()]

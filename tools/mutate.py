@@ -364,13 +364,13 @@ MUTATIONS = (
 )
 
 
-def run_tests(root: Path, tests: tuple[str, ...]) -> bool:
-    """Whether the tests pass in a copy."""
+def run_tests(root: Path, tests: tuple[str, ...], limit: int = LIMIT) -> bool:
+    """Whether the tests pass in a copy, within so many seconds."""
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     try:
         result = subprocess.run(
-            command, cwd=root, env=environment, check=False, capture_output=True, text=True, timeout=LIMIT
+            command, cwd=root, env=environment, check=False, capture_output=True, text=True, timeout=limit
         )
     except subprocess.TimeoutExpired:
         return False
@@ -421,7 +421,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = copy_checkout(Path(folder))
         # All in one run, which loads the libraries once; one by one only to see which of them fail.
-        all_green = run_tests(root, tuple(dict.fromkeys(test for change in chosen for test in change.tests)))
+        every = tuple(dict.fromkeys(test for change in chosen for test in change.tests))
+        all_green = run_tests(root, every, LIMIT * len(chosen))
         for change in chosen:
             began = time.monotonic()
             outcomes[change.name] = try_mutation(root, change, all_green or run_tests(root, change.tests))

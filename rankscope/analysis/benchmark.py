@@ -92,14 +92,14 @@ def bench(
     ones, twos = _copies(a, 2 * repeats + 2), _copies(b, repeats + 1)
     seconds = least_seconds(lambda: spectrum(next(ones), device=place, workers=count), place, repeats)
     both = least_seconds(lambda: compare(next(ones), next(twos), device=place, workers=count), place, repeats)
-    found = best_rates(before, measure_rates(place, count, rank))
-    floor = spectrum_flops((update.shape for update in a.values()), rank) / (found.float64 or found.float32)
+    rates = best_rates(before, measure_rates(place, count, rank))
+    floor = spectrum_flops((update.shape for update in a.values()), rank) / (rates.float64 or rates.float32)
     return BenchResult(
         machine=machine_name(place),
         device=str(place),
         torch=str(torch.__version__),
         workers=count,
-        rates=found,
+        rates=rates,
         rank=rank,
         modules=len(a),
         spectrum=TimeRatio(seconds=seconds, floor=floor),

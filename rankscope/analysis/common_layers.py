@@ -1,4 +1,4 @@
-"""Which layers several sources share: partners of partners, found by the names of two sources at a time."""
+"""Which layers several sources share: partners of partners, by the names of two sources at a time."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def find_common_layers(sources: Sequence[Source], rename: Renames = ()) -> Commo
     group_of = [groups.index(own) for own in names]
     first = [sources[group_of.index(group)] for group in range(len(groups))]
     partners, blocks, skipped = _partners(first)
-    found = [dict(nodes) for nodes in partners if sorted(group for group, _ in nodes) == list(range(len(groups)))]
-    if not found:
+    shared = [dict(nodes) for nodes in partners if sorted(group for group, _ in nodes) == list(range(len(groups)))]
+    if not shared:
         known = "; ".join(f"{source.label} has {examples(source.names())}" for source in first)
         raise RankscopeError(f"no layer is in all {len(sources)} sources: {known}")
-    found.sort(key=lambda layer: natural_key(layer[group_of[0]]))
-    layers = [tuple(layer[group] for group in group_of) for layer in found]
+    shared.sort(key=lambda layer: natural_key(layer[group_of[0]]))
+    layers = [tuple(layer[group] for group in group_of) for layer in shared]
     sources = [split_fused_layers(source, blocks[group]) for source, group in zip(sources, group_of, strict=True)]
     used = [{_whole(source, layer[place]) for layer in layers} for place, source in enumerate(sources)]
     alone = [tuple(name for name in own if name not in used[place]) for place, own in enumerate(names)]
@@ -62,14 +62,16 @@ def find_common_layers(sources: Sequence[Source], rename: Renames = ()) -> Commo
 
 
 def _rename_sources(sources: Sequence[Source], rename: Sequence[tuple[str, str]]) -> list[Source]:
-    found = list(sources)
+    renamed = list(sources)
     for old, new in rename:
-        fitting = [place for place, source in enumerate(found) if any(old in name for name in source.names())]
+        fitting = [place for place, source in enumerate(renamed) if any(old in name for name in source.names())]
         if not fitting:
-            raise ConfigError(f"no name has {old!r} in any source; {found[0].label} has {examples(found[0].names())}")
+            raise ConfigError(
+                f"no name has {old!r} in any source; {renamed[0].label} has {examples(renamed[0].names())}"
+            )
         for place in fitting:
-            found[place] = rename_layers(found[place], [(old, new)])
-    return found
+            renamed[place] = rename_layers(renamed[place], [(old, new)])
+    return renamed
 
 
 def _partners(sources: Sequence[Source]) -> tuple[list[list[Node]], list[dict[str, LayerSlice]], list[SkippedItem]]:
@@ -100,7 +102,7 @@ def _partners(sources: Sequence[Source]) -> tuple[list[list[Node]], list[dict[st
 
 
 def _blocks(source: Source) -> Iterable[tuple[str, LayerSlice]]:
-    """The layers of a source that are some rows of another."""
+    """The layers of a source that are blocks of rows of another layer, each with its place there."""
     if not isinstance(source.updates, RenamedUpdates):
         return []
     return [(name, place) for name, place in source.updates.places.items() if place.rows is not None]

@@ -113,9 +113,10 @@ def describe_source(path: str | os.PathLike[str], opening: Opening) -> Inspectio
         store = open_source(place, replace(opening, alpha=1.0))
         store.notes.clear()
         notes.append("the file gives no α, so neither scale nor size of its updates is known; give it (--alpha)")
-    found = _source(store, known=not notes)
+    inspection = _source(store, known=not notes)
     run = _run(place)
-    return msgspec.structs.replace(found, path=str(path), says=run or found.says, notes=(*found.notes, *notes))
+    says, all_notes = run or inspection.says, (*inspection.notes, *notes)
+    return msgspec.structs.replace(inspection, path=str(path), says=says, notes=all_notes)
 
 
 def _study(folder: Path, label: str) -> Inspection:

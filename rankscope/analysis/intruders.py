@@ -169,11 +169,11 @@ def _in_basis(update: Update, base: SVD, k: int) -> tuple[Top, float] | None:
 
     old = torch.eye(len(Q), min(2 * k, n), dtype=working, device=Q.device)
     start = torch.cat((old, product_svd(P, Q.T).Vt[: 2 * k].T), dim=1)
-    found = block_krylov(lambda x: through(x, P, Q), lambda y: through(y, Q, P), start, k)
-    if found is None:
-        found = _by_gram(through(torch.eye(len(Q), dtype=working, device=Q.device), P, Q), k)
+    top = block_krylov(lambda x: through(x, P, Q), lambda y: through(y, Q, P), start, k)
+    if top is None:
+        top = _by_gram(through(torch.eye(len(Q), dtype=working, device=Q.device), P, Q), k)
     both = float((s * (P[:n] * Q[:n])).sum())
-    return (found[0][:n], found[1]), float(s.square().sum()) + 2 * both + update.energy
+    return (top[0][:n], top[1]), float(s.square().sum()) + 2 * both + update.energy
 
 
 def _coordinates(basis: Tensor, columns: Tensor) -> Tensor:
@@ -209,9 +209,9 @@ def _by_krylov(update: Update, weight: Tensor, base: SVD, k: int) -> tuple[Tenso
         return weight.T @ y + transposed @ y
 
     start = (base.Vt[: 2 * k].T.to(weight.dtype), update.svd().Vt[: 2 * k].T.to(weight.dtype))
-    found = block_krylov(apply, back, torch.cat(start, dim=1), k)
-    if found is not None:
-        return found
+    top = block_krylov(apply, back, torch.cat(start, dim=1), k)
+    if top is not None:
+        return top
     U, s, _ = dense_svd(weight + update.dense().to(weight.dtype))
     return U[:, :k], s[:k]
 

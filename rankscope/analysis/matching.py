@@ -1,4 +1,4 @@
-"""Which layer of one source is which of another: names, renamed where asked, and fused projections taken apart."""
+"""Which layer of one source is which of another: names, renamings, and fused projections split into their blocks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LayerSlice(NamedTuple):
 
 
 class RenamedUpdates(Mapping[str, Update]):
-    """Updates of a source under other names, or blocks of their rows; read when asked for."""
+    """Updates of a source under other names, or blocks of their rows; each is read on access."""
 
     def __init__(self, source: Source, places: Mapping[str, LayerSlice]) -> None:
         self.source, self.places = source, dict(places)
@@ -78,7 +78,7 @@ def match_layers(a: Source, b: Source, rename: Renames = ()) -> MatchedSources:
     a = rename_layers(a, list(rename))
     names_a, names_b = a.names(), b.names()
     pairing = pair_names(names_a, names_b)
-    matched = _with_fused(a, b, pairing)
+    matched = _pair_fused(a, b, pairing)
     if not matched.pairing.pairs:
         why = f"; {matched.skipped[0].name}: {matched.skipped[0].reason}" if matched.skipped else ""
         raise RankscopeError(
@@ -103,7 +103,7 @@ def rename_layers(source: Source, rename: Sequence[tuple[str, str]]) -> Source:
         names = {name: (now.replace(old, new) if old else new + now) for name, now in names.items()}
     places = {new: LayerSlice(name) for name, new in names.items()}
     if len(places) < len(names):
-        raise ConfigError(f"{source.label}: the renaming makes two layers one; say it more exactly")
+        raise ConfigError(f"{source.label}: the renaming makes two layers one; give a longer FROM")
     return replace(source, updates=RenamedUpdates(source, places))
 
 
@@ -117,25 +117,25 @@ class _Unit(NamedTuple):
         return len(self.names) == 1
 
 
-def _with_fused(a: Source, b: Source, pairing: Pairing) -> MatchedSources:
-    """The pairing with what is left of it brought together across fused and split projections."""
+def _pair_fused(a: Source, b: Source, pairing: Pairing) -> MatchedSources:
+    """The pairing, with the layers that are left paired across fused and split projections."""
     units_a, units_b = _units(pairing.only_a), _units(pairing.only_b)
     blocks_a: dict[str, LayerSlice] = {}
     blocks_b: dict[str, LayerSlice] = {}
-    found: list[tuple[str, str]] = []
+    fused_pairs: list[tuple[str, str]] = []
     skipped: list[SkippedItem] = []
     for parent_a, parent_b in pair_names(units_a, units_b).pairs:
         ours, theirs = units_a[parent_a], units_b[parent_b]
         if ours.is_fused and theirs.is_fused:
             continue
         try:
-            found += zip(_parts(ours, a, theirs, b, blocks_a), _parts(theirs, b, ours, a, blocks_b), strict=True)
+            fused_pairs += zip(_parts(ours, a, theirs, b, blocks_a), _parts(theirs, b, ours, a, blocks_b), strict=True)
         except _NoBlocksError as error:
             skipped.append(error.skipped)
-    used_a = {_whole(name, blocks_a) for name, _ in found}
-    used_b = {_whole(name, blocks_b) for _, name in found}
+    used_a = {_whole(name, blocks_a) for name, _ in fused_pairs}
+    used_b = {_whole(name, blocks_b) for _, name in fused_pairs}
     left = Pairing(
-        sorted([*pairing.pairs, *found], key=lambda names: natural_key(names[0])),
+        sorted([*pairing.pairs, *fused_pairs], key=lambda names: natural_key(names[0])),
         [name for name in pairing.only_a if name not in used_a],
         [name for name in pairing.only_b if name not in used_b],
     )
@@ -143,7 +143,7 @@ def _with_fused(a: Source, b: Source, pairing: Pairing) -> MatchedSources:
 
 
 class _NoBlocksError(RankscopeError):
-    """A fused projection that is not taken apart."""
+    """A fused projection that cannot be split into blocks."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(reason)
@@ -168,15 +168,15 @@ def _whole(name: str, blocks: Mapping[str, LayerSlice]) -> str:
 
 def _units(names: Sequence[str]) -> dict[str, _Unit]:
     """Fused projections and whole triples among names, by the path of their attention, where it has one of them."""
-    found: dict[str, list[tuple[str, ...]]] = {}
+    units_of: dict[str, list[tuple[str, ...]]] = {}
     known = set(names)
     for name in names:
         if (parent := _fused_parent(name)) is not None:
-            found.setdefault(parent, []).append((name,))
+            units_of.setdefault(parent, []).append((name,))
         for parent, triple in _triples(name):
             if known.issuperset(triple):
-                found.setdefault(parent, []).append(triple)
-    return {parent: _Unit(units[0]) for parent, units in found.items() if len(units) == 1}
+                units_of.setdefault(parent, []).append(triple)
+    return {parent: _Unit(units[0]) for parent, units in units_of.items() if len(units) == 1}
 
 
 def _fused_parent(name: str) -> str | None:

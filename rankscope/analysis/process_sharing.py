@@ -29,11 +29,11 @@ OUTSIDE_ITEMS = -1
 
 
 class ProcessMessage(NamedTuple):
-    """What a process says when all meet. ``step``: where it stands; ``found``: results by place in the list of items;
+    """What a process says when all meet. ``step``: its position; ``results``: by place in the list of items;
     ``failure``: its first error, with the place of the item."""
 
     step: str
-    found: Sequence[tuple[int, Any]] = ()
+    results: Sequence[tuple[int, Any]] = ()
     failure: tuple[int, RankscopeError] | None = None
 
 
@@ -194,33 +194,33 @@ def distribute_items(
     Raises:
         RankscopeError: the first of any process, by the order of the items.
     """
-    found: list[V] = []
+    results: list[V] = []
     sharing = _sharing.get()
     if sharing is None:
-        collect(items, found)
-        return found
+        collect(items, results)
+        return results
     costs = [cost(item) for item in items]
     places = divide_by_cost(costs, sharing.size)[sharing.rank]
     step = hashlib.sha256(repr((items, costs)).encode()).hexdigest()
     failure = None
     try:
-        collect([items[place] for place in places], found)
+        collect([items[place] for place in places], results)
     except RankscopeError as error:
-        failure = places[len(found)], error
-    words = sharing.exchange(ProcessMessage(step, list(zip(places, found, strict=failure is None)), failure))
-    done = dict(pair for word in words for pair in word.found)
+        failure = places[len(results)], error
+    words = sharing.exchange(ProcessMessage(step, list(zip(places, results, strict=failure is None)), failure))
+    done = dict(pair for word in words for pair in word.results)
     return [cast(V, done[place]) for place in range(len(items))]
 
 
 def divide_by_cost(costs: Sequence[float], size: int) -> list[list[int]]:
-    """The places of each of ``size`` processes, ascending: the dearest first, each to whom has the least so far.
+    """The places of each of ``size`` processes, ascending: most expensive items first, each to the least busy process.
 
     The longest share is at most 4/3 − 1/(3·size) times that of the best division (Graham 1969).
     """
     loads = [0.0] * size
-    found: list[list[int]] = [[] for _ in range(size)]
+    shares: list[list[int]] = [[] for _ in range(size)]
     for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
         least = loads.index(min(loads))
-        found[least].append(place)
+        shares[least].append(place)
         loads[least] += costs[place]
-    return [sorted(places) for places in found]
+    return [sorted(places) for places in shares]

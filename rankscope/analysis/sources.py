@@ -123,18 +123,18 @@ class Source:
 
 
 def select_layers(names: Iterable[str], layers: str | Iterable[str] | None, label: str) -> list[str]:
-    """The names that one of the patterns fits, in their order; all where ``layers`` is None.
+    """The names that match one of the patterns, in their order; all where ``layers`` is None.
 
     Raises:
-        RankscopeError: nothing fits.
+        RankscopeError: no name matches.
     """
     names, patterns = list(names), pattern_list(layers)
     if patterns is None:
         return names
-    found = [name for name in names if matches_any([name], patterns)]
-    if not found:
+    chosen = [name for name in names if matches_any([name], patterns)]
+    if not chosen:
         raise RankscopeError(f"{label}: no layer fits {', '.join(map(repr, patterns))}; it has {examples(names)}")
-    return found
+    return chosen
 
 
 def pattern_list(layers: str | Iterable[str] | None) -> list[str] | None:

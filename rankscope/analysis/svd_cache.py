@@ -38,12 +38,12 @@ class SVDCache:
         if self.folder is None:
             return _decompose(matrix)
         path = self.folder / f"{digest(matrix)}{SUFFIX}"
-        found = _read(path, matrix)
-        if found is None:
-            found = _decompose(matrix)
-            tensors = found._asdict()
+        decomposition = _read(path, matrix)
+        if decomposition is None:
+            decomposition = _decompose(matrix)
+            tensors = decomposition._asdict()
             write_tensors(path, tensors, {"rankscope": VERSION, "sha256": digest(*tensors.values())})
-        return SVD(*(part.to(matrix.device) for part in found))
+        return SVD(*(part.to(matrix.device) for part in decomposition))
 
     @property
     def disk_usage(self) -> tuple[int, int]:
@@ -59,12 +59,12 @@ def _decompose(matrix: Tensor) -> SVD:
 
 def digest(*tensors: Tensor) -> str:
     """SHA-256 of shapes, dtypes and numbers."""
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for tensor in tensors:
         held = tensor.detach().cpu().contiguous()
-        found.update(f"{tuple(held.shape)} {held.dtype}".encode())
-        found.update(held.numpy().data)
-    return found.hexdigest()
+        hashed.update(f"{tuple(held.shape)} {held.dtype}".encode())
+        hashed.update(held.numpy().data)
+    return hashed.hexdigest()
 
 
 def _read(path: Path, matrix: Tensor) -> SVD | None:
@@ -76,6 +76,6 @@ def _read(path: Path, matrix: Tensor) -> SVD | None:
         tensors = read_tensors(path)
     except FormatError:
         return None
-    found = SVD(tensors["U"], tensors["s"], tensors["Vt"])
-    fits = found.U.shape[:1] == matrix.shape[:1] and found.Vt.shape[1:] == matrix.shape[1:]
-    return found if fits and digest(*found) == file.metadata.get("sha256") else None
+    entry = SVD(tensors["U"], tensors["s"], tensors["Vt"])
+    fits = entry.U.shape[:1] == matrix.shape[:1] and entry.Vt.shape[1:] == matrix.shape[1:]
+    return entry if fits and digest(*entry) == file.metadata.get("sha256") else None

@@ -60,10 +60,10 @@ def _rates(result: BenchResult) -> list[list[str]]:
     rates = result.rates
     products = {"float32": rates.float32, "float64": rates.float64}
     rows = [["read of a file in memory", format_rate(rates.read, "GB/s")]]
-    rows += [[f"matrix product, {name}", format_rate(found, "Gflop/s")] for name, found in products.items() if found]
+    rows += [[f"matrix product, {name}", format_rate(rate, "Gflop/s")] for name, rate in products.items() if rate]
     return [*rows, [f"QR of 4096 × {result.rank}", format_rate(rates.qr, "Gflop/s")]]
 
 
-def format_rate(found: float, unit: str) -> str:
-    """A rate in thousands of millions."""
-    return f"{found / 1e9:.3g} {unit}"
+def format_rate(rate: float, unit: str) -> str:
+    """A rate in units of 10⁹ a second."""
+    return f"{rate / 1e9:.3g} {unit}"

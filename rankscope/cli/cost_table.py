@@ -1,28 +1,28 @@
-"""What each method and rank cost, against full fine-tuning: the table that LoRA is argued from."""
+"""What each method and rank costs, compared with full fine-tuning."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from rankscope.table import Column, Table
 from rankscope.train.results import RunResult
 from rankscope.train.runs import RunCost
 
 MIB = 2**20
 RATIO_KEYS = ("trainable", "trained_bytes", "peak_memory", "seconds_per_step", "saved_bytes")
 SHARED_MARK = "~"
-HEADER = ("method", "params", "of all", "/full", "state", "/full", "peak", "/full", "s/step", "/full", "saved", "/full")
 
 
-def cost_entries(found: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """One entry a label: its run at the best rate with the first seed.
+def cost_entries(results: Sequence[RunResult]) -> list[dict[str, Any]]:
+    """One entry for each label: its run at the best learning rate with the first seed.
 
     Bytes of ``trained_bytes`` are parameters, gradients and the optimizer's state of what is trained. ``of_full`` holds
-    the ratios to full fine-tuning's run, None where there is none; the peak of runs that were trained together with
-    others is not theirs alone, and has no ratio.
+    the ratios to full fine-tuning's run, None where there is none. The peak memory of runs that were trained together
+    is that of all of them, so it has no ratio.
     """
     first: dict[str, tuple[RunResult, RunCost]] = {}
-    for row in found:
+    for row in results:
         label, cost = row.record.run.label, row.record.cost
         if row.is_best and cost and (label not in first or row.record.run.seed < first[label][0].record.run.seed):
             first[label] = row, cost
@@ -59,38 +59,16 @@ def _ratio(numbers: dict[str, Any], full: dict[str, Any], key: str) -> float | N
     return float(numbers[key] / full[key])
 
 
-def cost_rows(entries: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and cells of the table; without full fine-tuning there is nothing to divide by."""
-    ratios = any(entry["of_full"] for entry in entries)
-    kept = [i for i, name in enumerate(HEADER) if ratios or name != "/full"]
-    cells = [_cells(entry) for entry in entries]
-    return tuple(HEADER[i] for i in kept), [tuple(row[i] for i in kept) for row in cells]
-
-
-def _cells(entry: dict[str, Any]) -> tuple[str, ...]:
-    of_full = entry["of_full"] or dict.fromkeys(RATIO_KEYS)
-    shared = SHARED_MARK if entry["together"] > 1 and entry["peak_memory"] is not None else ""
-    return (
-        entry["label"],
-        _short(entry["trainable"]),
-        _percent(entry["trainable_share"]),
-        _percent(of_full["trainable"]),
-        _mebibytes(entry["trained_bytes"]),
-        _percent(of_full["trained_bytes"]),
-        _mebibytes(entry["peak_memory"]) + shared,
-        _percent(of_full["peak_memory"]),
-        _digits(entry["seconds_per_step"]),
-        _percent(of_full["seconds_per_step"]),
-        _mebibytes(entry["saved_bytes"]),
-        _percent(of_full["saved_bytes"]),
-    )
+def cost_table(entries: Sequence[dict[str, Any]]) -> Table:
+    """One row for each entry; without full fine-tuning there are no ratios to it."""
+    return Table.of(COLUMNS, entries, "with ratios" if any(entry["of_full"] for entry in entries) else "terminal")
 
 
 def cost_legend(entries: Sequence[dict[str, Any]], device: str) -> list[str]:
     """What the columns are; ``device`` is the study's."""
     whose = "the GPU that was allocated" if device.startswith("cuda") else "the whole process (resident)"
     lines = [
-        "Of the run at the best rate, first seed. params: trained, and their share of all of the model;",
+        "Of the run at the best learning rate, first seed. params: trained, and their share of the model;",
         "state: MiB of parameters, gradients and optimizer state of what is trained; peak: MiB of memory",
         f"of {whose}; saved: MiB of the update on disk; /full: against full fine-tuning.",
     ]
@@ -100,7 +78,7 @@ def cost_legend(entries: Sequence[dict[str, Any]], device: str) -> list[str]:
 
 
 def _short(count: int) -> str:
-    """Three digits and a unit: 998, 12.3k, 109M."""
+    """A count with three digits and a unit: 998, 12.3k, 109M."""
     value, unit = float(count), ""
     for larger in ("k", "M", "G", "T"):
         if value < 999.5:
@@ -114,13 +92,42 @@ def _mebibytes(count: int | None) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three digits, and whole numbers above a hundred."""
+    """A number with three digits; above a hundred a whole number."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 def _percent(share: float | None) -> str:
-    """Two digits, and whole numbers above ten."""
+    """A share in percent with two digits; above ten a whole number."""
     if share is None:
         return ""
     value = 100 * share
     return f"{value:.0f}%" if value >= 9.95 else f"{value:.2g}%"
+
+
+def _peak(entry: dict[str, Any]) -> str:
+    is_shared = entry["together"] > 1 and entry["peak_memory"] is not None
+    return _mebibytes(entry["peak_memory"]) + (SHARED_MARK if is_shared else "")
+
+
+def _column(title: str, text: Callable[[dict[str, Any]], str]) -> Column[dict[str, Any]]:
+    return Column(text, {"terminal": title, "with ratios": title})
+
+
+def _ratio_column(key: str) -> Column[dict[str, Any]]:
+    return Column(lambda entry: _percent((entry["of_full"] or {}).get(key)), {"with ratios": "/full"})
+
+
+COLUMNS = [
+    _column("method", lambda entry: str(entry["label"])),
+    _column("params", lambda entry: _short(entry["trainable"])),
+    _column("of all", lambda entry: _percent(entry["trainable_share"])),
+    _ratio_column("trainable"),
+    _column("state", lambda entry: _mebibytes(entry["trained_bytes"])),
+    _ratio_column("trained_bytes"),
+    _column("peak", _peak),
+    _ratio_column("peak_memory"),
+    _column("s/step", lambda entry: _digits(entry["seconds_per_step"])),
+    _ratio_column("seconds_per_step"),
+    _column("saved", lambda entry: _mebibytes(entry["saved_bytes"])),
+    _ratio_column("saved_bytes"),
+]

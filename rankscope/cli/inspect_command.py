@@ -9,11 +9,11 @@ import click
 
 from rankscope.cli.format_names import FormatsCommand
 from rankscope.cli.options import debug_option, inspection_options, json_option
-from rankscope.cli.output import format_count, print_json, print_rows, remove_control_characters
-from rankscope.table import format_number
+from rankscope.cli.output import format_count, print_json, print_table, remove_control_characters
+from rankscope.table import Column, Table
 
 if TYPE_CHECKING:
-    from rankscope.analysis.inspection import Inspection
+    from rankscope.analysis.inspection import Inspection, TargetGroup
     from rankscope.formats.abstract_store import SkippedItem
     from rankscope.formats.opening import Opening
 
@@ -38,53 +38,58 @@ def command(path: str, opening: Opening, as_json: bool, verbose: bool, debug: bo
     """
     from rankscope.analysis.inspection import describe_source
 
-    found = describe_source(path, opening)
+    inspection = describe_source(path, opening)
     if as_json:
-        print_json(found.to_json())
+        print_json(inspection.to_json())
         return
-    for title, text in inspection_lines(found, verbose):
+    for title, text in inspection_lines(inspection, verbose):
         click.echo(f"{title:<12}{remove_control_characters(text)}")
-    if found.targets:
+    if inspection.targets:
         click.echo()
-        print_rows(HEADER, [list(row) for row in target_rows(found)])
+        print_table(target_table(inspection))
 
 
-HEADER = ("target", "layers", "out × in", "r", "α", "scale", "stored", "method")
-
-
-def inspection_lines(found: Inspection, verbose: bool) -> Iterator[tuple[str, str]]:
+def inspection_lines(inspection: Inspection, verbose: bool) -> Iterator[tuple[str, str]]:
     """Titles and what stands behind them."""
-    yield "path", found.path
-    yield "is", found.says
-    if found.base:
-        yield "base", found.base
-    if found.training:
-        yield "made by", found.training
-    if found.tensors:
-        dtypes = ", ".join(f"{numbers} {dtype}" for dtype, numbers in found.dtypes.items())
+    yield "path", inspection.path
+    yield "is", inspection.says
+    if inspection.base:
+        yield "base", inspection.base
+    if inspection.training:
+        yield "made by", inspection.training
+    if inspection.tensors:
+        dtypes = ", ".join(f"{numbers} {dtype}" for dtype, numbers in inspection.dtypes.items())
         yield (
             "numbers",
-            f"{found.parameters} in {format_count(found.tensors, 'tensor')}: {dtypes}; {format_megabytes(found.size)}",
+            f"{inspection.parameters} in {format_count(inspection.tensors, 'tensor')}: {dtypes}; "
+            f"{format_megabytes(inspection.size)}",
         )
-    for text in skip_reason_lines(found.skipped, verbose):
+    for text in skip_reason_lines(inspection.skipped, verbose):
         yield "skipped", text
-    for note in found.notes:
+    for note in inspection.notes:
         yield "note", note
 
 
-def target_rows(found: Inspection) -> Iterator[tuple[str, ...]]:
-    """One for each kind of layer."""
-    for target in found.targets:
-        shape = f"{target.shape[0]} × {target.shape[1]}"
-        numbers = (format_number(target.nominal_rank), format_number(target.alpha), format_number(target.scale))
-        yield (target.name, str(target.layers), shape, *numbers, target.dtype, target.method)
+def target_table(inspection: Inspection) -> Table:
+    """A row for each kind of layer."""
+    columns: list[Column[TargetGroup]] = [
+        Column.of(lambda target: target.name, terminal="target"),
+        Column.of(lambda target: target.layers, terminal="layers"),
+        Column.of(lambda target: f"{target.shape[0]} × {target.shape[1]}", terminal="out × in"),
+        Column.of(lambda target: target.nominal_rank, terminal="r"),
+        Column.of(lambda target: target.alpha, terminal="α"),
+        Column.of(lambda target: target.scale, terminal="scale"),
+        Column.of(lambda target: target.dtype, terminal="stored"),
+        Column.of(lambda target: target.method, terminal="method"),
+    ]
+    return Table.of(columns, inspection.targets, "terminal")
 
 
 def skip_reason_lines(skipped: tuple[SkippedItem, ...], verbose: bool) -> Iterator[str]:
     """One line a reason: how many, the first, or all."""
     by_reason: dict[str, list[str]] = {}
-    for one in skipped:
-        by_reason.setdefault(one.reason, []).append(one.name)
+    for item in skipped:
+        by_reason.setdefault(item.reason, []).append(item.name)
     for reason, names in by_reason.items():
         shown = ", ".join(names if verbose else names[:1]) + ("" if verbose or len(names) == 1 else ", …")
         yield f"{len(names)} ({shown}): {reason}"

@@ -36,13 +36,13 @@ from rankscope.train.runs import Run, RunRecord
 
 FRAMES_PER_SECOND = 4  # times the view is drawn
 HEARTBEAT_SECONDS = 60.0  # seconds without a line after which a log gets one
-ABOVE = 5  # lines of the view that are not the table's
+OTHER_LINES = 5  # lines of the view that are not the table's
 MAX_GROUPS = 4
-LONGEST = 36  # letters of a label
+LONGEST = 36  # characters of a label
 
 
 class PlainProgress:
-    """Plain lines for pipes and logs: one a run that has ended, and a sign of life a minute.
+    """Plain lines for pipes and logs: one for each run that has ended, and one a minute in between.
 
     Args:
         say: writes a line.
@@ -54,7 +54,7 @@ class PlainProgress:
         self.total, self.spoke, self.based = 0, clock(), False
 
     def tell(self, event: Event) -> None:
-        # A run that is started for the second time has only changed its company.
+        # A run that is started for the second time has only changed the runs beside it.
         if isinstance(event, RunStarted) and event.at and event.run.name not in self.state.first:
             self.say(f"{event.run.name}: taken up at step {event.at} of {event.steps}")
         self.state.tell(event)
@@ -96,7 +96,7 @@ class PlainProgress:
         if record.status == "diverged":
             return f"diverged at step {record.steps}"
         if record.status == "stopped":
-            return f"stopped at step {record.steps}, in the worse half of its rates"
+            return f"stopped at step {record.steps}, in the worse half of its learning rates"
         score = self.state.scores.get(record.run.name)
         if metric is None or score is None:
             return "done"
@@ -110,8 +110,8 @@ class PlainProgress:
 class LiveProgress:
     """What a terminal shows in place, at most a screen of it: bar, pace, groups in training, the best so far.
 
-    Told in one thread, drawn in another. Drawing never waits: a frame that cannot have the numbers now shows those
-    of the last one, so that nobody who writes to the terminal can be waited for in turn.
+    It is told events in one thread and drawn in another. Drawing never waits for the lock: a frame that cannot have it
+    shows the numbers of the last frame. Otherwise the two threads could wait for each other at the terminal.
     """
 
     def __init__(self, state: ProgressState, console: Console) -> None:
@@ -138,7 +138,7 @@ class LiveProgress:
 
 
 def render_progress(state: ProgressState, height: int) -> RenderableType:
-    """The view of these numbers, at most ``height`` lines; each line is cut at the width of the console."""
+    """The view of these numbers in at most ``height`` lines; each line is cut at the width of the console."""
     if not state.run_count:
         return Text("getting ready", style="dim")
     bar = Table.grid(padding=(0, 2), expand=True)
@@ -150,7 +150,7 @@ def render_progress(state: ProgressState, height: int) -> RenderableType:
         done, ProgressBar(total=1.0, completed=state.done_share), Text(", ".join(pace_texts(state)), style="cyan")
     )
     groups = state.training_groups()[-MAX_GROUPS:]
-    room = max(0, height - ABOVE - max(1, len(groups)))
+    room = max(0, height - OTHER_LINES - max(1, len(groups)))
     return Group(bar, _groups(state, groups), *([_leaders(state, room)] if room > 1 else []))
 
 
@@ -173,36 +173,36 @@ def _groups(state: ProgressState, groups: Sequence[tuple[list[Run], int]]) -> Re
 
 
 def _leaders(state: ProgressState, room: int) -> RenderableType:
-    """The best rate of each label so far, in ``room`` lines besides the header."""
+    """The best learning rate of each label so far, in ``room`` lines besides the header."""
     metric = state.metric
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    # Only these two give way where it is narrow: by their columns, in which nothing is set not to wrap.
+    # On a narrow terminal only the first and the last column are cut: the others may not wrap.
     table.add_column(_cut(f"best so far{f' ({metric.direction_text})' if metric else ''}"))
     for header in (metric.name if metric else "", "lr", "runs"):
         table.add_column(header, no_wrap=True, justify="right")
     table.add_column("")
-    found = [Leader("base", state.base_score, None, 0, 0, 0), *state.leaders()]
-    shown = found if len(found) <= room else found[: room - 1]
-    for one in shown:
-        score, lr = "" if one.score is None else f"{one.score:.4f}", "" if one.lr is None else f"{one.lr:g}"
-        runs = f"{one.ended}/{one.planned}" if one.planned else ""
-        notes = f"{one.lost} diverged or stopped" if one.lost else ""
+    leaders = [Leader("base", state.base_score, None, 0, 0, 0), *state.leaders()]
+    shown = leaders if len(leaders) <= room else leaders[: room - 1]
+    for leader in shown:
+        score, lr = "" if leader.score is None else f"{leader.score:.4f}", "" if leader.lr is None else f"{leader.lr:g}"
+        runs = f"{leader.ended}/{leader.planned}" if leader.planned else ""
+        notes = f"{leader.lost} diverged or stopped" if leader.lost else ""
         # The end of a long label, its rank, tells it from others.
-        label = one.label if len(one.label) <= LONGEST else f"…{one.label[1 - LONGEST :]}"
+        label = leader.label if len(leader.label) <= LONGEST else f"…{leader.label[1 - LONGEST :]}"
         table.add_row(_cut(remove_control_characters(label)), score, lr, runs, _cut(notes, "dim"))
-    if len(shown) < len(found):
-        table.add_row(_cut(f"… and {len(found) - len(shown)} more", "dim"))
+    if len(shown) < len(leaders):
+        table.add_row(_cut(f"… and {len(leaders) - len(shown)} more", "dim"))
     return table
 
 
 def _cut(text: str, style: str = "") -> Text:
-    """On one line whatever its width."""
+    """Text that stays on one line and is cut where the line ends."""
     return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
 @contextmanager
 def open_listener(quiet: bool, study: Path | str | None = None, workers: int = 1) -> Iterator[Listener]:
-    """The listener that fits: none when quiet, a view in place on a terminal, lines in a pipe.
+    """The listener for this stderr: none when quiet, a view in place on a terminal, lines in a pipe.
 
     Args:
         study: folder of the study; what runs are compared by is read there once they are planned. Without it no

@@ -1,4 +1,4 @@
-"""Where a grid in training stands: the numbers that the live view draws and the plain lines say."""
+"""The progress of a grid in training: the numbers behind the live view and the plain lines."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Metric(NamedTuple):
 
 
 class Leader(NamedTuple):
-    """The best rate of a label so far: the mean over its seeds of their last evaluations.
+    """The best learning rate of a label so far, by the mean over its seeds of their last evaluations.
 
-    ``ended`` and ``lost`` (diverged or stopped) count the runs of the label, at all rates, among ``planned``.
+    ``ended`` and ``lost`` (diverged or stopped) count the runs of the label at all learning rates, of ``planned`` ones.
     """
 
     label: str
@@ -131,7 +131,7 @@ class ProgressState:
 
     def _step(self, event: StepsTaken) -> None:
         names = [run.name for run in event.runs]
-        # Whoever was with one of these and is not now has left.
+        # A group that shares a run with this one is an earlier form of it.
         others = [group for group in self.groups if not set(group) & set(names)]
         self.groups = [*others, names][-self.workers :]
         for name in names:
@@ -173,7 +173,7 @@ class ProgressState:
     def _score(self, metrics: Mapping[str, float]) -> float | None:
         return None if self.metric is None else metrics.get(self.metric.name)
 
-    # What is known
+    # Numbers
 
     @property
     def run_count(self) -> int:
@@ -190,19 +190,19 @@ class ProgressState:
 
     @property
     def done_share(self) -> float:
-        """Of all steps of the grid, how many lie behind; a run that has ended early has none left."""
+        """The share of all steps of the grid that are done; a run that has ended early has none left."""
         if not self.steps:
             return self.done_count / max(1, self.run_count)
         return 1 - self._steps_left() / (self.run_count * self.steps)
 
     def seconds_left(self) -> float | None:
-        """At the pace since training began, evaluations and all; None until it is settled."""
+        """Seconds left at the pace since training began, evaluations included; None until the pace has settled."""
         seconds = 0.0 if self.began is None else self.clock() - self.began
         taken = sum(self.at[name] - first for name, first in self.first.items())
         return self._steps_left() * seconds / taken if seconds >= MIN_ESTIMATE_SECONDS and taken > 0 else None
 
     def _steps_left(self) -> int:
-        """Steps ahead, over all runs."""
+        """Steps that all runs have left."""
         return sum(self.steps - self.at.get(name, 0) for name in self.runs if name not in self.records)
 
     def training_groups(self) -> list[tuple[list[Run], int]]:
@@ -210,7 +210,7 @@ class ProgressState:
         return [([self.runs[name] for name in group], min(self.at[name] for name in group)) for group in self.groups]
 
     def leaders(self) -> list[Leader]:
-        """One a label, in the order of the grid."""
+        """One for each label, in the order of the grid."""
         labels: dict[str, list[Run]] = {}
         for run in self.runs.values():
             labels.setdefault(run.label, []).append(run)
@@ -224,7 +224,7 @@ class ProgressState:
         ended = [self.records[run.name] for run in runs if run.name in self.records]
         lost = {record.run.name: record.run.lr for record in ended if record.status != "done"}
         way = -1.0 if self.metric is not None and self.metric.higher_is_better else 1.0
-        # As in the study: a rate that some seed was lost at comes last.
+        # As in the study: a learning rate at which some seed was lost comes last.
         means = {lr: statistics.fmean(scores) for lr, scores in rates.items()}
         best = min(means, key=lambda lr: (lr in lost.values(), way * means[lr]), default=None)
         return Leader(label, means.get(best), best, len(ended), len(lost), len(runs))

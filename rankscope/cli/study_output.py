@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import msgspec
 
-from rankscope.cli.cost_table import cost_entries, cost_legend, cost_rows
+from rankscope.cli.cost_table import cost_entries, cost_legend, cost_table
+from rankscope.cli.output import print_table
 from rankscope.measures import measures_shown
+from rankscope.table import Column, Table, format_cell
 from rankscope.train.latency import Latency
 from rankscope.train.method_table import find_method
 from rankscope.train.results import DEFAULT_MEASURE, RunResult, baseline_score
@@ -25,103 +27,90 @@ if TYPE_CHECKING:
     from rankscope.plots import PerformancePoint
 
 RANKS = {measure.title: measure.name for measure in measures_shown("study")}
-RUNS_HEADER = ("method", "lr", "seed", "trainable", "validation", "test", *RANKS, "s/step")
-SERVING_HEADER = ("examples in a pass", "base", "merged", "unmerged")
-LABELS_HEADER = ("method", "lr", "seeds", "validation", "test", *RANKS, "lost")
 
 
 def print_study(
-    study: Study, found: list[RunResult], as_json: bool, verbose: bool = False, served: ServingLatency | None = None
+    study: Study, results: list[RunResult], as_json: bool, verbose: bool = False, serving: ServingLatency | None = None
 ) -> None:
     """The runs and what they cost: tables on stdout with their legend on stderr, or the same as JSON.
 
     Args:
-        served: what serving an adapter costs, where it was measured.
         verbose: a row for each run, not one for each label; JSON has every run.
+        serving: what serving an adapter costs, where it was measured.
     """
-    entries = cost_entries(found)
+    entries = cost_entries(results)
     if as_json:
         described = {
             "schema": "rankscope.study-table/1",
             "study": str(study.folder),
             "metric": study.metric,
             "higher_is_better": study.higher_is_better,
-            "runs": [row.to_json() for row in found],
+            "runs": [row.to_json() for row in results],
             "peak_memory_of": "allocator" if _device(study).startswith("cuda") else "process",
             "costs": entries,
-            "serving": None if served is None else msgspec.to_builtins(served),
+            "serving": None if serving is None else msgspec.to_builtins(serving),
         }
         click.echo(json.dumps(described, indent=2, allow_nan=False))
         return
-    from rankscope.cli.output import print_rows
-
-    if verbose:
-        print_rows(RUNS_HEADER, [_run_cells(row) for row in found])
-    else:
-        print_rows(*_labels_table(found))
-    _say(_runs_legend(study, found, verbose))
+    print_table(Table.of(RUN_COLUMNS, results, "terminal") if verbose else labels_table(results))
+    _print_legend(_runs_legend(study, results, verbose))
     if entries:
         click.echo()
-        print_rows(*cost_rows(entries))
-        _say(cost_legend(entries, _device(study)))
-    if served:
+        print_table(cost_table(entries))
+        _print_legend(cost_legend(entries, _device(study)))
+    if serving:
         click.echo()
-        print_rows(SERVING_HEADER, [_serving_cells(latency) for latency in served.latency])
-        _say([f"milliseconds of a forward pass on {served.device}, {served.run}; ± is the base's interquartile range."])
-
-
-def _serving_cells(latency: Latency) -> tuple[str, ...]:
-    times = (latency.base, latency.merged, latency.unmerged)
-    base, merged, unmerged = (format(1000 * seconds, ".2f") for seconds in times)
-    return str(latency.size), f"{base} ± {1000 * latency.noise:.2f}", merged, unmerged
+        print_table(Table.of(SERVING_COLUMNS, serving.latency, "terminal"))
+        where = f"milliseconds of a forward pass on {serving.device}, {serving.run}"
+        _print_legend([f"{where}; ± is the base's interquartile range."])
 
 
 def _device(study: Study) -> str:
     return str(study.description.get("machine", {}).get("device", "cpu"))
 
 
-def _say(lines: Sequence[str]) -> None:
+def _print_legend(lines: Sequence[str]) -> None:
     click.echo("\n" + "\n".join(lines), err=True)
 
 
-def _runs_legend(study: Study, found: Sequence[RunResult], verbose: bool) -> list[str]:
+def _runs_legend(study: Study, results: Sequence[RunResult], verbose: bool) -> list[str]:
     way = "higher" if study.higher_is_better else "lower"
-    spread = "" if verbose or len({row.record.run.seed for row in found}) == 1 else ", mean ± standard deviation"
-    lines = [f"validation, test: {study.metric} ({way} is better){spread}."]
-    if any(_mark(row) for row in found):
-        lines.append("* the best rate of its method, targets and rank by validation, the mean over seeds.")
+    averaged = "" if verbose or len({row.record.run.seed for row in results}) == 1 else ", mean ± standard deviation"
+    lines = [f"validation, test: {study.metric} ({way} is better){averaged}."]
+    if any(_mark(row) for row in results):
+        lines.append("* the best learning rate of its method, targets and rank: best validation, mean over seeds.")
     lines.append(f"{', '.join(RANKS)}: effective ranks of the update, median over layers.")
-    if any(row.choice and row.choice.edge for row in found):
+    if any(row.choice and row.choice.edge for row in results):
         lines += [
-            "! the best rate is the lowest or the highest that was tried: a better one may lie beyond,",
-            "  and the rank look worse than it is; --extend-lrs goes on.",
+            "! the best learning rate is the lowest or the highest that was tried: a better one may lie",
+            "  beyond, and the rank may look worse than it is; --extend-lrs tries further ones.",
         ]
     return lines
 
 
-def _labels_table(found: Sequence[RunResult]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and one row a label; what was lost has a column where something was."""
+class LabelResults(NamedTuple):
+    """The runs of one label, those of them at its best rate, and how many did not get to the end, by status."""
+
+    label: str
+    best: list[RunResult]
+    lost: Counter[str]
+
+
+def labels_table(results: Sequence[RunResult]) -> Table:
+    """One row for each label, its runs at the best rate averaged over seeds; a column of lost runs if there are any."""
     labels: dict[str, list[RunResult]] = {}
-    for row in found:
+    for row in results:
         labels.setdefault(row.record.run.label, []).append(row)
-    cells = [_label_cells(label, rows) for label, rows in labels.items()]
-    columns = len(LABELS_HEADER) - (not any(row[-1] for row in cells))
-    return LABELS_HEADER[:columns], [row[:columns] for row in cells]
-
-
-def _label_cells(label: str, rows: Sequence[RunResult]) -> tuple[str, ...]:
-    """The runs at the best rate, put together over seeds."""
-    chosen = [row for row in rows if row.is_best]
-    lost = Counter(row.record.status for row in rows if row.record.status != "done")
-    return (
-        label,
-        _rate(chosen[0]) if chosen else "",
-        str(len(chosen)),
-        _mean([row.chosen_by for row in chosen]),
-        _mean([row.score for row in chosen]),
-        *(_number(_average([row.ranks.get(name) for row in chosen]), ".1f") for name in RANKS.values()),
-        ", ".join(f"{count} {status}" for status, count in lost.items()),
-    )
+    items = [
+        LabelResults(
+            label,
+            [row for row in rows if row.is_best],
+            Counter(row.record.status for row in rows if row.record.status != "done"),
+        )
+        for label, rows in labels.items()
+    ]
+    lost = [LOST_COLUMN] if any(item.lost for item in items) else []
+    return Table.of([*LABEL_COLUMNS, *lost], items, "terminal")
 
 
 def _average(values: Sequence[float | None]) -> float | None:
@@ -133,49 +122,70 @@ def _mean(values: Sequence[float | None]) -> str:
     """Mean, and the sample standard deviation where there are several."""
     known = [value for value in values if value is not None]
     if len(known) < 2:
-        return _number(_average(known), ".4f")
+        return format_cell(_average(known), ".4f")
     return f"{statistics.fmean(known):.4f} ± {statistics.stdev(known):.4f}"
 
 
-def _run_cells(row: RunResult) -> tuple[str, ...]:
-    run, cost = row.record.run, row.record.cost
-    return (
-        run.label,
-        _rate(row),
-        str(run.seed),
-        f"{cost.trainable:,}" if cost else "0",
-        _number(row.chosen_by, ".4f") if row.score is not None else row.record.status,
-        _number(row.score, ".4f"),
-        *(_number(row.ranks.get(name), ".1f") for name in RANKS.values()),
-        _number(cost.seconds_per_step if cost else None, ".3f"),
-    )
-
-
-def _rate(row: RunResult) -> str:
-    return _number(row.record.run.lr, "g") + _mark(row)
+def _learning_rate(row: RunResult) -> str:
+    return format_cell(row.record.run.lr, "g") + _mark(row)
 
 
 def _mark(row: RunResult) -> str:
-    """Where rates were compared, which was best."""
+    """What marks the best learning rate where several were compared."""
     if row.choice is None or len(row.choice.tried) < 2:
         return ""
     return "*!" if row.choice.edge else "*"
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def _rank_of_run(name: str) -> Callable[[RunResult], float | None]:
+    return lambda row: row.ranks.get(name)
 
 
-def write_plots(study: Study, found: list[RunResult]) -> list[Path]:
+def _rank_of_label(name: str) -> Callable[[LabelResults], float | None]:
+    return lambda item: _average([row.ranks.get(name) for row in item.best])
+
+
+RUN_COLUMNS: list[Column[RunResult]] = [
+    Column.of(lambda row: row.record.run.label, terminal="method"),
+    Column.of(_learning_rate, terminal="lr"),
+    Column.of(lambda row: row.record.run.seed, terminal="seed"),
+    Column.of(lambda row: f"{row.record.cost.trainable:,}" if row.record.cost else "0", terminal="trainable"),
+    Column.of(lambda row: row.chosen_by if row.score is not None else row.record.status, ".4f", terminal="validation"),
+    Column.of(lambda row: row.score, ".4f", terminal="test"),
+    *(Column.of(_rank_of_run(name), ".1f", terminal=title) for title, name in RANKS.items()),
+    Column.of(lambda row: row.record.cost.seconds_per_step if row.record.cost else None, ".3f", terminal="s/step"),
+]
+LABEL_COLUMNS: list[Column[LabelResults]] = [
+    Column.of(lambda item: item.label, terminal="method"),
+    Column.of(lambda item: _learning_rate(item.best[0]) if item.best else None, terminal="lr"),
+    Column.of(lambda item: len(item.best), terminal="seeds"),
+    Column.of(lambda item: _mean([row.chosen_by for row in item.best]), terminal="validation"),
+    Column.of(lambda item: _mean([row.score for row in item.best]), terminal="test"),
+    *(Column.of(_rank_of_label(name), ".1f", terminal=title) for title, name in RANKS.items()),
+]
+LOST_COLUMN: Column[LabelResults] = Column.of(
+    lambda item: ", ".join(f"{count} {status}" for status, count in item.lost.items()), terminal="lost"
+)
+SERVING_COLUMNS: list[Column[Latency]] = [
+    Column.of(lambda latency: latency.size, terminal="examples in a pass"),
+    Column.of(lambda latency: f"{1000 * latency.base:.2f} ± {1000 * latency.noise:.2f}", terminal="base"),
+    Column.of(lambda latency: 1000 * latency.merged, ".2f", terminal="merged"),
+    Column.of(lambda latency: 1000 * latency.unmerged, ".2f", terminal="unmerged"),
+]
+
+
+def write_plots(study: Study, results: list[RunResult]) -> list[Path]:
     """``spectra.png`` and ``performance.png`` in the study's folder, where there are runs to draw."""
     from rankscope import plots
 
     written = []
-    # A dimension is no rank: random subspaces have an axis of their own, in the report.
-    best = [row for row in found if row.is_best and row.record.run.method != "base" and not row.record.run.is_subspace]
-    if measured := [row for row in best if row.spectra]:
-        first = min(row.record.run.seed for row in measured)
-        one_seed = [row.spectra for row in measured if row.spectra and row.record.run.seed == first]
+    # A dimension is not a rank: the report draws random subspaces on an axis of their own.
+    best = [
+        row for row in results if row.is_best and row.record.run.method != "base" and not row.record.run.is_subspace
+    ]
+    if with_spectra := [row for row in best if row.spectra]:
+        first = min(row.record.run.seed for row in with_spectra)
+        one_seed = [row.spectra for row in with_spectra if row.spectra and row.record.run.seed == first]
         written.append(plots.save(plots.plot_spectra(one_seed), study.folder / "spectra.png"))
     if best:
         figure = plots.plot_performance(
@@ -190,7 +200,7 @@ def write_plots(study: Study, found: list[RunResult]) -> list[Path]:
 
 
 def _point(row: RunResult) -> PerformancePoint:
-    """A run at its best rate as the performance plot takes it."""
+    """A run at its best learning rate as the performance plot takes it."""
     from rankscope.plots import PerformancePoint
 
     run = row.record.run

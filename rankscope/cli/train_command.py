@@ -34,12 +34,12 @@ data_options = combine_options(
     click.option("--eval", metavar="FILE", help="Held-out examples; without it a tenth of --data."),
     click.option("--text", metavar="COLUMN", help="Column of the text (classify, lm) [text]."),
     click.option("--label", metavar="COLUMN", help="Column of the class (classify) [label]."),
-    click.option("--max-length", type=int, metavar="N", help="Tokens kept of a text."),
+    click.option("--max-length", type=int, metavar="N", help="Longest text, in tokens; the rest is cut off."),
     click.option("--planted-rank", type=int, metavar="R", help="Rank of the planted update (planted) [4]."),
     click.option(
         "--planted-spectrum",
         type=click.Choice(["even", "flat", "decaying"]),
-        help="Its singular values (planted) [even].",
+        help="Singular values of the planted update (planted) [even].",
     ),
 )
 grid_options = combine_options(
@@ -60,11 +60,18 @@ grid_options = combine_options(
         help="Modules that get LoRA: names such as q_proj,v_proj; q, k, v, o, attention, mlp or all. "
         "Repeat it to compare sets.  [all]",
     ),
-    click.option("--budget", type=int, metavar="PARAMS", help="Give each set of targets the rank that makes so many."),
+    click.option("--budget", type=int, metavar="PARAMS", help="Give each set of targets the rank that has so many."),
     click.option("--lrs", type=CommaSeparated(float), help="Learning rates of LoRA [three around 10 x those of full]."),
     click.option("--full-lrs", type=CommaSeparated(float), help="Learning rates of full fine-tuning [three]."),
-    click.option("--extend-lrs", is_flag=True, default=None, help="Go on where the best rate is the last of the grid."),
-    click.option("--halving", is_flag=True, default=None, help="Stop the worse half of the rates after a third."),
+    click.option(
+        "--extend-lrs", is_flag=True, default=None, help="Try further learning rates where the best is at an end."
+    ),
+    click.option(
+        "--halving",
+        is_flag=True,
+        default=None,
+        help="Stop the worse half of the learning rates after a third of the steps.",
+    ),
     click.option("--seeds", type=CommaSeparated(int), help="Seeds [0]."),
     click.option("--full/--no-full", default=None, help="Full fine-tuning beside LoRA [yes]."),
 )
@@ -72,30 +79,36 @@ adapter_options = combine_options(
     click.option("--alpha", metavar="NUMBER|Xr", help="The update is scaled by alpha / r [2r; rslora: 16]."),
     click.option("--init", type=click.Choice(["kaiming", "gaussian"]), help="How A starts [kaiming]."),
     click.option("--dropout", type=float, help="Dropout before A [0]."),
-    click.option("--bias", type=click.Choice(["none", "lora_only", "all"]), help="Biases trained along [none]."),
-    click.option("--lora-plus-ratio", type=float, help="B's rate over A's in lora+ [16]."),
+    click.option(
+        "--bias", type=click.Choice(["none", "lora_only", "all"]), help="Which biases are trained too [none]."
+    ),
+    click.option("--lora-plus-ratio", type=float, help="B's learning rate over A's in lora+ [16]."),
 )
 training_options = combine_options(
     click.option("--steps", type=int, help="Optimizer steps of each run; overrides --epochs."),
     click.option("--epochs", type=float, help="Passes over the training data (classify, lm) [3]."),
     click.option("--batch", type=int, help="Examples a step [docs: 8, others: 16]."),
     click.option("--accumulate", type=int, help="Batches whose gradients make one step [1]."),
-    click.option("--warmup", type=float, help="Share of the steps with rising rate [0.06]."),
-    click.option("--schedule", type=click.Choice(["linear", "cosine", "constant"]), help="Then [cosine]."),
-    click.option("--weight-decay", type=float, help="AdamW's, on matrices [0.01]."),
+    click.option("--warmup", type=float, help="Share of the steps in which the learning rate rises [0.06]."),
+    click.option(
+        "--schedule", type=click.Choice(["linear", "cosine", "constant"]), help="Learning rate after that [cosine]."
+    ),
+    click.option("--weight-decay", type=float, help="AdamW's weight decay, on matrices alone [0.01]."),
     click.option("--clip", type=float, help="Largest norm of the gradient [1]."),
-    click.option("--evaluations", type=int, help="Looks at held-out data during a run [1]."),
+    click.option("--evaluations", type=int, help="Evaluations during a run, besides the first and the last [1]."),
 )
 machine_options = combine_options(
     click.option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps [auto]."),
     click.option("--workers", type=int, metavar="N", help="Processes that share the grid [1]."),
-    click.option("--tokens", type=int, metavar="N", help="Tokens in one pass: decides how many runs go together."),
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of forward and backward."),
+    click.option("--tokens", type=int, metavar="N", help="Tokens in one pass: how many runs are trained together."),
+    click.option(
+        "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the passes [float32]."
+    ),
     click.option("--tf32", is_flag=True, default=None, help="TF32 in float32 products (CUDA)."),
     click.option("--compile", is_flag=True, default=None, help="torch.compile the model."),
     click.option("--checkpointing", is_flag=True, default=None, help="Recompute activations: less memory, more time."),
     click.option("--data-parallel", is_flag=True, default=None, help="Full fine-tuning by all of torchrun (DDP)."),
-    click.option("--shard", is_flag=True, default=None, help="The same with the weights shared out (FSDP2)."),
+    click.option("--shard", is_flag=True, default=None, help="The same with sharded weights (FSDP2)."),
 )
 
 
@@ -123,11 +136,11 @@ def command(
     debug: bool,
     **settings: Any,
 ) -> None:
-    """Train LoRA at many ranks and rates, and full fine-tuning beside it, into a study folder.
+    """Train LoRA at many ranks and learning rates, and full fine-tuning beside it, into a study folder.
 
-    Without arguments: the embedded model and task, some minutes on two cores. The same command takes up
-    a study that was stopped; Ctrl-C saves the runs in progress first. Given twice at once, on any machines that
-    see the folder, it shares out the runs; so does torchrun -m rankscope train.
+    Without arguments it trains the embedded model on the embedded task, which takes some minutes on two cores.
+    Ctrl-C saves the runs in progress, and the same command continues them. Several such commands at once, on
+    any machines that see the folder, share the runs; so do the processes of torchrun -m rankscope train.
 
     \b
     Examples:
@@ -150,19 +163,19 @@ def command(
     if ("model" in overrides or "data" in overrides) and "task" not in overrides and config_file is None:
         raise click.UsageError("--model and --data need --task classify or --task lm")
     config = read_study_config(Path(config_file), overrides) if config_file else make_study_config(overrides, "options")
-    speaks = is_first_process()  # of the processes of torchrun the first alone talks
+    speaks = is_first_process()  # of torchrun's processes only the first writes to the terminal
     try:
         with stop_on_signal() as stop, open_listener(quiet or not speaks, output, workers or 1) as listener:
             study = run_study_with_workers(config, output, workers or 1, listener, stop)
     except InterruptedTrainingError as error:
-        click.echo(f"rankscope: {error}; the same command goes on from there", err=True)
+        click.echo(f"rankscope: {error}; the same command continues from there", err=True)
         raise click.exceptions.Exit(130) from error
     if not speaks:
         return
-    found = run_results(study)
+    results = run_results(study)
     # Drawn first: whoever pipes the table into head may end this process.
-    written = write_plots(study, found)
-    print_study(study, found, as_json, verbose, serving_latency(study))
+    written = write_plots(study, results)
+    print_study(study, results, as_json, verbose, serving_latency(study))
     for path in written:
         if not quiet:
             click.echo(f"wrote {path}", err=True)
@@ -170,4 +183,4 @@ def command(
         from rankscope.cli.report_command import print_verdicts, write_study_report
 
         click.echo()
-        print_verdicts(write_study_report(study, Path(output), device=config.device, quiet=quiet, rows=found))
+        print_verdicts(write_study_report(study, Path(output), device=config.device, quiet=quiet, rows=results))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import statistics
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from rankscope.errors import ConfigError, FormatError
@@ -23,6 +28,10 @@ FONT_SIZE = 8  # points; titles and labels are matplotlib's own 10 to 12
 # Okabe & Ito 2008, told apart with every common kind of colour blindness; without the yellow, too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#888888"
+DARK = "#222222"
+CHANCE_COLOUR = "#D55E00"
+BAND: dict[str, Any] = {"alpha": 0.15, "linewidth": 0}
+"""The style of a band from the least to the largest of several values."""
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -89,3 +98,25 @@ def style_grid(axes: Axes) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=FONT_SIZE)
+
+
+def add_colour_bar(
+    figure: Figure, image: AxesImage, axes: Any, label: str, size: int = FONT_SIZE, **place: Any
+) -> None:
+    """A colour bar beside one or several axes, with its label in this size."""
+    bar = figure.colorbar(image, ax=axes, **place)
+    bar.set_label(label, fontsize=size)
+    bar.ax.tick_params(labelsize=FONT_SIZE)
+
+
+def draw_level(axes: Axes, values: Sequence[float], colour: str, is_vertical: bool = False, **style: Any) -> Line2D:
+    """The median of several levels as a line across the axes, on a band from the least to the largest."""
+    line, span = (axes.axvline, axes.axvspan) if is_vertical else (axes.axhline, axes.axhspan)
+    span(min(values), max(values), color=style.pop("band", colour), **BAND)
+    return line(statistics.median(values), color=colour, **style)
+
+
+def add_legend_below(figure: Figure, handles: Sequence[Artist], **style: Any) -> None:
+    """A legend without a frame below all axes."""
+    place: dict[str, Any] = {"loc": "outside lower center", "fontsize": FONT_SIZE, "frameon": False}
+    figure.legend(handles=handles, **{**place, **style})

@@ -14,11 +14,19 @@ from matplotlib.lines import Line2D
 
 from rankscope.analysis.matrix_result import SIGNIFICANCE_LEVEL, MatrixResult
 from rankscope.noise import Array
-from rankscope.plots.figure import COLOURS, FONT_SIZE, GREY, escape_math, new_figure
+from rankscope.plots.figure import (
+    CHANCE_COLOUR,
+    COLOURS,
+    FONT_SIZE,
+    GREY,
+    add_colour_bar,
+    draw_level,
+    escape_math,
+    new_figure,
+)
 
 LONGEST = 40
 """Characters of a name that are written: its beginning and its end."""
-CHANCE = "#D55E00"
 DOT = "#E69F00"
 MOST_NUMBERS = 16
 """Sources up to which each cell has its number written into it."""
@@ -67,8 +75,8 @@ def _overlaps(result: MatrixResult, order: list[int]) -> Array:
     """φ in the order of the tree: left below the diagonal, right above; of one side, that on both."""
     below, above = (list(result.sides.values()) * 2)[:2]
     picked = np.ix_(order, order)
-    found: Array = np.tril(below.overlap[picked]) + np.triu(above.overlap[picked], 1)
-    return found
+    overlaps: Array = np.tril(below.overlap[picked]) + np.triu(above.overlap[picked], 1)
+    return overlaps
 
 
 def _overlap_title(result: MatrixResult) -> str:
@@ -97,9 +105,7 @@ def _map(axes: Axes, values: Array, order: list[int], names: list[str] | None, s
 
 def _finish(figure: Figure, axes: Axes, image: AxesImage, title: str, label: str) -> None:
     axes.set_title(title, fontsize=FONT_SIZE + 1)
-    bar = figure.colorbar(image, ax=axes, location="bottom", fraction=0.05, pad=0.03, shrink=0.9)
-    bar.set_label(label, fontsize=FONT_SIZE)
-    bar.ax.tick_params(labelsize=FONT_SIZE)
+    add_colour_bar(figure, image, axes, label, location="bottom", fraction=0.05, pad=0.03, shrink=0.9)
 
 
 def _marks(axes: Axes, result: MatrixResult, order: list[int]) -> None:
@@ -120,7 +126,7 @@ def _tree(axes: Axes, result: MatrixResult) -> None:
     colour_of: dict[int, str] = {}
     lines, colours = [], []
     parts = _groups(result)
-    palette = cycle([colour for colour in COLOURS if colour not in (CHANCE, DOT)])
+    palette = cycle([colour for colour in COLOURS if colour not in (CHANCE_COLOUR, DOT)])
     for join, (a, b, distance, _) in enumerate(result.joins):
         one, other, node = int(a), int(b), n + join
         group = parts[node]
@@ -132,8 +138,7 @@ def _tree(axes: Axes, result: MatrixResult) -> None:
         place[node], height[node] = (place[one] + place[other]) / 2, float(distance)
     axes.add_collection(LineCollection(lines, colors=colours, linewidths=1.4))
     levels = result.chance_distance[np.triu_indices(n, 1)]
-    axes.axvspan(float(levels.min()), float(levels.max()), color=CHANCE, alpha=0.15, linewidth=0)
-    axes.axvline(float(np.median(levels)), color=CHANCE, linestyle="--", linewidth=1)
+    draw_level(axes, levels.tolist(), CHANCE_COLOUR, is_vertical=True, linestyle="--", linewidth=1)
     axes.set_ylim(n - 0.5, -0.5)
     axes.set_xlim(max(float(result.joins[:, 2].max()), float(levels.max())) * 1.04 + 1e-9, 0)
     axes.set_yticks([])
@@ -143,7 +148,7 @@ def _tree(axes: Axes, result: MatrixResult) -> None:
     axes.xaxis.label.set_fontsize(FONT_SIZE)
     axes.tick_params(labelsize=FONT_SIZE)
     axes.spines[["top", "left", "right"]].set_visible(False)
-    chance = Line2D([], [], color=CHANCE, linestyle="--", linewidth=1, label="chance")
+    chance = Line2D([], [], color=CHANCE_COLOUR, linestyle="--", linewidth=1, label="chance")
     grey = Line2D([], [], color=GREY, linewidth=1.4, label="join not beyond chance")
     dot = Line2D([], [], color=DOT, marker="o", markersize=3, linestyle="", label="pair not beyond chance")
     joins, pairs = (

@@ -17,7 +17,7 @@ from rankscope.analysis.comparison import CompareResult
 from rankscope.analysis.layer_comparison import SideComparison
 from rankscope.errors import ConfigError
 from rankscope.noise import Array
-from rankscope.plots.figure import FONT_SIZE, escape_math, new_figure
+from rankscope.plots.figure import FONT_SIZE, add_colour_bar, add_legend_below, escape_math, new_figure
 
 HATCH: dict[str, Any] = {"facecolor": "none", "edgecolor": "white", "hatch": "////", "linewidth": 0.0, "alpha": 0.8}
 SPACES = {"left": "output space (left)", "right": "input space (right)"}
@@ -37,37 +37,35 @@ def plot_overlap(result: CompareResult, layer: str | None = None, figure: Figure
     Raises:
         ConfigError: no such layer.
     """
-    chosen, said = select_drawn_layers(result, layer)
+    chosen, description = select_drawn_layers(result, layer)
     sides = list(chosen[0])
     figure = figure or new_figure(8.2, 0.9 + 3.1 * len(sides))
     grid = figure.subplots(len(sides), 2, squeeze=False)
     hatched = False
     for row, name in zip(grid, sides, strict=True):
-        found = [layer_sides[name] for layer_sides in chosen]
-        measured, expected = (np.median([getattr(s, f) for s in found], axis=0) for f in ("overlap", "expected"))
-        d = " or ".join(str(d) for d in sorted({side.d for side in found}))
-        image = _map(row[0], measured, f"φ, {SPACES[name]}")
+        compared = [layer_sides[name] for layer_sides in chosen]
+        overlap, expected = (np.median([getattr(s, f) for s in compared], axis=0) for f in ("overlap", "expected"))
+        d = " or ".join(str(d) for d in sorted({side.d for side in compared}))
+        image = _map(row[0], overlap, f"φ, {SPACES[name]}")
         _map(row[1], expected, f"by chance, max(i, j)/d, d = {d}")
-        hatched |= _hatch(row[0], found)
-        bar = figure.colorbar(image, ax=row, fraction=0.05, pad=0.02)
-        bar.set_label("overlap φ", fontsize=FONT_SIZE + 1)
-        bar.ax.tick_params(labelsize=FONT_SIZE)
+        hatched |= _hatch(row[0], compared)
+        add_colour_bar(figure, image, row, "overlap φ", FONT_SIZE + 1, fraction=0.05, pad=0.02)
     a, b = result.titles
-    figure.suptitle(escape_math(f"a = {a},  b = {b}\n{result.matrices}, {said}"), fontsize=FONT_SIZE + 2)
+    figure.suptitle(escape_math(f"a = {a},  b = {b}\n{result.matrices}, {description}"), fontsize=FONT_SIZE + 2)
     if hatched:
         label = "cut among near-equal σ: directions are arbitrary"
         note = Patch(**{**HATCH, "edgecolor": "#555555"}, label=label)
-        figure.legend(handles=[note], loc="outside lower center", fontsize=FONT_SIZE, frameon=False)
+        add_legend_below(figure, [note])
     return figure
 
 
 def select_drawn_layers(result: CompareResult, layer: str | None) -> tuple[list[dict[str, SideComparison]], str]:
     """Sides of the layers to draw, and what they are called."""
     if layer is not None:
-        found = [one for one in result.layers if layer in (one.name, one.name_b)]
-        if not found:
+        named = [one for one in result.layers if layer in (one.name, one.name_b)]
+        if not named:
             raise ConfigError(f"no layer {layer!r} was compared; there is {result.layers[0].name}, …")
-        return [found[0].sides], layer
+        return [named[0].sides], layer
     sizes = Counter(_size(one.sides) for one in result.layers)
     size = max(sizes, key=lambda size: (sizes[size], size))
     kept = [one for one in result.layers if _size(one.sides) == size]

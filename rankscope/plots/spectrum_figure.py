@@ -16,7 +16,18 @@ from rankscope.analysis.layer_spectra import LayerSpectrum, SpectrumResult
 from rankscope.errors import ConfigError
 from rankscope.formats.names import layer_kind
 from rankscope.measures import measures_shown
-from rankscope.plots.figure import COLOURS, FONT_SIZE, GREY, escape_math, new_figure, set_log2_axis, style_grid
+from rankscope.plots.figure import (
+    COLOURS,
+    DARK,
+    FONT_SIZE,
+    GREY,
+    add_legend_below,
+    draw_level,
+    escape_math,
+    new_figure,
+    set_log2_axis,
+    style_grid,
+)
 
 PANELS_A_ROW = 4
 LINEAR_UP_TO = 32
@@ -68,8 +79,7 @@ def plot_spectra(results: Sequence[SpectrumResult], figure: Figure | None = None
     _axes(panels[: len(results)], results, columns)
     handles = [Line2D([], [], color=colour, label=escape_math(kind)) for kind, colour in colours.items()]
     if handles:
-        place: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False}
-        figure.legend(handles=handles, title=CAPTION, fontsize=FONT_SIZE, title_fontsize=FONT_SIZE, **place)
+        add_legend_below(figure, handles, title=CAPTION, title_fontsize=FONT_SIZE, ncols=4)
     return figure
 
 
@@ -121,10 +131,8 @@ def _marks(axes: Axes, result: SpectrumResult, changed: Sequence[LayerSpectrum])
         label = f"{measure.title} {rank:.3g}{beside}"
         axes.axvline(rank, color=GREY, linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
         height = round(HIGHEST_MARK - MARK_STEP * number, 2)
-        axes.plot([rank], [height], measure.mark, color="#222222", markersize=4, transform=axes.get_xaxis_transform())
-        handles.append(
-            Line2D([], [], color="#222222", marker=measure.mark, markersize=4, linestyle="none", label=label)
-        )
+        axes.plot([rank], [height], measure.mark, color=DARK, markersize=4, transform=axes.get_xaxis_transform())
+        handles.append(Line2D([], [], color=DARK, marker=measure.mark, markersize=4, linestyle="none", label=label))
     return handles
 
 
@@ -135,11 +143,9 @@ def _edges(axes: Axes, changed: Sequence[LayerSpectrum]) -> list[Line2D]:
     handles = []
     for name, dashes, edges in (("noise edge (MP)", (4, 2), noise), ("rounding edge", (1, 1), rounding)):
         if edges:
-            middle = statistics.median(edges)
-            line = axes.axhline(middle, color="#222222", linestyle=(0, dashes), linewidth=1.1)
-            line.set_label(f"{name} {middle:.2g}")
-            axes.axhspan(min(edges), max(edges), color=GREY, alpha=0.15, linewidth=0)
-            handles.append(line)
+            label = f"{name} {statistics.median(edges):.2g}"
+            style: dict[str, Any] = {"linestyle": (0, dashes), "linewidth": 1.1, "label": label}
+            handles.append(draw_level(axes, edges, DARK, band=GREY, **style))
     return handles
 
 

@@ -162,7 +162,7 @@ def _write_sum(sources: Sequence[AdapterSource], weights: Sequence[float], opera
         adapters = [Adapter.open(source, device=operation.device) for source in sources]
         notes = _check_compatible(adapters)
         names = sorted({name for adapter in adapters for name in adapter.places}, key=natural_key)
-        layers = [_weighted_sum(name, adapters, weights, operation.dtype) for name in names]
+        layers = [_sum_layer(name, adapters, weights, operation.dtype) for name in names]
         with prefix_errors(", ".join(adapter.label for adapter in adapters)):
             truncated = truncate_layers(layers, operation)
         whole, dropped = _sum_whole_tensors(adapters, weights)
@@ -220,7 +220,7 @@ def _check_compatible(adapters: Sequence[Adapter]) -> list[str]:
     return notes
 
 
-def _weighted_sum(
+def _sum_layer(
     name: str, adapters: Sequence[Adapter], weights: Sequence[float], dtype: torch.dtype | None
 ) -> LayerUpdate:
     """The weighted sum of one layer over the adapters that have it."""

@@ -148,13 +148,13 @@ def _from_peft(store: Store, device: torch.device | str) -> ConvertibleAdapter:
         adapter.label,
         "peft",
         adapter.store.path,
-        [PendingLayer(name, "", name, _peft_reader(adapter, name)) for name in adapter.names()],
+        [PendingLayer(name, "", name, _make_peft_reader(adapter, name)) for name in adapter.names()],
         skipped,
         list(adapter.store.notes),
     )
 
 
-def _peft_reader(adapter: Adapter, name: str) -> Callable[[str, str], LayerFactors]:
+def _make_peft_reader(adapter: Adapter, name: str) -> Callable[[str, str], LayerFactors]:
     """The ``read`` of a layer in PEFT's layout."""
 
     def read(component: str, module: str) -> LayerFactors:
@@ -171,21 +171,21 @@ def _from_file(store: FileStore, names: Sequence[ComponentPath]) -> ConvertibleA
     adapter = ConvertibleAdapter(str(store.path), store.kind, folder)
     adapter.notes = [note for note in store.notes if not note.startswith("DoRA in")]
     adapter.skipped = [item for item in store.skipped if not item.name.endswith(WHOLE_SUFFIX)]
-    fused = _fused_layer_names(store)
+    fused = _find_fused_layers(store)
     paths = _paths_by_name(store, [name for name in store.layers if name not in fused], names)
     for name in store.layers:
         if name in paths:
-            adapter.pending.append(PendingLayer(name, *paths[name], _file_reader(store, name)))
+            adapter.pending.append(PendingLayer(name, *paths[name], _make_file_reader(store, name)))
         elif ":" in name and name not in fused:
             adapter.skipped.append(SkippedItem(name, "a part of a fused layer; the file does not say which"))
         elif name not in fused:
             adapter.skipped.append(SkippedItem(name, "no path of a module that is known has this name"))
     for name in dict.fromkeys(fused.values()):
-        adapter.pending.append(PendingLayer(name, "", name, _fused_reader(store, name)))
+        adapter.pending.append(PendingLayer(name, "", name, _make_fused_reader(store, name)))
     return adapter
 
 
-def _file_reader(store: FileStore, name: str) -> Callable[[str, str], LayerFactors]:
+def _make_file_reader(store: FileStore, name: str) -> Callable[[str, str], LayerFactors]:
     """The ``read`` of a layer of one file."""
 
     def read(component: str, module: str) -> LayerFactors:
@@ -207,7 +207,7 @@ def _file_reader(store: FileStore, name: str) -> Callable[[str, str], LayerFacto
     return read
 
 
-def _fused_reader(store: FileStore, name: str) -> Callable[[str, str], LayerFactors]:
+def _make_fused_reader(store: FileStore, name: str) -> Callable[[str, str], LayerFactors]:
     """The ``read`` that joins q, k and v of loralib's ``MergedLinear``: B (3·out, 3·r) block diagonal, A (3·r, in)."""
 
     def read(component: str, module: str) -> LayerFactors:
@@ -220,7 +220,7 @@ def _fused_reader(store: FileStore, name: str) -> Callable[[str, str], LayerFact
     return read
 
 
-def _fused_layer_names(store: FileStore) -> dict[str, str]:
+def _find_fused_layers(store: FileStore) -> dict[str, str]:
     """The name of the fused layer for each of its parts, where the file has all parts."""
     suffix = f":{QKV_PARTS[0]}"
     fused = [name.removesuffix(suffix) for name in store.layers if name.endswith(suffix)]

@@ -51,7 +51,7 @@ def find_modules_to_save(tuned: FullFinetune, low_rank: Collection[str], unchang
             biases.append(module)
         elif changed:
             same_end = [path for path in names_by_module if path.endswith(module)]
-            reason = _unsaved_reason(module, same_end, names_by_module, low_rank)
+            reason = _find_obstacle(module, same_end, names_by_module, low_rank)
             modules += [] if reason else same_end
             skipped += [SkippedItem(name, reason) for name in changed] if reason else []
     modules = list(dict.fromkeys(modules))
@@ -77,7 +77,7 @@ def _list_unknown(tuned: FullFinetune) -> list[SkippedItem]:
     return [item for item in tuned.store.skipped if item.name not in tuned.infos]
 
 
-def _unsaved_reason(
+def _find_obstacle(
     module: str, same_end: Collection[str], paths: Collection[str], low_rank: Collection[str]
 ) -> str | None:
     """Why a changed module cannot be saved whole, or None."""

@@ -97,16 +97,16 @@ class RankCallback:
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Find what is trained, and where it started."""
         self._begun, self.seconds, self._said = self.clock(), 0.0, set()
-        found = find_tracked_weights(model)  # by every process: an error must stop all of them
-        names = [layer.name for layer in found.layers]
+        tracked = find_tracked_weights(model)  # by every process: an error must stop all of them
+        names = [layer.name for layer in tracked.layers]
         chosen = set(select_layers(names, self.layers, "RankCallback")) if names else set()
         self._watched = []
         if not state.is_world_process_zero:
             return
         if not self._go_first():
             self._say("reporters that stand before RankCallback among the callbacks do not see its values")
-        self._say_left_out(found.left_out, of_all=not names)
-        self._watched = [layer for layer in found.layers if layer.name in chosen]
+        self._say_left_out(tracked.left_out, of_all=not names)
+        self._watched = [layer for layer in tracked.layers if layer.name in chosen]
         if not self._watched:
             self._say("nothing is trained that a rank could be measured of")
             return
@@ -225,11 +225,11 @@ class RankCallback:
 def log_entries(readings: dict[str, dict[str, float]], per_layer: bool) -> dict[str, float]:
     """``rank/<measure>/<layer>`` and ``rank/median/<measure>`` of measures by layer; empty where there are none."""
     added = {}
-    for name, found in readings.items() if per_layer else ():
-        added.update({f"rank/{measured}/{name}": value for measured, value in found.items()})
-    for measured in dict.fromkeys(measured for found in readings.values() for measured in found):
-        values = [found[measured] for found in readings.values() if measured in found]
-        added[f"rank/median/{measured}"] = median(values)
+    for name, values_of_layer in readings.items() if per_layer else ():
+        added.update({f"rank/{measure}/{name}": value for measure, value in values_of_layer.items()})
+    for measure in dict.fromkeys(measure for layer in readings.values() for measure in layer):
+        values = [layer[measure] for layer in readings.values() if measure in layer]
+        added[f"rank/median/{measure}"] = median(values)
     return {key: float(value) for key, value in added.items() if math.isfinite(value)}
 
 

@@ -1,4 +1,4 @@
-"""Which process is at work on which run: locks that go with their process, however it ends."""
+"""Which process trains which run: locks that vanish with their process, however it ends."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Claims:
         self._held: set[str] = set()
 
     def try_claim(self, name: str) -> bool:
-        """Claim a run; False where another process is at it."""
+        """Claim a run; False where another process holds it."""
         if name not in self._held and lock_byte(self._file, lock_offset(name)):
             self._held.add(name)
         return name in self._held
@@ -83,7 +83,7 @@ def open_claims(folder: Path) -> Iterator[Claims]:
 
 @contextmanager
 def lock_study(claims: Claims) -> Iterator[None]:
-    """Within, no other process is in such a block of the same study."""
+    """Hold the lock of the study: only one process at a time is within such a block."""
     lock_byte(claims._file, 0, wait=True)
     try:
         yield

@@ -6,8 +6,7 @@ import hashlib
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,11 +98,11 @@ ALPHA_PATTERN = re.compile(r"(\d+(?:\.\d+)?)?\s*r")
 
 def find_invalid_settings(config: StudyConfig) -> list[tuple[str, str]]:
     """Each setting whose value makes no sense, with what would."""
-    found: list[tuple[str, str]] = []
+    problems: list[tuple[str, str]] = []
 
     def require(key: str, holds: bool, wanted: str) -> None:
         if not holds:
-            found.append((key, f"expected {wanted}"))
+            problems.append((key, f"expected {wanted}"))
 
     require("ranks", all(rank > 0 for rank in config.ranks), "ranks of at least 1")
     require("dims", all(dim > 0 for dim in config.dims), "dimensions of at least 1")
@@ -139,19 +138,19 @@ def find_invalid_settings(config: StudyConfig) -> list[tuple[str, str]]:
         require(key, not own or getattr(config, key) is not None, f"a value: task {config.task!r} needs --{key}")
     for key in ("model", "data", "eval"):
         require(key, own or getattr(config, key) is None, f"nothing: task {config.task!r} brings its own")
-    return found
+    return problems
 
 
 def parse_alpha(alpha: float | str | None) -> tuple[float, bool] | None:
     """(number, whether the rank multiplies it) of an alpha setting; None where it makes no sense."""
     if alpha is None:
         return 2.0, True
-    found = ALPHA_PATTERN.fullmatch(alpha) if isinstance(alpha, str) else None
+    match = ALPHA_PATTERN.fullmatch(alpha) if isinstance(alpha, str) else None
     try:
-        value = float(found[1] or 1.0) if found else float(alpha)
+        value = float(match[1] or 1.0) if match else float(alpha)
     except ValueError:
         return None
-    return (value, found is not None) if 0 < value < math.inf else None
+    return (value, match is not None) if 0 < value < math.inf else None
 
 
 def read_study_config(path: Path, overrides: Mapping[str, Any]) -> StudyConfig:
@@ -195,24 +194,6 @@ def stream_seed(*parts: object) -> int:
 def make_generator(*parts: object) -> torch.Generator:
     """A CPU generator seeded by what it is for, e.g. ``generator(seed, "init", rank)``."""
     return torch.Generator().manual_seed(stream_seed(*parts))
-
-
-@contextmanager
-def use_global_seed(device: torch.device, *parts: object) -> Iterator[None]:
-    """Within, torch's global stream is the one named by ``parts``; afterwards it is what it was.
-
-    Models of others, such as BERT with its dropout, draw from the global stream and take no other.
-    """
-    seed = stream_seed(*parts)
-    kept = torch.mps.get_rng_state() if device.type == "mps" else None
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for stream in global_generators(device):
-            stream.manual_seed(seed)
-        try:
-            yield
-        finally:
-            if kept is not None:
-                torch.mps.set_rng_state(kept)
 
 
 def global_generators(device: torch.device) -> list[torch.Generator]:

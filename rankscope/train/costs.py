@@ -11,12 +11,13 @@ from torch import Tensor
 
 
 def total_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of tensors of any shape, together."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def optimizer_bytes(state: Mapping[str, Mapping[str, Any]]) -> int:
     """Bytes of an optimizer's state: for AdamW two moments a parameter and a step count."""
-    return total_bytes(value for one in state.values() for value in one.values() if isinstance(value, Tensor))
+    return total_bytes(value for values in state.values() for value in values.values() if isinstance(value, Tensor))
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -38,8 +39,8 @@ def peak_memory(device: torch.device) -> int | None:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
-    found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
-    return int(found[0]) * 1024 if found else None
+    sizes = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(sizes[0]) * 1024 if sizes else None
 
 
 USABLE_SHARE = 0.8  # of the free memory: allocators lose some of it to fragments

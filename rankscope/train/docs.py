@@ -74,7 +74,7 @@ def read_documentation() -> bytes:
 
 
 def split_blocks(text: bytes, block: int = 4096) -> tuple[Tensor, Tensor, Tensor]:
-    """Training, validation and test bytes: of each ten blocks in a row eight, one and one.
+    """Training, validation and test bytes, each (bytes,) of uint8: of each ten blocks in a row eight, one and one.
 
     Blocks keep neighbouring paragraphs together and still give each part the same mix of topics.
     """

@@ -19,7 +19,7 @@ def hadamard_transform(x: Tensor) -> Tensor:
     calls this, has its own.
 
     Args:
-        x: (size, n), contiguous; each column is transformed.
+        x: (size, n), contiguous; each column is transformed. The result has the same shape.
 
     Raises:
         ValueError: size is not a power of two.

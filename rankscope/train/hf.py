@@ -283,7 +283,10 @@ def steps_for_epochs(config: StudyConfig, examples: int, default_batch: int) -> 
 
 
 def macro_f1(truth: Tensor, predicted: Tensor) -> float:
-    """Mean over classes of F1 = 2·hits / (true + predicted); classes in neither are left out, as in scikit-learn."""
+    """Mean over classes of F1 = 2·hits / (true + predicted), of true and predicted classes (examples,).
+
+    Classes in neither are left out, as in scikit-learn.
+    """
     scores = []
     for label in {*truth.tolist(), *predicted.tolist()}:
         hits = ((truth == label) & (predicted == label)).sum()
@@ -293,8 +296,8 @@ def macro_f1(truth: Tensor, predicted: Tensor) -> float:
 
 def data_fingerprint(config: StudyConfig) -> dict[str, str]:
     """Names and sha256 of the data files, without the way to them."""
-    found: dict[str, str] = {}
+    identity: dict[str, str] = {}
     for key, path in (("data", config.data), ("eval", config.eval)):
         if path is not None:
-            found |= {key: Path(path).name, f"{key}_sha256": file_hash(Path(path))}
-    return found
+            identity |= {key: Path(path).name, f"{key}_sha256": file_hash(Path(path))}
+    return identity

@@ -42,6 +42,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) to the same shape."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -54,13 +55,19 @@ def rotary_tables(length: int, head_dim: int, theta: float, device: torch.device
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x (batch, heads, length, head_dim)."""
+    """Rotary position embedding of x (batch, heads, length, head_dim), which keeps its shape.
+
+    cos and sin are (length, head_dim).
+    """
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Causal attention of q, k, v (batch, heads, length, head_dim)."""
+    """Causal attention of q, k and v, each (batch, heads, length, head_dim), in that shape.
+
+    cos and sin are (length, head_dim).
+    """
     out: Tensor = F.scaled_dot_product_attention(
         apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, is_causal=True
     )
@@ -79,6 +86,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(batch, length, dim) to the same shape; cos and sin are (length, head_dim)."""
         batch, length, dim = x.shape
 
         def split(y: Tensor) -> Tensor:
@@ -105,6 +113,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, length, dim) to the same shape."""
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 

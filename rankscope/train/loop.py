@@ -128,7 +128,7 @@ class RunGroup:
         self.session.listener.tell(StepsTaken([state.run for state in self.states], tokens))
 
     def _backward(self, micro: int) -> int:
-        """Add the gradients of one batch a run; how many tokens they had."""
+        """Add the gradients of one batch for each run; the number of their tokens."""
         size, accumulate = self.session.batch_size, self.config.accumulate
         indices = [state.progress.step * accumulate + micro for state in self.states]
         batches = [self.task.batch(t.run.seed, at, size) for t, at in zip(self.states, indices, strict=True)]
@@ -155,7 +155,7 @@ class RunGroup:
             yield
 
     def _losses(self, batch: Batch) -> list[Tensor]:
-        """The loss of each run on its chunk."""
+        """The loss of each run, a scalar, on its chunk (size, …) of the batch (runs · size, …)."""
         n = len(self.states)
         outputs = self.task.outputs(self.wrapped, batch).chunk(n)
         parts = {name: tensor.chunk(n) for name, tensor in batch.items()}
@@ -164,7 +164,7 @@ class RunGroup:
     # Evaluations
 
     def _evaluate_due(self) -> bool:
-        """Evaluate the runs that are due, let go of those that are through; whether some are left."""
+        """Evaluate the runs that are due and drop those that have ended; True where some are left."""
         due = evaluation_steps(self.session.steps, self.config.evaluations) | {self.until}
         left = []
         for state in self.states:
@@ -183,14 +183,14 @@ class RunGroup:
         return bool(left)
 
     def _keep(self, left: Sequence[RunState]) -> None:
-        """Go on with these runs alone."""
+        """Continue with these runs alone."""
         saved = [state.state_dict() for state in left]
         self._attach_runs([state.run for state in left])
         for state, values in zip(self.states, saved, strict=True):
             state.load_state_dict(values)
 
     def _evaluate(self, state: RunState) -> bool:
-        """Measure held-out data and note it; False where the loss is no longer finite."""
+        """Evaluate on held-out data and record it; False where the loss is no longer finite."""
         began = time.monotonic()
         step = state.progress.step
         line: dict[str, Any] = {"step": step, "seconds": round(state.progress.seconds, 3)}
@@ -227,7 +227,7 @@ def autocast(device: torch.device, config: StudyConfig) -> torch.autocast | null
 
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device; from pinned memory, where the host goes on while it is copied."""
+    """The batch on the device, in the same shapes; from pinned memory, where the host continues while it is copied."""
     if device.type == "cuda":
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     return {name: tensor.to(device, non_blocking=supports_non_blocking(device)) for name, tensor in batch.items()}
@@ -237,7 +237,7 @@ def move_batch(batch: Batch, device: torch.device) -> Batch:
 def set_precision(device: torch.device, config: StudyConfig) -> Iterator[None]:
     """torch's settings for the arithmetic of a study; as before afterwards.
 
-    TF32 in float32 matrix products on CUDA where the settings ask for it, and never else. Compiled code takes
+    TF32 is used in float32 matrix products on CUDA if, and only if, the settings ask for it. Compiled code takes
     adapters of any rank: they are parameters, which torch would otherwise compile for one shape each.
     """
     if config.tf32 and device.type != "cuda":

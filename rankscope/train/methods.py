@@ -66,12 +66,12 @@ class TrainableModel(ABC):
         return dict(tensors)
 
     def pad(self, i: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The way back from ``trim``."""
+        """The inverse of ``trim``."""
         return dict(tensors)
 
     @abstractmethod
     def save(self, i: int, folder: Path) -> int:
-        """Write the result of run i into its folder; its bytes."""
+        """Write the result of run i into its folder; the number of its bytes."""
 
     def save_initial(self, i: int, folder: Path) -> None:  # noqa: B027 (most methods start from the base alone)
         """Write what run i starts from, where it is not the base."""
@@ -100,8 +100,10 @@ class TrainableAdapters(TrainableModel):
 
     def parameters(self, i: int) -> dict[str, Tensor]:
         variant = find_method(self.runs[i].method).variant
-        found = self.bank.parameters(i)
-        return found if variant.trains_a else {name: p for name, p in found.items() if not self._is_factor(name, "A")}
+        parameters = self.bank.parameters(i)
+        if variant.trains_a:
+            return parameters
+        return {name: p for name, p in parameters.items() if not self._is_factor(name, "A")}
 
     def learning_rate_factor(self, i: int, name: str) -> float:
         plus = find_method(self.runs[i].method).variant.plus and self._is_factor(name, "B")
@@ -207,12 +209,12 @@ def changes_by_layer(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[st
 
     A tied weight has one name here, its first.
     """
-    found: dict[str, Tensor] = {}
+    layers: dict[str, Tensor] = {}
     for name, change in changes.items():
         path, _, last = name.rpartition(".")
         matrix = last == "weight" and change.ndim >= 2
-        found[path if matrix else name] = to_matrix(model.get_submodule(path), change) if matrix else change
-    return found
+        layers[path if matrix else name] = to_matrix(model.get_submodule(path), change) if matrix else change
+    return layers
 
 
 class TrainableSubspace(TrainableWeights):

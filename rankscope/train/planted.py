@@ -1,9 +1,9 @@
 """A task whose answer is known: a linear teacher that is the base plus an update of chosen rank.
 
-A transformer's weights are not identifiable from what it computes (many updates do the same), so a
-rank planted there could not be asked back. Here inputs are white and the loss is the squared error,
-so by Eckart & Young a student of rank r can reach noise² + Σ_{l>r} σ_l² / out and no less, and the
-update of full fine-tuning is the planted one plus Gaussian noise.
+A transformer's weights are not identifiable from what it computes: many updates do the same, so a rank that was
+planted there could not be recovered. Here inputs are white and the loss is the squared error. So by Eckart & Young a
+student of rank r can reach noise² + Σ_{l>r} σ_l² / out and no less, and the update of full fine-tuning is the planted
+one plus Gaussian noise.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ class PlantedModel(nn.Module):
         self.second = nn.Linear(q, p, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, first.in + second.in) to (batch, first.out + second.out)."""
         left, right = x[..., : self.first.in_features], x[..., self.first.in_features :]
         return torch.cat((self.first(left), self.second(right)), dim=-1)
 
 
 class PlantedTask(Task):
-    """Learn a teacher = base + planted update from noisy outputs.
+    """Learn from the noisy outputs of a teacher, which is the base plus a planted update.
 
     Each map's update has ``rank`` singular values: evenly spaced from 2 down to 1 ("even"), all 1.5 ("flat"), or
     falling as 3/l, l = 1, 2, … ("decaying").
@@ -65,7 +66,7 @@ class PlantedTask(Task):
 
     @property
     def singular_values(self) -> Tensor:
-        """σ of each planted update."""
+        """Singular values (rank,) of each planted update."""
         if self.spectrum == "flat":
             return torch.full((self.rank,), 1.5)
         if self.spectrum == "decaying":

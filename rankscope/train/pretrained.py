@@ -89,8 +89,8 @@ class PretrainedModel:
         if self.local:
             folder = Path(self.name).resolve()
         else:
-            found = self.transformers.utils.cached_file(self.name, "config.json", local_files_only=True)
-            folder = Path(found).parent
+            path = self.transformers.utils.cached_file(self.name, "config.json", local_files_only=True)
+            folder = Path(path).parent
         files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
         hashes = [file_hash(file) for file in files]
         whole = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -211,10 +211,10 @@ def config_entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def padding_id(base: PretrainedModel) -> int:
     """The token to pad with; many decoders have none of their own and take the end of text."""
     tokenizer = base.tokenizer
-    found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if found is None:
+    token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if token is None:
         raise ConfigError(f"model {base.name!r}: its tokenizer has neither a padding nor an end-of-text token; set one")
-    return int(found)
+    return int(token)
 
 
 def vocabulary_size(model: Any) -> int:

@@ -1,7 +1,7 @@
 """Processes that train one run together: torchrun's, for full fine-tuning split over them. One is the usual case.
 
-DDP keeps the whole model in each process; FSDP2 (``shard_model``) keeps a part of each weight. Either way a batch is that of
-one process, shared out, so what is learned is the same to rounding.
+DDP keeps the whole model in each process; FSDP2 (``shard_model``) keeps a part of each weight. Either way the batch of
+one process is divided among all, so what is learned is the same to rounding.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TrainingProcesses:
         return self.rank == 0
 
     def share(self, batch: Batch) -> Batch:
-        """This process's rows of a batch.
+        """This process's rows of a batch: (rows, …) to (rows / size, …).
 
         Raises:
             ConfigError: the rows cannot be shared out evenly.
@@ -60,22 +60,22 @@ class TrainingProcesses:
         return nn.parallel.DistributedDataParallel(model)
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over the team; the tensor is on the CPU."""
+        """The mean over the processes, in the tensor's shape; the tensor is on the CPU."""
         if self.size > 1:
             dist.all_reduce(value)
             value /= self.size
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether any of the team says so; on the CPU, so that no GPU is waited for."""
+        """Whether any of the processes says so; on the CPU, so that no GPU is waited for."""
         if self.size == 1:
             return flag
-        found = torch.tensor([float(flag)])
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found.item())
+        largest = torch.tensor([float(flag)])
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return bool(largest.item())
 
     def wait(self) -> None:
-        """Until all of the team are here."""
+        """Wait until all processes have come this far."""
         if self.size > 1:
             dist.barrier()
 
@@ -96,13 +96,13 @@ def shard_model(model: nn.Module) -> nn.Module:
 
 
 def gather_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, on every process; any other as it is."""
+    """A sharded tensor gathered on every process, in its whole shape; any other tensor as it is."""
     gather = getattr(tensor, "full_tensor", None)
     return cast(Tensor, gather()) if callable(gather) else tensor
 
 
 def distribute_like(value: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor, sharded and placed as ``target`` is."""
+    """A whole tensor of ``target``'s shape, sharded and placed as ``target`` is."""
     placed = value.to(target.device, target.dtype)
     mesh: Any = getattr(target, "device_mesh", None)
     if mesh is None:
@@ -141,7 +141,7 @@ def open_process_group(config: StudyConfig, device: torch.device) -> Iterator[Tr
         yield TrainingProcesses(rank, size, config.shard)
     except RuntimeError as error:
         if "onnection" in str(error) or "gloo" in str(error) or "NCCL" in str(error):
-            raise TrainingError("another process of torchrun was lost; the same command goes on") from error
+            raise TrainingError("another process of torchrun was lost; the same command continues the study") from error
         raise
     finally:
         dist.destroy_process_group()

@@ -20,8 +20,8 @@ MODULE_NAME = "subspace"
 
 def count_parameters_and_modules(model: nn.Module, chosen: Collection[str]) -> tuple[int, int]:
     """Of the chosen parameters, each counted once: D, how many numbers they have, and m, how many modules own them."""
-    found = {name: weight.numel() for name, weight in model.named_parameters() if name in chosen}
-    return sum(found.values()), len({_owner(name) for name in found})
+    sizes = {name: weight.numel() for name, weight in model.named_parameters() if name in chosen}
+    return sum(sizes.values()), len({_owner(name) for name in sizes})
 
 
 class RandomSubspace(nn.Module):
@@ -95,7 +95,7 @@ def _owner(name: str) -> str:
 
 
 def _places(model: nn.Module, chosen: Collection[str]) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Where each parameter is found, by its first name: a tied one in several modules."""
+    """Where each parameter stands, by its first name: a tied one in several modules."""
     named = {id(weight): name for name, weight in model.named_parameters()}
     places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in chosen}
     for module, last, weight in _slots(model):

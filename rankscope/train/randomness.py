@@ -149,7 +149,7 @@ def has_same_rows(value: object, rows: Tensor) -> bool:
 
 
 def narrow_chunks(tensor: Tensor, count: int) -> list[Tensor]:
-    """The chunks as views of their own, which autograd lets a function write to."""
+    """``count`` chunks (rows / count, …) of a tensor (rows, …), as views that autograd lets a function write to."""
     size = tensor.shape[0] // count
     return [tensor.narrow(0, i * size, size) for i in range(count)]
 

@@ -1,4 +1,4 @@
-"""What a study found: one row a run, with how well it did and what rank its update really has."""
+"""The results of a study: one row for each run, with its scores and the effective ranks of its update."""
 
 from __future__ import annotations
 

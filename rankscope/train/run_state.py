@@ -1,4 +1,4 @@
-"""One run in progress: its optimizer, where it stands, and a state on disk to go on from."""
+"""One run in progress: its optimizer, its progress, and a state on disk from which it continues."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STATE_ERRORS = (OSError, RuntimeError, ValueError, LookupError, TypeError, Attri
 
 @dataclass
 class Progress:
-    """Where a run in progress stands; with the weights and the optimizer this is its whole state."""
+    """The progress of a run; with the weights and the optimizer this is its whole state."""
 
     step: int = 0
     seconds: float = 0.0
@@ -52,7 +52,7 @@ def schedule_factor(step: int, steps: int, config: StudyConfig) -> float:
 
 
 class RunState:
-    """Run i of the runs that ``trained`` holds: what it has of its own, alone or in a pass with others."""
+    """Run i of the runs that ``trained`` holds: its own optimizer, progress and losses."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class RunState:
         self.losses = torch.zeros(session.steps, device=device)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """What to go backward from, so that the gradients are those of ``loss`` once ``step`` has unscaled them."""
+        """The scalar to go backward from, whose gradients ``step`` unscales to those of ``loss``, a scalar."""
         self.losses[self.progress.step] += loss.detach()
         scaled: Tensor = self.scaler.scale(loss)
         return scaled
@@ -89,7 +89,7 @@ class RunState:
         self.scaler.update()
         self.progress.step += 1
 
-    # What has been measured
+    # Evaluations
 
     @property
     def is_evaluated(self) -> bool:
@@ -110,7 +110,7 @@ class RunState:
         write_atomic(self.folder / METRICS_NAME, lambda path: _write(path, text))
 
     def end(self, status: Status) -> RunRecord:
-        """Save the result, then the record, then drop the state: a kill between any two loses nothing."""
+        """Save the result, then the record, then delete the state: a kill between any two of them loses nothing."""
         saved = self.trained.save(self.i, self.folder) if status == "done" else 0
         last = self.progress.history[-1]
         record = RunRecord(
@@ -148,13 +148,13 @@ class RunState:
         """The optimizer's state by parameter name, in the run's own shapes."""
         states = {name: self.optimizer.state[weight] for name, weight in self.parameters.items()}
         kinds = dict.fromkeys(kind for state in states.values() for kind in state)
-        found: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
+        moments: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
         for kind in kinds:
             values = {name: gather_tensor(state[kind]) for name, state in states.items() if kind in state}
             values = values if kind == "step" else self.trained.trim(self.i, values)
             for name, value in values.items():
-                found[name][kind] = value
-        return found
+                moments[name][kind] = value
+        return moments
 
     def state_dict(self) -> dict[str, Any]:
         """All there is to know of the run, whatever other runs are trained beside it."""
@@ -175,7 +175,7 @@ class RunState:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         self.progress = Progress(**{**state["progress"], "history": list(state["progress"]["history"])})
         self.losses[: self.progress.step] = state["losses"].to(self.losses.device)
         for name, value in self.trained.pad(self.i, state["parameters"]).items():
@@ -198,7 +198,7 @@ class RunState:
         return value.to(weight.device if self.optimizer.defaults["fused"] else "cpu", copy=True)
 
     def resume(self) -> bool:
-        """Take up the state on disk, if there is one."""
+        """Continue from the state on disk; False where there is none."""
         path = self.folder / STATE_NAME
         if not path.exists():
             return False

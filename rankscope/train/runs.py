@@ -56,7 +56,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def label(self) -> str:
-        """What tables and plots call it, whatever its rate and seed: ``base``, ``full``, ``r = 8``, ``said d = 64``."""
+        """Its name in tables and plots, without learning rate and seed: ``base``, ``r = 8``, ``said d = 64``."""
         parts: list[str] = [self.method] if self.method != "lora" else []
         parts += [self.targets] if self.targets is not None else []
         parts += [f"r = {self.rank}"] if self.rank is not None else []
@@ -73,7 +73,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def slug(targets: str) -> str:
-    """Targets as part of a folder name; a hash tells apart what this makes alike."""
+    """Targets as part of a folder name; a hash keeps names apart that would otherwise become equal."""
     plain = re.sub(r"[^\w.+-]", "_", targets.replace(",", "+"))[:40]
     return (
         plain if plain == targets.replace(",", "+") else f"{plain}-{hashlib.sha256(targets.encode()).hexdigest()[:8]}"
@@ -96,7 +96,7 @@ def plan_runs(config: StudyConfig, task: Task) -> list[Run]:
 
 
 def default_learning_rates(task: Task, run: Run) -> list[float]:
-    """Rates to try of any method but full fine-tuning, where the settings name none."""
+    """Learning rates to try with a method where the settings name none."""
     factor = find_method(run.method).rate_over_full
     if factor is None:
         return list(task.learning_rates(full=False))
@@ -104,7 +104,7 @@ def default_learning_rates(task: Task, run: Run) -> list[float]:
 
 
 def _cells(config: StudyConfig, task: Task, method: TrainingMethod) -> list[Run]:
-    """A method at each of its target sets and ranks, or dimensions, without rate and with any seed."""
+    """A method at each of its sets of targets and ranks, or dimensions, without a learning rate and with seed 0."""
     if method.family == "subspace":
         return [Run(method=method.name, seed=0, dim=dim) for dim in feasible_dims(config.dims, task, method)]
     if method.family != "lora":
@@ -148,12 +148,12 @@ def feasible_dims(dims: Sequence[int], task: Task, method: TrainingMethod) -> li
     model = task.model(0)
     count, layers = count_parameters_and_modules(model, base_parameter_names(model, task))
     taken = layers if method.layered else 0
-    found = [dim for dim in dims if taken < dim <= count]
-    if not found:
+    feasible = [dim for dim in dims if taken < dim <= count]
+    if not feasible:
         raise ConfigError(
             f"dims = {','.join(map(str, dims))}: {method.name} needs some from {taken + 1} to {count} here"
         )
-    return found
+    return feasible
 
 
 def base_parameter_names(model: nn.Module, task: Task) -> list[str]:
@@ -171,7 +171,7 @@ def is_in_head(task: Task, name: str) -> bool:
 
 
 class RunCost(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run took. ``parameters`` are the base's; bytes are of what is trained and of the saved result.
+    """The cost of a run. ``parameters`` are the base's; bytes are of what is trained and of the saved result.
 
     ``peak_memory`` is that of the process on a CPU (None where the system does not tell it)
     and of the allocator on a GPU. ``together`` runs were trained in one pass: they share the peak,

@@ -81,5 +81,5 @@ def _measure(study: Study, record: RunRecord) -> ServingLatency:
         return task.outputs(called, batches[size])
 
     with torch.no_grad():
-        found = measure_latency(model, bank, run, BATCH_SIZES, REPEATS)
-    return ServingLatency(run=record.run.name, device=str(device), latency=found)
+        latency = measure_latency(model, bank, run, BATCH_SIZES, REPEATS)
+    return ServingLatency(run=record.run.name, device=str(device), latency=latency)

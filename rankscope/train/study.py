@@ -1,4 +1,4 @@
-"""A study: the folder that a sweep leaves, made, taken up again, and read."""
+"""A study: a folder of trained runs, made, continued and read."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ GridEdge = Literal["low", "high"] | None
 
 
 class LearningRateChoice(NamedTuple):
-    """The best rate, among those tried in ascending order.
+    """The best learning rate, among those tried in ascending order.
 
     ``edge`` says at which end of them it lies, if it does: then the true best may lie beyond, and a rank whose best
-    rate was not tried looks worse than it is.
+    learning rate was not tried looks worse than it is.
     """
 
     lr: float
@@ -62,8 +62,8 @@ class Study:
         self.folder = Path(folder)
         self.description = read_json(self.folder / "study.json")
         if self.description.get("schema") != STUDY_SCHEMA:
-            found = self.description.get("schema")
-            raise FormatError(f"{self.folder / 'study.json'}: its schema is {found!r}, not {STUDY_SCHEMA!r}")
+            schema = self.description.get("schema")
+            raise FormatError(f"{self.folder / 'study.json'}: its schema is {schema!r}, not {STUDY_SCHEMA!r}")
         for key in ("config", "metric", "higher_is_better"):
             if key not in self.description:
                 raise FormatError(f"{self.folder / 'study.json'}: holds no {key!r}; is this a study of rankscope?")
@@ -98,11 +98,11 @@ class Study:
         for record in self.records:
             if record.run.lr is not None:
                 cells.setdefault(record.run.label, []).append(record)
-        found = {label: self._choose(records) for label, records in cells.items()}
-        return {label: choice for label, choice in found.items() if choice is not None}
+        choices = {label: self._choose(records) for label, records in cells.items()}
+        return {label: choice for label, choice in choices.items() if choice is not None}
 
     def _choose(self, records: list[RunRecord]) -> LearningRateChoice | None:
-        """Rates that some seed diverged at, or was stopped at, cannot be the best one while others are left."""
+        """A learning rate at which some seed diverged or was stopped is the best only where no other is left."""
         scores: dict[float, list[float]] = {}
         for record in records:
             if record.status == "done" and record.run.lr is not None:
@@ -120,10 +120,10 @@ class Study:
         """The runs at the best rate of their label, one a seed, and the untouched base."""
         choices = self.choices()
 
-        def chosen(run: Run) -> bool:
+        def is_chosen(run: Run) -> bool:
             return run.lr is None or (run.label in choices and choices[run.label].lr == run.lr)
 
-        return [record for record in self.done() if chosen(record.run)]
+        return [record for record in self.done() if is_chosen(record.run)]
 
     def path(self, run: Run) -> Path:
         return self.folder / "runs" / run.name
@@ -177,9 +177,9 @@ def run_study(
     """Train every run of the study that has not ended yet.
 
     Args:
-        folder: a new folder, or that of the same study: it is taken up where it was left.
+        folder: a new folder, or that of the same study, which is continued where it was left.
         listener: is told of each step, evaluation and end (``rankscope.train.events``); nobody is where it is None.
-        stop: asked before each step; where it says yes the state is saved and ``InterruptedTrainingError`` raised.
+        stop: asked before each step; where it returns True the state is saved and ``InterruptedTrainingError`` raised.
 
     Several processes may be at work on one study: each takes runs that no other holds, and all return when the study is
     complete. torchrun is one way to start them.
@@ -219,7 +219,7 @@ MAX_EXTENSIONS = 3
 
 
 def extend_grid(study: Study, planned: list[Run]) -> list[Run]:
-    """Runs one rate further out, for each label whose best rate lies on the edge of those tried with every seed."""
+    """Runs at one further learning rate, for each label whose best lies at an end of those tried with every seed."""
     runs = []
     for label, choice in study.choices().items():
         asked = {run.lr for run in planned if run.label == label}
@@ -241,7 +241,7 @@ def next_learning_rate(tried: tuple[float, ...], edge: GridEdge) -> float:
 
 
 def _check_free(folder: Path) -> None:
-    """Refuse a folder that holds something else than a study, before anything is written to it."""
+    """Refuse a folder that holds something other than a study, before anything is written to it."""
     if (folder / "study.json").exists() or not folder.exists():
         return
     if not folder.is_dir() or any(not path.name.startswith((LOCK_NAME, ".study.json.")) for path in folder.iterdir()):
@@ -296,7 +296,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What a reader must know to judge times."""
+    """The machine, by which a reader can judge times."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": str(device), "processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 

@@ -30,7 +30,7 @@ RUNG_SHARE = 1 / 3
 
 
 class Sweep:
-    """The runs of a study that have not ended, taken group by group; several processes may do it at once."""
+    """Trains the runs of a study that have not ended, group by group; several processes may do it at once."""
 
     def __init__(self, session: Session, claims: Claims) -> None:
         self.session, self.claims = session, claims
@@ -42,7 +42,7 @@ class Sweep:
     def train(self, runs: Sequence[Run], until: int | None = None) -> None:
         """Train these runs to the end, or to step ``until``, together with other processes at work on the study.
 
-        Returns when none is left: what another process holds is waited for, and taken up should that process die.
+        Returns when none is left. A run that another process holds is waited for, and continued if that process dies.
         """
         joint = [run for run in runs if self._is_joint(run)]
         while left := [run for run in runs if run not in joint and not self._is_through(run, until)]:
@@ -64,7 +64,7 @@ class Sweep:
         return self.team.size > 1 and run.method == "full"
 
     def _train_jointly(self, run: Run, until: int | None) -> None:
-        """All processes of the team at one run, unless it has been done."""
+        """Train one run with all processes of the team, unless it is done."""
         self.team.wait()
         if self.team.any(self._is_through(run, until)):
             return
@@ -89,7 +89,7 @@ class Sweep:
     # Which runs, how many
 
     def _claim(self, left: Sequence[Run], until: int | None) -> list[Run]:
-        """The next runs that go together and that no other process is at."""
+        """Claim the next runs that can be trained together and that no other process holds."""
         group: list[Run] = []
         for run in left:
             if group and (not self._goes_with(group, run) or len(group) >= self._limit(group[0])):
@@ -109,8 +109,8 @@ class Sweep:
         if not (run.is_lora and group[0].is_lora) or self.config.bias != "none":
             return False
         if self.task.draws and (self.config.compile or run.seed != group[0].seed):
-            # Compiled code draws past own_streams. Runs of one seed have the same batches: a text padded to another
-            # run's longest would get other dropout.
+            # Compiled code ignores ``use_run_streams``. Runs of one seed have the same batches; a text that is padded
+            # to another run's longest text would get other dropout.
             return False
         ranks = [other.rank or 1 for other in (*group, run)]
         return max(ranks) <= MAX_RANK_RATIO * min(ranks) and self._can_share()
@@ -122,7 +122,7 @@ class Sweep:
         return self.shares
 
     def _limit(self, run: Run) -> int:
-        """How many runs pass together: as many as fit the budget of tokens, or on a GPU the memory."""
+        """How many runs are trained together: as many as fit the budget of tokens, or on a GPU the memory."""
         if self.limit is None:
             tokens = self.task.tokens_per_example() * self.session.batch_size
             if self.config.tokens is not None or self.device.type != "cuda":
@@ -141,7 +141,7 @@ class Sweep:
             raise
 
     def _probe(self, run: Run) -> None:
-        """One pass of one run that is thrown away, to see what it takes."""
+        """Take one step of one run, of which nothing is kept, to measure its memory."""
         base = RunRecord.read(self.path(base_run(run)))
         before = {run.seed: base.metrics}
         RunGroup(replace(self.session, team=SINGLE_PROCESS), [run], before).try_step()
@@ -167,7 +167,7 @@ class Sweep:
         RunGroup(session, group, before, until).train()
 
     def _halve(self, size: int, error: BaseException) -> None:
-        """Go on with half as many runs in a pass; they start from what they saved last."""
+        """Halve the number of runs in one pass; they continue from the states they saved last."""
         if size == 1:
             raise TrainingError("out of memory; try a smaller --batch with more --accumulate") from error
         self.limit = size // 2

@@ -52,9 +52,9 @@ def expand_targets(model: nn.Module, entry: str) -> str | tuple[str, ...]:
     asked = {
         name for name in names if name in ROLE_ENTRIES and not any(matches_path_end(name, path) for path in linear)
     }
-    found = layers_with_roles(model, linear, asked)
+    layers = layers_with_roles(model, linear, asked)
     plain = [name for name in names if name not in asked]
-    return tuple(dict.fromkeys([*plain, *shortest_names(model, found)]))
+    return tuple(dict.fromkeys([*plain, *shortest_names(model, layers)]))
 
 
 def linear_layers(model: nn.Module) -> list[str]:
@@ -112,12 +112,12 @@ def shortest_names(model: nn.Module, wanted: Sequence[str]) -> list[str]:
             exact[name] = all(path in chosen for path in paths if matches_path_end(name, path))
         return not exact[name]
 
-    found = []
+    names = []
     for path in wanted:
         parts = path.split(".")
         ends = [".".join(parts[start:]) for start in range(len(parts) - 1, 0, -1)]
-        found.append(next((end for end in ends if not names_others(end)), path))
-    return list(dict.fromkeys(found))
+        names.append(next((end for end in ends if not names_others(end)), path))
+    return list(dict.fromkeys(names))
 
 
 def parameters_per_rank(model: nn.Module, targets: str | Sequence[str], heads: Sequence[str] = ()) -> int:
@@ -132,9 +132,9 @@ def parameters_per_rank(model: nn.Module, targets: str | Sequence[str], heads: S
     """
     # With groups, a convolution's second factor is of a whole number of numbers only at multiples of them.
     rank = math.lcm(*(module.groups for module in model.modules() if isinstance(module, nn.Conv2d)))
-    found = find_targets(model, AdapterSpec(rank=rank, alpha=1.0, targets=targets, modules_to_save=tuple(heads)))
+    paths = find_targets(model, AdapterSpec(rank=rank, alpha=1.0, targets=targets, modules_to_save=tuple(heads)))
     count = 0
-    for path in found:
+    for path in paths:
         module = model.get_submodule(path)
         kind: type[AdapterLayer] | None = layer_class(module)
         if kind is not None:

@@ -27,7 +27,7 @@ Batch = Mapping[str, Tensor]
 
 
 LORA_RATE_OVER_FULL = 10.0
-"""LoRA's best learning rate over that of full fine-tuning, about, whatever the rank (Schulman et al. 2025)."""
+"""LoRA's best learning rate is about this multiple of full fine-tuning's, whatever the rank (Schulman et al. 2025)."""
 SHARING_TOLERANCE = 2e-3
 """Share of the largest output by which rounding may change the others; other dropout changes far more."""
 
@@ -68,10 +68,10 @@ class Task(ABC):
 
     @abstractmethod
     def batch(self, seed: int, index: int, size: int) -> Batch:
-        """The ``index``-th training batch of the run with this seed."""
+        """The ``index``-th training batch of the run with this seed: tensors of ``size`` rows."""
 
     def join(self, batches: Sequence[Batch]) -> Batch:
-        """One batch from N of the same number of examples, in order along the first axis."""
+        """One batch from N batches of the same number of examples, in order along the first axis: (N · size, …)."""
         return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 
     @abstractmethod
@@ -84,7 +84,7 @@ class Task(ABC):
 
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What the loss needs of the model; the first axis is that of the examples."""
+        """What the loss needs of the model: (examples, …)."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -147,18 +147,18 @@ class Task(ABC):
 
 @lru_cache(maxsize=8)
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    """The order of ``count`` examples in one epoch of the runs with this seed."""
+    """The order (count,) of the examples in one epoch of the runs with this seed."""
     return torch.randperm(count, generator=make_generator(seed, "order", epoch))
 
 
 def epoch_indices(seed: int, index: int, size: int, count: int) -> Tensor:
-    """Examples of the ``index``-th batch when epochs follow each other without a gap."""
+    """Examples (size,) of the ``index``-th batch when epochs follow each other without a gap."""
     places = torch.arange(index * size, (index + 1) * size)
     return torch.stack([epoch_order(seed, int(place) // count, count)[int(place) % count] for place in places])
 
 
 class WindowTask(Task):
-    """Next-token prediction on one long row of tokens, in windows of ``length``.
+    """Next-token prediction on one long row of tokens (tokens,), in windows of ``length``.
 
     Held-out windows do not overlap; the first token of each has no context and is not predicted.
     """
@@ -218,7 +218,7 @@ class WindowTask(Task):
 
 
 def weighted_mean(losses: Sequence[Tensor], counts: Sequence[int]) -> float:
-    """Mean loss of batches of different size, in float64; the device is waited for once."""
+    """Mean loss of batches of different size, in float64, from one scalar a batch; the device is waited for once."""
     weights = torch.tensor(counts, dtype=torch.float64)
     return float(torch.stack(list(losses)).cpu().double() @ weights / weights.sum())
 

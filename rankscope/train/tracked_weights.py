@@ -163,13 +163,13 @@ def measure_update(layer: TrackedWeight, k: int) -> dict[str, float]:
     spectrum = Spectrum.from_values(update, svd.s)
     if not spectrum.nonzero:
         return {}
-    found = {measure.title: float(measure(spectrum)) for measure in measures_shown("callback")}
+    values = {measure.title: float(measure(spectrum)) for measure in measures_shown("callback")}
     reference = layer.reference(k)
     if reference is not None:
         top = Subspace(orthonormalize(svd.Vt[: min(k, spectrum.nonzero)].T), "right")
-        found["overlap_init"] = float(overlap(top, reference)[-1, -1])
-        found["overlap_init_chance"] = max(top.k, reference.k) / top.dim
-    return found
+        values["overlap_init"] = float(overlap(top, reference)[-1, -1])
+        values["overlap_init_chance"] = max(top.k, reference.k) / top.dim
+    return values
 
 
 # Finding them
@@ -184,23 +184,23 @@ class TrackedWeights(NamedTuple):
 
 def find_tracked_weights(model: nn.Module) -> TrackedWeights:
     """All that is trained in a model: adapters of PEFT and of ``rankscope.Bank``, and any other trained parameter."""
-    found, claimed = TrackedWeights([], []), set[int]()
+    tracked, claimed = TrackedWeights([], []), set[int]()
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         return TrackedWeights([], [("the model", "sharded by FSDP: no process holds a whole matrix")])
     for path, module in model.named_modules():
         if isinstance(module, AdapterLayer):
             claimed |= {id(module.A), id(module.B)}
-            found.layers.extend(_bank_layers(strip_wrappers(path), module) if module.A.requires_grad else ())
+            tracked.layers.extend(_bank_layers(strip_wrappers(path), module) if module.A.requires_grad else ())
         elif hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer"):
             parameters = _peft_parameters(module)
             claimed |= {id(parameter) for parameter in parameters}
-            _add_peft(found, strip_wrappers(path), module, parameters)
+            _add_peft(tracked, strip_wrappers(path), module, parameters)
     for path, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in claimed:
                 claimed.add(id(parameter))
-                _add_whole(found, strip_wrappers(path if key == "weight" else f"{path}.{key}"), module, parameter)
-    return found
+                _add_whole(tracked, strip_wrappers(path if key == "weight" else f"{path}.{key}"), module, parameter)
+    return tracked
 
 
 def strip_wrappers(path: str) -> str:
@@ -232,16 +232,16 @@ def _peft_parameters(module: Any) -> list[nn.Parameter]:
     return single + [p for holder in holders if isinstance(holder, nn.Module) for p in holder.parameters()]
 
 
-def _add_peft(found: TrackedWeights, path: str, module: Any, parameters: Sequence[nn.Parameter]) -> None:
+def _add_peft(tracked: TrackedWeights, path: str, module: Any, parameters: Sequence[nn.Parameter]) -> None:
     if not any(parameter.requires_grad for parameter in parameters):
         return
     reason = _unsupported_reason(module)
     if any(is_sharded(parameter) for parameter in parameters):
         reason = "sharded: no process holds the whole factors"
     if reason:
-        found.left_out.append((path, reason))
+        tracked.left_out.append((path, reason))
     elif adapters := [name for name in module.active_adapters if _trains(module, name)]:
-        found.layers.append(TrackedAdapter(path, partial(_sum_of_products, module, adapters)))
+        tracked.layers.append(TrackedAdapter(path, partial(_sum_of_products, module, adapters)))
 
 
 def _unsupported_reason(module: Any) -> str | None:
@@ -287,12 +287,12 @@ def _product(module: Any, adapter: str) -> LowRank:
     return LowRank(B, A.flatten(1), scale)
 
 
-def _add_whole(found: TrackedWeights, name: str, module: nn.Module, parameter: nn.Parameter) -> None:
+def _add_whole(tracked: TrackedWeights, name: str, module: nn.Module, parameter: nn.Parameter) -> None:
     kernel = isinstance(module, nn.modules.conv._ConvNd)
     reason = non_matrix_reason(TensorInfo(tuple(parameter.shape), parameter.dtype), stacks=kernel)
     if is_sharded(parameter):
         reason = "sharded: no process holds the whole weight"
     if reason:
-        found.left_out.append((name, reason))
+        tracked.left_out.append((name, reason))
     else:
-        found.layers.append(TrackedFullWeight(name, parameter, turned=type(module).__name__ == "Conv1D"))
+        tracked.layers.append(TrackedFullWeight(name, parameter, turned=type(module).__name__ == "Conv1D"))

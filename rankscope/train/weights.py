@@ -14,7 +14,7 @@ from rankscope.lora.targets import layer_class
 
 
 def to_matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """A module's weight as (out, in): transformers' Conv1D stores (in, out), a convolution is flattened."""
+    """A module's weight as a matrix (out, in), from Conv1D's (in, out) or a convolution's (out, in, …)."""
     return weight.T if _stores_transposed(module) else weight.flatten(1)
 
 

@@ -1,4 +1,4 @@
-"""Several processes at work on one study on this machine, and what they report put together in one place."""
+"""Several processes on this machine that train one study, and their events passed on to one listener."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def run_study_with_workers(
     if stop():
         raise InterruptedTrainingError("stopped")
     if all(process.exitcode for process in processes):
-        raise TrainingError(f"the workers ended with code {processes[0].exitcode}; the same command goes on")
+        raise TrainingError(
+            f"the workers ended with code {processes[0].exitcode}; the same command continues the study"
+        )
     return Study(folder)
 
 
@@ -108,7 +110,7 @@ def _forward(reports: Any, listener: Listener, failures: list[str], notes: set[T
 
 
 def _run_worker(config: StudyConfig, folder: str, threads: int, reports: Any, asked: Any, parent: int) -> None:
-    """What a worker does."""
+    """Train in a worker process until the study is complete, or the parent asks for a stop or is gone."""
     # Ctrl-C reaches all processes of a terminal; the parent asks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
