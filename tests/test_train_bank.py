@@ -323,11 +323,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT, with the dropout that BERT has."""
     hf = pytest.importorskip("test_train_hf")
     folder = tmp_path_factory.mktemp("bert")
-    shape = {"vocab_size": 44, "max_position_embeddings": 32, "pad_token_id": 0, **hf.SMALL}
-    shape |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-    with hf.hf_quiet():
-        hf.wide(hf.transformers.BertModel(hf.transformers.BertConfig(**shape))).save_pretrained(folder / "bert")
-    hf.word_tokenizer(folder / "bert")
+    hf.save_bert(folder / "bert")
     return folder / "bert"
 
 

@@ -117,7 +117,7 @@ def test_default_rates_are_half_a_decade_apart_and_ten_times_higher_for_lora(doc
     assert docs.learning_rates(full=True) == (3e-4, 1e-3, 3e-3)
     assert docs.learning_rates(full=False) == (3e-3, 1e-2, 3e-2)
     planted = PlantedTask(2, 0.5)
-    assert (planted.learning_rates(full=True), planted.rates(full=False)) == ((3e-3,), (1e-2,))
+    assert (planted.learning_rates(full=True), planted.learning_rates(full=False)) == ((3e-3,), (1e-2,))
     assert (docs.default_batch, planted.default_batch) == (8, 16)
 
 
