@@ -71,7 +71,7 @@ class SideComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=T
 
     @classmethod
     def of(cls, a: Subspace, b: Subspace, product: Tensor | None = None) -> SideComparison:
-        """``product``: UᵀV, where it is known (``rankscope.subspace.cosines``)."""
+        """``product``: UᵀV (k_a, k_b), where it is known (``rankscope.subspace.cosines``)."""
         product = cosines(a, b) if product is None else product
         grid, theta = overlap(a, b, product), angles(a, b, product)
         return cls(
@@ -236,7 +236,7 @@ class DecomposedUpdate:
         return mine.coordinates(others).cpu()
 
     def compare_side(self, other: DecomposedUpdate, side: Side, product: Tensor) -> SideComparison:
-        """One side of both, from ``coordinates``."""
+        """One side of both, of k_a and k_b directions; ``product`` (n_a, n_b) from ``coordinates`` has at least those."""
         a, b = self.sides[side], other.sides[side]
         return SideComparison.of(a, b, product[: a.k, : b.k])
 

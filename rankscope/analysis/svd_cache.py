@@ -58,7 +58,7 @@ def _decompose(matrix: Tensor) -> SVD:
 
 
 def digest(*tensors: Tensor) -> str:
-    """SHA-256 of shapes, dtypes and numbers."""
+    """SHA-256 of shapes, dtypes and numbers of tensors (any shape)."""
     hashed = hashlib.sha256()
     for tensor in tensors:
         held = tensor.detach().cpu().contiguous()

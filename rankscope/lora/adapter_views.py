@@ -56,6 +56,6 @@ class AdapterViews:
 
 @torch.no_grad()
 def is_view(view: Tensor, stack: Tensor, i: int) -> bool:
-    """Whether a tensor is slice i of a stack, in the same memory."""
+    """Whether a tensor is slice i of a stack (N, …), in the same memory."""
     piece = stack[i]
     return (view.device, view.dtype, view.data_ptr()) == (piece.device, piece.dtype, piece.data_ptr())

@@ -140,14 +140,14 @@ class AdapterLayer(nn.Module, ABC):
         return (result + delta * self.slots[i].scale).to(result.dtype)
 
     def forward_all(self, x: Tensor, result: Tensor) -> Tensor:
-        """Adds adapter i to the i-th of N equal chunks of the batch; shapes as in ``forward_one``."""
+        """Adds adapter i to the i-th of N equal chunks of the batch: x (batch, …, in), result (batch, …, out)."""
         A, B = self.all_forward_factors()
         parts = zip(x.tensor_split(len(self.slots)), A.unbind(), B.unbind(), self.slots, strict=True)
         deltas = [self.delta(self.prepare_input(x, i), A, B) * slot.scale for i, (x, A, B, slot) in enumerate(parts)]
         return (result + torch.cat(deltas)).to(result.dtype)
 
     def forward_rows(self, x: Tensor, result: Tensor, rows: BatchRows) -> Tensor:
-        """Adds to each group of rows its adapter, or none; shapes as in ``forward_one``."""
+        """Adds to each group of rows its adapter, or none: x (batch, …, in), result (batch, …, out)."""
         rows.check(x.shape[0])
         here = [i != NO_ADAPTER and self.slots[i].rank > 0 for i in rows.adapters]
         if not any(here):
@@ -205,7 +205,7 @@ class AdapterLayer(nn.Module, ABC):
         return used.reshape(shape).clone()
 
     def pad(self, i: int, half: FactorName, own: Tensor) -> Tensor:
-        """The inverse of ``trim``: the slice of the stack, with zeros where adapter i has no rank.
+        """The inverse of ``trim``: A (r, …) to (R, …) or B (…, r) to (…, R), with zeros beyond rank r.
 
         Raises:
             ShapeError: not the shape of this factor of adapter i.
@@ -226,7 +226,7 @@ class AdapterLayer(nn.Module, ABC):
 
     @torch.no_grad()
     def set_factors(self, i: int, A: Tensor | None = None, B: Tensor | None = None) -> None:
-        """Overwrite A or B of adapter i; in the shapes that PEFT stores, as ``factors`` gives them."""
+        """Overwrite A (r, in, …) or B (out, r, …) of adapter i, in the shapes that PEFT stores."""
         if A is not None:
             self.A[i].copy_(self.pad(i, "A", A))
         if B is not None:
@@ -294,6 +294,6 @@ def select_factor(stacked: Tensor, i: int) -> Tensor:
 
 
 def check_shape(tensor: Tensor, shape: Sequence[int], half: FactorName) -> None:
-    """Raise ShapeError where a factor has another shape."""
+    """Raise ShapeError where a factor, A (r, in, …) or B (out, r, …), has another shape than ``shape``."""
     if tuple(tensor.shape) != tuple(shape):
         raise ShapeError(f"{half} is {tuple(tensor.shape)}, expected {tuple(shape)}; is it of another adapter or rank?")

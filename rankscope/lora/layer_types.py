@@ -22,9 +22,11 @@ class LinearLayer(AdapterLayer):
         return (rank, base.in_features), (base.out_features, rank)
 
     def delta(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """x·Aᵀ·Bᵀ with A (r, in), B (out, r): x (…, in) → (…, out)."""
         return linear(linear(x, A), B)
 
     def forward_one(self, x: Tensor, result: Tensor, i: int) -> Tensor:
+        """``result`` (…, out) plus adapter i of x (…, in)."""
         (A, B), scale = self.forward_factors(i), self.slots[i].scale
         low = linear(self.prepare_input(x, i), A).reshape(-1, A.shape[0])  # (rows, R)
         if low.dtype != result.dtype:
@@ -33,6 +35,7 @@ class LinearLayer(AdapterLayer):
         return torch.addmm(result.reshape(-1, B.shape[0]), low, B.T, alpha=scale).view_as(result)
 
     def forward_all(self, x: Tensor, result: Tensor) -> Tensor:
+        """``result`` (batch, …, out) plus adapter i of chunk i of x (batch, …, in), N equal chunks."""
         (A, B), n = self.all_forward_factors(), len(self.slots)  # (N, R, in), (N, out, R)
         if any(self.applies_dropout(i) for i in range(n)):
             x = torch.cat([self.prepare_input(part, i) for i, part in enumerate(x.tensor_split(n))])
@@ -53,9 +56,11 @@ class Conv1DLayer(LinearLayer):
         return (rank, n_in), (n_out, rank)
 
     def to_weight(self, update: Tensor) -> Tensor:
+        """(out, in) → (in, out), as the weight is stored."""
         return update.T
 
     def from_weight(self, weight: Tensor) -> Tensor:
+        """(in, out), as the weight is stored → (out, in)."""
         return weight.T
 
 
@@ -69,6 +74,7 @@ class EmbeddingLayer(AdapterLayer):
         return (rank, base.num_embeddings), (base.embedding_dim, rank)
 
     def delta(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Tokens x (batch, …) → (batch, …, dim) with A (r, vocabulary), B (dim, r)."""
         base: Any = self.base_layer
         # Tokens x (batch, …) → rows of Aᵀ (batch, …, R) → (batch, …, dim)
         rows = embedding(x, A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
@@ -76,6 +82,7 @@ class EmbeddingLayer(AdapterLayer):
         return linear(rows, B) * getattr(base, "embed_scale", 1.0)
 
     def prepare_input(self, x: Tensor, i: int) -> Tensor:
+        """Tokens x (batch, …) as they are: there is nothing to drop in them."""
         return x
 
     def initialise(self, i: int, init: Init) -> None:
@@ -85,6 +92,7 @@ class EmbeddingLayer(AdapterLayer):
         self.set_factors(i, B=torch.empty(shape, device=source.device).normal_(generator=source))
 
     def to_matrix(self, A: Tensor, B: Tensor, scale: float) -> LowRank:
+        """The update of the weight (vocabulary, dim) from A (r, vocabulary) and B (dim, r)."""
         return LowRank(A.T, B.T, scale)
 
 
@@ -102,6 +110,7 @@ class Conv2dLayer(AdapterLayer):
         return (rank, base.in_channels, *base.kernel_size), (base.out_channels, rank // base.groups, 1, 1)
 
     def delta(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """x (batch, in, height, width) → (batch, out, …) with A (r, in · kh · kw), B (out, r / groups)."""
         base: Any = self.base_layer
         padding = base.padding
         if base.padding_mode != "zeros":
@@ -112,11 +121,13 @@ class Conv2dLayer(AdapterLayer):
         return conv2d(low, B[:, :, None, None], groups=base.groups)
 
     def to_matrix(self, A: Tensor, B: Tensor, scale: float) -> LowRank:
+        """The update (out, in · kh · kw) from A (r, in, kh, kw) and B (out, r / groups, 1, 1)."""
         # Groups of B (out / groups, r / groups) → block diagonal (out, r)
         blocks = torch.block_diag(*B.flatten(1).chunk(self.groups))  # type: ignore[no-untyped-call]
         return LowRank(blocks, A.flatten(1), scale)
 
     def to_weight(self, update: Tensor) -> Tensor:
+        """(out, in · kh · kw) → (out, in, kh, kw)."""
         if self.groups > 1:
             raise ConfigError("a convolution with groups cannot hold its update, which joins the groups; leave it out")
         return update.view(self.weight.shape)

@@ -31,7 +31,7 @@ class Swap:
 
 
 def device_of(item: nn.Module | Tensor) -> torch.device | None:
-    """The device of a tensor, or of the first parameter of a module; None for a module without parameters."""
+    """The device of a tensor (any shape), or of a module's first parameter; None for a module without parameters."""
     if isinstance(item, Tensor):
         return item.device
     first = next(item.parameters(), None)

@@ -64,7 +64,7 @@ def _row_reader(update: Update, working: torch.dtype) -> Callable[[slice], Tenso
 
 
 def in_float64(tensor: Tensor) -> Tensor:
-    """The same tensor in float64.
+    """The same tensor (any shape) in float64.
 
     Raises:
         FormatError: it holds complex numbers, which no update does.

@@ -140,6 +140,7 @@ class ClassifyTask(Task):
         return out.float()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of the logits (rows, classes) against the labels (rows,): a scalar."""
         return F.cross_entropy(outputs, batch["labels"])
 
     def evaluate(self, model: nn.Module, split: Split, device: torch.device) -> dict[str, float]:

@@ -127,6 +127,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(dim, eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Attention and MLP with their residuals: x (batch, length, hidden) → the same shape."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
@@ -147,6 +148,7 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Hidden states (batch, length, hidden) of tokens (batch, length)."""
         x = self.embed_tokens(tokens)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         cos, sin = rotary_tables(tokens.shape[1], head_dim, self.config.rope_theta, tokens.device)
@@ -169,6 +171,7 @@ class Llama(nn.Module):
         self.model = Trunk(config)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (batch, length, vocabulary) of tokens (batch, length)."""
         return F.linear(self.model(tokens), self.model.embed_tokens.weight)
 
     def gradient_checkpointing_enable(self, *_: object, **__: object) -> None:

@@ -121,6 +121,7 @@ class PlantedTask(Task):
         return out
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Mean squared error of the outputs (rows, out): a scalar."""
         return (outputs - batch["y"]).square().mean()
 
     def evaluate(self, model: nn.Module, split: Split, device: torch.device) -> dict[str, float]:

@@ -235,7 +235,7 @@ def check_tokens(rows: list[list[int]], model: Any, where: str) -> None:
 
 @torch.no_grad()
 def check_causal(model: Any, tokens: Tensor, where: str) -> None:
-    """Refuse a model that sees the token it has to predict: its loss would mean nothing."""
+    """Refuse a model that sees the token it has to predict, tried on ``tokens`` (length,)."""
     pair = tokens[:8].long().repeat(2, 1)
     pair[1, -1] = (pair[1, -1] + 1) % vocabulary_size(model)
     before, after = model.eval()(input_ids=pair).logits[:, 0].float()

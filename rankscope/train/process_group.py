@@ -60,7 +60,7 @@ class TrainingProcesses:
         return nn.parallel.DistributedDataParallel(model)
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over the processes, in the tensor's shape; the tensor is on the CPU."""
+        """The mean over the processes of a tensor (any shape) on the CPU, in the same shape."""
         if self.size > 1:
             dist.all_reduce(value)
             value /= self.size
@@ -96,13 +96,13 @@ def shard_model(model: nn.Module) -> nn.Module:
 
 
 def gather_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered on every process, in its whole shape; any other tensor as it is."""
+    """A sharded tensor gathered on every process, in its full shape (any shape); any other tensor as it is."""
     gather = getattr(tensor, "full_tensor", None)
     return cast(Tensor, gather()) if callable(gather) else tensor
 
 
 def distribute_like(value: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor of ``target``'s shape, sharded and placed as ``target`` is."""
+    """A full tensor (any shape, that of ``target``), sharded and placed as ``target`` is."""
     placed = value.to(target.device, target.dtype)
     mesh: Any = getattr(target, "device_mesh", None)
     if mesh is None:

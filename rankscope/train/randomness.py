@@ -144,7 +144,7 @@ class PerRunStreams(TorchFunctionMode):
 
 
 def has_same_rows(value: object, rows: Tensor) -> bool:
-    """Whether a tensor has the rows of another: as long a first axis, and as many axes, or it is broadcast."""
+    """Whether a value is a tensor (rows, …) with as many rows and axes as ``rows`` (rows, …)."""
     return isinstance(value, Tensor) and value.ndim == rows.ndim and value.shape[0] == rows.shape[0]
 
 

@@ -196,6 +196,7 @@ class WindowTask(Task):
         return out
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of each next token: logits (batch, length, vocabulary) → a scalar."""
         return F.cross_entropy(outputs[:, :-1].float().flatten(0, 1), batch["tokens"][:, 1:].flatten())
 
     def windows(self, split: Split) -> Iterator[Tensor]:

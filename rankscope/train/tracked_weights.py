@@ -143,6 +143,7 @@ class TrackedFullWeight(TrackedWeight):
 
 
 def copy_to_cpu(tensor: Tensor) -> Tensor:
+    """A contiguous copy in memory of its own on the CPU, in the same shape (any)."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
@@ -209,7 +210,7 @@ def strip_wrappers(path: str) -> str:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a process holds only a piece of a tensor: DTensor (FSDP 2), or taken away by DeepSpeed's ZeRO 3."""
+    """Whether a process holds only a piece of a tensor (any shape): a DTensor, or emptied by DeepSpeed's ZeRO 3."""
     return hasattr(tensor, "device_mesh") or (hasattr(tensor, "ds_id") and tensor.numel() == 0) or tensor.is_meta
 
 
