@@ -5,9 +5,9 @@ python benchmarks/analysis.py --device cuda --no-peft           the same on a GP
 python benchmarks/analysis.py --model 70b --layers 8
 
 The floor is the time of 2·(out + in)·r² operations a layer at the rate of large float64 matrix products, measured
-before and after in the same run (for a comparison three times as many); see ``rankscope.analysis.benchmark``. On a GPU the
-file also has to cross the bus, which is measured as well. Times are the least of ``--repeats``. Processor time is the
-whole process's in one more run: it does not count what other programs took.
+before and after in the same run (for a comparison three times as many); see ``rankscope.analysis.benchmark``. On a
+GPU the file also has to cross the bus, which is measured as well. Times are the least of ``--repeats``. Processor
+time is the whole process's in one more run: it does not count what other programs took.
 
 PEFT's route is what PEFT's ``convert_to_lora`` does: the product BA formed in float32 and torch.linalg.svd of it; one
 layer of each shape is decomposed, and the adapter's time is the sum over shapes of that time and their number.

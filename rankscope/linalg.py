@@ -23,9 +23,9 @@ GRAM_BLOCK = 2**22
 KRYLOV_BLOCK = 16
 """Columns by which a Krylov space grows."""
 KRYLOV_COLUMNS = 5
-"""Columns of a Krylov space per singular value that is asked for, but for no fewer than twice ``KRYLOV_BLOCK`` values."""
+"""Columns of a Krylov space per requested singular value, of which at least twice ``KRYLOV_BLOCK`` are counted."""
 LARGEST_ENTRY = 1e30
-"""A float32 matrix with a larger entry is scaled before it is multiplied: sums over its rows and columns may overflow."""
+"""A float32 matrix with a larger entry is scaled before it is multiplied: sums over its rows may overflow."""
 SMALLEST_SQUARE = 1e-280
 """Squares below this, or above its inverse, and their sums begin to lose digits."""
 
@@ -261,7 +261,7 @@ def should_use_gram(tall: Tensor) -> bool:
     The eigenvalues have errors of about √m·2⁻⁵³·σ₁²: a σ below 1e-8·m^¼·σ₁ is noise of that size, and all above have
     float32 precision relative to σ₁ or better. An SVD in float32 leaves noise of about 1e-7·σ₁, and ``Spectrum`` counts
     what is below √m·1.2e-7·σ₁ as zero. So nothing is lost for float32 numbers; float64 ones would lose half their
-    digits. A GPU always uses the Gram matrix: it multiplies large matrices fast, while cusolver's Jacobi method is slow.
+    digits. A GPU always uses the Gram matrix: its products are fast, while cusolver's Jacobi method is slow.
     """
     if tall.dtype != torch.float32 or working_dtype(tall.device) != torch.float64:
         return False
@@ -281,7 +281,7 @@ def gram_lower_triangle(tall: Tensor) -> Tensor:
 
 
 def _lower_triangle(blocks: Iterable[Tensor], n: int) -> Tensor:
-    """``gram_lower_triangle`` from blocks of rows (m, n), by BLAS's dsyrk: half the cost of a product; torch lacks it."""
+    """``gram_lower_triangle`` from blocks of rows (m, n), by BLAS's dsyrk, which torch lacks: half the cost."""
     from scipy.linalg.blas import dsyrk
 
     total = np.zeros((n, n), order="F")  # the upper triangle in Fortran's order; transposed, the lower one in C's
@@ -296,7 +296,7 @@ class LeadingTriplets(NamedTuple):
     """Approximations of the k largest singular triplets of M (out, in).
 
     ``svd``: U (out, k) and Vt (k, in) orthonormal to float64, s the singular values of M·V, so s_l ≤ σ_l.
-    ``residuals``: (k,), ‖Mᵀu_l − s_l·v_l‖. ``further``: Ritz values after those k, (columns − k,), to float32 precision.
+    ``residuals``: (k,), ‖Mᵀu_l − s_l·v_l‖. ``further``: the Ritz values after those, (columns − k,), in float32.
     """
 
     svd: SVD
@@ -354,7 +354,7 @@ def _krylov_basis(matrix: Tensor, columns: int, seed: int) -> tuple[Tensor, Tens
     for at in range(0, columns, KRYLOV_BLOCK):
         # (in, 16) and (in, at). (imageᵀ · matrix)ᵀ is twice as fast as matrixᵀ · image.
         block, before = (_scale_to_one(image).T @ matrix).T, basis[:, :at]
-        # Random directions of the size of rounding: they continue where the matrix maps the block to nothing, or too little.
+        # Random directions of the size of rounding: they continue where the matrix maps the block to nothing.
         random = torch.randn(block.shape, generator=source).to(matrix)
         block = (_scale_to_one(block) + torch.finfo(matrix.dtype).eps * random)[:, : columns - at]
         for _ in range(3):

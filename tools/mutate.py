@@ -282,8 +282,8 @@ MUTATIONS = (
     mutation(
         "Conv1D's weight not transposed",
         "lora/layer_types.py",
-        "    def to_weight(self, update: Tensor) -> Tensor:\n        return update.T\n",
-        "    def to_weight(self, update: Tensor) -> Tensor:\n        return update\n",
+        "        return update.T\n",
+        "        return update\n",
         "lora_layers.py::test_merged_equals_unmerged_and_comes_back_bit_for_bit",
     ),
     mutation(

@@ -236,7 +236,7 @@ class DecomposedUpdate:
         return mine.coordinates(others).cpu()
 
     def compare_side(self, other: DecomposedUpdate, side: Side, product: Tensor) -> SideComparison:
-        """One side of both, of k_a and k_b directions; ``product`` (n_a, n_b) from ``coordinates`` has at least those."""
+        """One side of both, (k_a, k_b) directions; ``product`` (n_a, n_b) from ``coordinates`` has at least those."""
         a, b = self.sides[side], other.sides[side]
         return SideComparison.of(a, b, product[: a.k, : b.k])
 

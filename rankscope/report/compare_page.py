@@ -62,7 +62,8 @@ def _summary_sentence(result: CompareResult) -> str:
     overlaps = [f"{_describe_side(side)} in the {SPACES[name]}" for name, side in _summaries(result).items()]
     cosine = result.summary.cosine
     rest = "" if cosine is None else f" The cosine of the updates, all layers as one vector, is {format_short(cosine)}."
-    return f"Their top directions overlap by {' and by '.join(overlaps)}, median over {count_layers(len(result.layers))}.{rest}"
+    layers = count_layers(len(result.layers))
+    return f"Their top directions overlap by {' and by '.join(overlaps)}, median over {layers}.{rest}"
 
 
 def _describe_side(side: SideSummary) -> str:
@@ -157,7 +158,8 @@ def _spans_section(result: CompareResult) -> Section:
         key="spans",
         title="Angles and distances of the spans",
         lead="All directions that were compared of each, as two subspaces: the principal angles between them and "
-        f"distances made of these angles. φ of the whole spans is {' and '.join(overlaps)}, median over {count_layers(len(result.layers))}.",
+        f"distances made of these angles. φ of the whole spans is {' and '.join(overlaps)}, median over "
+        f"{count_layers(len(result.layers))}.",
         tables=[
             Table.of(
                 span_columns(name),
