@@ -18,6 +18,7 @@ import contextlib
 import csv
 import difflib
 import hashlib
+import html
 import io
 import json
 import os
@@ -769,7 +770,8 @@ def _csv_differences(before: str, after: str) -> Iterator[str]:
 
 def _shown(page: str) -> str:
     """The text of a page, and the values that stand behind its cells."""
-    return re.sub(r"<[^>]*>", " ", re.sub(r'<[^>]*?data-v="([^"]*)"[^>]*>', r" \1 ", page))
+    text = re.sub(r"<[^>]*>", " ", re.sub(r'<[^>]*?data-v="([^"]*)"[^>]*>', r" \1 ", page))
+    return html.unescape(text)  # "&#39;" is an apostrophe and no number
 
 
 def _numbers(text: str) -> list[str]:
