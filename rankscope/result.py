@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -11,6 +11,28 @@ import numpy as np
 from rankscope.errors import FormatError
 
 T = TypeVar("T")
+
+
+class Named(Protocol):
+    """Anything with a name, such as the layer of a result."""
+
+    @property
+    def name(self) -> str: ...
+
+
+N = TypeVar("N", bound=Named)
+
+
+def find_layer(layers: Iterable[N], name: str) -> N:
+    """The layer of that name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for layer in layers:
+        if layer.name == name:
+            return layer
+    raise KeyError(name)
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,7 +24,7 @@ GRAPH = structure.import_graph(SOURCES)
 # What a layer imports comes from its own or a lower one. A package stands for all of its modules.
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"linalg", "noise", "inference", "measures", "result", "table"},
+    {"linalg", "noise", "inference", "measures", "result", "table", "track"},
     {"updates"},
     {"structured"},
     {"spectra"},
@@ -39,7 +39,7 @@ LAYERS: list[set[str]] = [
     {"cli"},
 ]
 ENTRY = {"__init__", "__main__"}  # they re-export and start; what they load lazily is theirs to choose
-INDEPENDENT = {"linalg", "noise", "errors", "inference", "measures", "table"}
+INDEPENDENT = {"linalg", "noise", "errors", "inference", "measures", "table", "track"}
 """Modules that import no other of the package."""
 WITHOUT_HUB = {
     "errors",
@@ -49,6 +49,7 @@ WITHOUT_HUB = {
     "inference",
     "result",
     "table",
+    "track",
     "updates",
     "structured",
     "spectra",

@@ -18,13 +18,13 @@ from scipy import stats
 from rankscope.analysis.layer_spectra import spectrum
 from rankscope.evidence.effective.figure import plot_effective
 from rankscope.evidence.effective.measure import (
-    SHOWN_MEASURES,
     EffectiveRanks,
     PowerLawFit,
     RankMeasures,
     RunPoint,
     _noise,
     measure_effective,
+    measure_names,
     random_measures,
     verdicts,
 )
@@ -209,7 +209,7 @@ def test_noise_is_of_the_layers_that_the_adapter_has() -> None:
     )
     material = SimpleNamespace(best_rows=lambda method: [full])
     expected = noise_measures((40, 40))
-    assert _noise(material, adapter) == {name: expected[name] for name in SHOWN_MEASURES}  # type: ignore[arg-type]
+    assert _noise(material, adapter) == {name: expected[name] for name in measure_names()}  # type: ignore[arg-type]
 
 
 def test_results_are_strict_json(found: EffectiveRanks) -> None:

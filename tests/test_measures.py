@@ -15,6 +15,8 @@ from makers import normal, planted
 
 import rankscope
 from rankscope.analysis.spectrum_tables import layer_table
+from rankscope.cli import study_output
+from rankscope.evidence.effective.measure import measure_names, random_measures
 from rankscope.measures import MEASURES, Measure, measures_shown
 from rankscope.plots import plot_spectra
 from rankscope.report import spectrum_page
@@ -28,7 +30,7 @@ MADE_UP = Measure(
     "doubled",
     lambda spectrum: 2.0 * spectrum.stable_rank,
     "2Σσ²/σ₁²",
-    shown={"layers": 9, "medians": 9, "plot": 9, "summary": 9, "noise": 9},
+    shown={"layers": 9, "medians": 9, "plot": 9, "summary": 9, "noise": 9, "study": 9, "evidence": 9},
     mark="^",
 )
 
@@ -98,6 +100,14 @@ def test_a_measure_from_outside_is_on_the_page_in_the_plot_and_in_notebooks() ->
     assert "noise doubled" in layer_table(result).header
     drawn = [line for axes in plot_spectra([result]).axes for line in axes.lines if line.get_marker() == "^"]
     assert [float(line.get_xdata()[0]) for line in drawn] == [result.total.median["double_rank"]]  # type: ignore[index]
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_measure_from_outside_is_in_the_tables_of_a_study_and_beside_performance() -> None:
+    for columns in (study_output.run_columns(), study_output.label_columns()):
+        assert "doubled" in [column.titles.get("terminal") for column in columns]
+    assert measure_names()[-1] == "double_rank"
+    assert set(random_measures([(6, 5, 2)])) == set(measure_names())
 
 
 @pytest.mark.usefixtures("made_up")

@@ -1,1 +1,1 @@
-"""What stores of updates are made of, as frozen results with a versioned JSON form."""
+"""Analyses of updates: spectra, comparisons and inspection; their results have a versioned JSON form."""

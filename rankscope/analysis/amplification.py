@@ -1,7 +1,7 @@
-"""An update against the weight it is added to: does it point where the weight is strong, or where chance would?
+"""Whether an update points along strong directions of its weight, beside what random directions would do.
 
-Everything is read off the coordinates of the update's directions in the weight's own singular vectors, so the SVD of
-the weight is taken once and serves every update of it.
+All numbers follow from the coordinates of the update's directions in the singular vectors of the weight, so one SVD of
+the weight serves every update of it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class WeightBasisCoordinates:
 
     @classmethod
     def of(cls, update: Update, base: SVD, k: int | None = None) -> WeightBasisCoordinates:
-        """Those of the top k directions, of all that are above rounding where k is None or larger.
+        """The coordinates of the top k directions, or of all above rounding where k is None or larger.
 
         Args:
             base: SVD of the weight (out, in), thin, from ``rankscope.linalg.dense_svd``.
@@ -57,7 +57,7 @@ class WeightBasisCoordinates:
 
     @property
     def k(self) -> int:
-        """How many directions of the update there are."""
+        """Number of directions of the update."""
         return int(self.left.shape[1])
 
 
@@ -93,7 +93,7 @@ class Amplification(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def amplification(update: WeightBasisCoordinates, r: int) -> Amplification:
-    """Table 7 for the top r directions of an update, of all of them where r is larger.
+    """One column of Table 7 for the top r directions of an update, or for all where r is larger.
 
     Raises:
         ShapeError: r < 1, or a weight that is zero.
@@ -127,10 +127,10 @@ class Moments(NamedTuple):
     variance: float
 
     def tail_probability(self, value: float) -> float:
-        """Probability of at least this value, by the log-normal law with these moments.
+        """Probability of at least this value under the log-normal distribution with these moments.
 
-        At most 3 times too small down to 2·10⁻⁴ for weights from white to rank one, where a Gamma law would be 8 times
-        and a normal law hopelessly so; up to 10 times too large at r = 1 (seeded Monte Carlo).
+        In seeded Monte Carlo runs with weights from white to rank one it was at most 3 times too small down to 2·10⁻⁴
+        (a Gamma distribution: 8 times), and up to 10 times too large at r = 1.
         """
         from scipy.special import ndtr
 
@@ -141,7 +141,7 @@ class Moments(NamedTuple):
 
 
 def random_moments(s: Array, shape: tuple[int, int], i: int, j: int) -> Moments:
-    """Exact moments for i left and j right directions and a weight with singular values ``s``, shape (m, n).
+    """Exact moments for i left and j right directions and a weight (m, n) with singular values ``s`` (min(m, n),).
 
     E = ij/(mn)·f, and with f = Σσ², q = Σσ⁴, c_m = [i(m − i)/m]/[(m − 1)(m + 2)/2], c_n likewise with j,
     Var = (j/n)²c_m(q − f²/m) + (i/m)²c_n(q − f²/n) + c_n{c_m[(q + f²)/2 − q/m] − c_m(q − f²/m)/n}.
@@ -153,7 +153,7 @@ def random_moments(s: Array, shape: tuple[int, int], i: int, j: int) -> Moments:
     if not (1 <= i <= m and 1 <= j <= n):
         raise ShapeError(f"{i} left and {j} right directions do not fit a weight {shape}")
     f, q = float((s**2).sum()), float((s**4).sum())
-    c_m, c_n = _freedom(i, m), _freedom(j, n)
+    c_m, c_n = _energy_variance(i, m), _energy_variance(j, n)
     variance = (
         (j / n) ** 2 * c_m * (q - f * f / m)
         + (i / m) ** 2 * c_n * (q - f * f / n)
@@ -162,8 +162,8 @@ def random_moments(s: Array, shape: tuple[int, int], i: int, j: int) -> Moments:
     return Moments(i * j / (m * n) * f, max(variance, 0.0))
 
 
-def _freedom(i: int, m: int) -> float:
-    """c_m; 0 where the directions fill the space, also in one dimension, where the denominator is 0 too."""
+def _energy_variance(i: int, m: int) -> float:
+    """c_m of ``random_moments``; 0 where the directions fill the space, also for m = 1, where it would be 0/0."""
     return 0.0 if i == m else (i * (m - i) / m) / ((m - 1) * (m + 2) / 2)
 
 
@@ -189,7 +189,7 @@ class Positions(NamedTuple):
 
 
 def positions(update: WeightBasisCoordinates, i: int) -> Positions:
-    """Where in the weight's spectrum the top i directions of an update lie, all of them where i is larger.
+    """Where in the weight's spectrum the top i directions of an update lie, or all of them where i is larger.
 
     Raises:
         ShapeError: i < 1.
@@ -209,6 +209,6 @@ def _side(coordinates: Array, d: int) -> SidePositions:
 
 
 def _to_numpy(tensor: Tensor) -> Array:
-    """A tensor of any device as float64; in this order, as Apple's GPUs have no float64."""
+    """A tensor as float64 on the host; moved before it is converted, as Apple's GPUs have no float64."""
     numbers: Array = tensor.cpu().double().numpy()
     return numbers

@@ -1,10 +1,10 @@
-"""``bench``: what this machine can do, and how close the analysis of an adapter comes to it.
+"""``bench``: how fast this machine is, and how close the analysis of an adapter comes to it.
 
-The floor of a spectrum is the time of 2·(out + in)·r² float64 operations a layer, the products BᵀB and AAᵀ, at the rate
-of large matrix products on the same machine in the same minute; that of a comparison is three times as much (BᵀB and
-AAᵀ of both, and B₁ᵀB₂ and A₁A₂ᵀ). A symmetric product can be had in half of these operations, and on a CPU is
-(``linalg.transposed_times``): the floor is a mark to measure by, not a limit. Every time is the least of several: what
-other programs take is not this one's.
+The floor of a spectrum is the time of the products BᵀB and AAᵀ, 2·(out + in)·r² float64 operations a layer, at the rate
+of large matrix products on the same machine in the same minute. The floor of a comparison is three times as long: BᵀB
+and AAᵀ of both adapters, B₁ᵀB₂ and A₁A₂ᵀ. The floor is a reference, not a limit: ``linalg.transpose_matmul`` computes a
+symmetric product on a CPU with half of these operations. Every time is the least of several, as other programs can only
+add to it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ READ_BYTES = 2**28  # bytes
 
 
 class TimeRatio(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds that were measured and seconds at the least, by operations alone."""
+    """Seconds that were measured, and the ``floor`` in seconds that the operations alone take."""
 
     seconds: float
     floor: float
@@ -48,8 +48,10 @@ class TimeRatio(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MachineRates(msgspec.Struct, frozen=True, kw_only=True):
-    """Operations a second in matrix products and in Householder's QR of (4096, r), and bytes a second read from a file
-    that the system holds in memory; all workers together. float64 is None on a GPU without it."""
+    """Operations a second of matrix products and of Householder's QR of (4096, r), by all workers together.
+
+    ``read``: bytes a second from a file that the system has cached. ``float64`` is None on a GPU without it.
+    """
 
     read: float
     float32: float
@@ -58,7 +60,7 @@ class MachineRates(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BenchResult(Result, frozen=True, kw_only=True):
-    """One machine, one adapter of rank ``rank`` and ``modules`` layers in memory, stored in bfloat16."""
+    """One machine, and one adapter in memory: ``modules`` layers of rank ``rank`` in bfloat16."""
 
     schemas: ClassVar = (SCHEMA,)
     schema: str = SCHEMA
@@ -85,25 +87,27 @@ def bench(
     Raises:
         ConfigError: a device that cannot be used, or fewer than one worker.
     """
-    place = check_device(device)
-    count = worker_count(workers, place)
+    target = check_device(device)
+    count = worker_count(workers, target)
     a, b = (random_adapter(rank, layers, seed) for seed in (0, 1))
-    before = measure_rates(place, count, rank)
-    ones, twos = _copies(a, 2 * repeats + 2), _copies(b, repeats + 1)
-    seconds = least_seconds(lambda: spectrum(next(ones), device=place, workers=count), place, repeats)
-    both = least_seconds(lambda: compare(next(ones), next(twos), device=place, workers=count), place, repeats)
-    rates = best_rates(before, measure_rates(place, count, rank))
+    before = measure_rates(target, count, rank)
+    copies_a, copies_b = _copies(a, 2 * repeats + 2), _copies(b, repeats + 1)
+    spectrum_time = least_seconds(lambda: spectrum(next(copies_a), device=target, workers=count), target, repeats)
+    compare_time = least_seconds(
+        lambda: compare(next(copies_a), next(copies_b), device=target, workers=count), target, repeats
+    )
+    rates = best_rates(before, measure_rates(target, count, rank))
     floor = spectrum_flops((update.shape for update in a.values()), rank) / (rates.float64 or rates.float32)
     return BenchResult(
-        machine=machine_name(place),
-        device=str(place),
+        machine=machine_name(target),
+        device=str(target),
         torch=str(torch.__version__),
         workers=count,
         rates=rates,
         rank=rank,
         modules=len(a),
-        spectrum=TimeRatio(seconds=seconds, floor=floor),
-        compare=TimeRatio(seconds=both, floor=3 * floor),
+        spectrum=TimeRatio(seconds=spectrum_time, floor=floor),
+        compare=TimeRatio(seconds=compare_time, floor=3 * floor),
     )
 
 
@@ -128,12 +132,12 @@ def random_adapter(rank: int, layers: int, seed: int) -> dict[str, Update]:
 
 
 def _copies(updates: Mapping[str, Update], n: int) -> Iterator[dict[str, Update]]:
-    """The same as new objects, which remember nothing."""
+    """The same updates n times as new objects, which have cached nothing yet."""
     return iter([{name: update * 1.0 for name, update in updates.items()} for _ in range(n)])
 
 
 def measure_rates(device: torch.device, workers: int, rank: int) -> MachineRates:
-    """Measured now; matrix products by all cores together or by one-thread workers, whichever is faster."""
+    """The rates of this moment; of matrix products the faster of all cores together and one-thread workers."""
     working = working_dtype(device)
     size = 1024 if device.type == "cpu" else 8192
     products = {}
@@ -147,7 +151,7 @@ def measure_rates(device: torch.device, workers: int, rank: int) -> MachineRates
 
 
 def best_rates(a: MachineRates, b: MachineRates) -> MachineRates:
-    """The larger of each."""
+    """The larger of each rate."""
     float64 = None if a.float64 is None or b.float64 is None else max(a.float64, b.float64)
     return MachineRates(
         read=max(a.read, b.read), float32=max(a.float32, b.float32), float64=float64, qr=max(a.qr, b.qr)
@@ -155,7 +159,7 @@ def best_rates(a: MachineRates, b: MachineRates) -> MachineRates:
 
 
 def least_seconds(act: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds, the least of ``repeats``, after one that does not count."""
+    """The least seconds of ``repeats`` calls, after one that does not count."""
     act()
     return min(_seconds(act, device) for _ in range(repeats))
 
@@ -169,18 +173,18 @@ def _seconds(act: Callable[[], object], device: torch.device) -> float:
 
 
 def _measure_rate(act: Callable[[], object], flops: float, device: torch.device, workers: int) -> float:
-    together = max(1, round(1e9 / flops))  # some 20 ms of one core
+    calls = max(1, round(1e9 / flops))  # some 20 ms of one core
 
     def several(_: int = 0) -> None:
-        for _ in range(together):
+        for _ in range(calls):
             act()
 
-    alone = flops * together / least_seconds(several, device, 5)
+    alone = flops * calls / least_seconds(several, device, 5)
     if device.type != "cpu" or workers == 1:
         return alone
     with single_threaded_map(workers) as run:
         shared = least_seconds(lambda: list(run(several, range(workers))), device, 5)
-    return max(alone, workers * flops * together / shared)
+    return max(alone, workers * flops * calls / shared)
 
 
 def _read_rate() -> float:

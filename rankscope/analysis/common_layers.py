@@ -1,4 +1,4 @@
-"""Which layers several sources share: partners of partners, by the names of two sources at a time."""
+"""The layers that several sources share: two sources at a time are matched by name, and the matches are joined."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from rankscope.formats.abstract_store import SkippedItem, examples
 from rankscope.formats.names import natural_key
 
 Node = tuple[int, str]
-"""A layer of one group of sources that use the same names."""
+"""(group, name): a layer of a group of sources that use the same names."""
 
 
 class CommonLayers(NamedTuple):
-    """``layers``: for each that all have, what each source calls it. ``alone``: for each source, its other names."""
+    """``layers``: for each common layer, its name in each source. ``alone``: for each source, its other names."""
 
     sources: list[Source]
     layers: list[tuple[str, ...]]
@@ -36,8 +36,8 @@ class CommonLayers(NamedTuple):
 def find_common_layers(sources: Sequence[Source], rename: Renames = ()) -> CommonLayers:
     """The layers that all sources have, in the order of the first one's names.
 
-    A layer is shared where its partners (``matching.match``), and theirs, are exactly one layer of each source; the
-    order of the sources has no say in that. A renaming goes to every source that has a name it fits.
+    A layer is shared if it, its partners (``matching.match_layers``) and their partners are exactly one layer of each
+    source; the order of the sources does not matter. A renaming applies to every source with a name that it fits.
 
     Raises:
         ConfigError: a renaming that fits no source, or makes two names of a source one.
@@ -46,7 +46,7 @@ def find_common_layers(sources: Sequence[Source], rename: Renames = ()) -> Commo
     sources = _rename_sources(sources, list(rename))
     names = [tuple(source.names()) for source in sources]
     groups = list(dict.fromkeys(names))
-    group_of = [groups.index(own) for own in names]
+    group_of = [groups.index(source_names) for source_names in names]
     first = [sources[group_of.index(group)] for group in range(len(groups))]
     partners, blocks, skipped = _partners(first)
     shared = [dict(nodes) for nodes in partners if sorted(group for group, _ in nodes) == list(range(len(groups)))]
@@ -57,7 +57,7 @@ def find_common_layers(sources: Sequence[Source], rename: Renames = ()) -> Commo
     layers = [tuple(layer[group] for group in group_of) for layer in shared]
     sources = [split_fused_layers(source, blocks[group]) for source, group in zip(sources, group_of, strict=True)]
     used = [{_whole(source, layer[place]) for layer in layers} for place, source in enumerate(sources)]
-    alone = [tuple(name for name in own if name not in used[place]) for place, own in enumerate(names)]
+    alone = [tuple(name for name in listed if name not in taken) for listed, taken in zip(names, used, strict=True)]
     return CommonLayers(sources, layers, alone, skipped)
 
 
@@ -75,7 +75,7 @@ def _rename_sources(sources: Sequence[Source], rename: Sequence[tuple[str, str]]
 
 
 def _partners(sources: Sequence[Source]) -> tuple[list[list[Node]], list[dict[str, LayerSlice]], list[SkippedItem]]:
-    """Layers that are partners, directly or by others; the blocks of fused projections among them, for each source."""
+    """Groups of partners, direct or through others; each source's blocks of fused projections; skipped layers."""
     above: dict[Node, Node] = {}
 
     def top(node: Node) -> Node:
@@ -102,13 +102,13 @@ def _partners(sources: Sequence[Source]) -> tuple[list[list[Node]], list[dict[st
 
 
 def _blocks(source: Source) -> Iterable[tuple[str, LayerSlice]]:
-    """The layers of a source that are blocks of rows of another layer, each with its place there."""
+    """The layers of a source that are blocks of rows of another layer, each with its rows there."""
     if not isinstance(source.updates, RenamedUpdates):
         return []
     return [(name, place) for name, place in source.updates.places.items() if place.rows is not None]
 
 
 def _whole(source: Source, name: str) -> str:
-    """The layer that a block is a part of; any other itself."""
+    """The layer that a block is a part of; for any other layer its own name."""
     place = source.updates.places.get(name) if isinstance(source.updates, RenamedUpdates) else None
     return name if place is None or place.rows is None else place.name

@@ -1,4 +1,4 @@
-"""``compare``: do two sets of updates point the same way? Layer by layer, each number beside its chance level."""
+"""``compare``: whether two sets of updates point the same way, layer by layer, beside chance."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ import torch
 from rankscope.analysis.comparison_tables import layer_table
 from rankscope.analysis.display import html_table, short_name
 from rankscope.analysis.layer_comparison import (
+    CAPPED_NOTE,
     MATRIX_TITLES,
     MAX_DIRECTIONS,
+    ComparisonSettings,
     LayerComparison,
     MatrixKind,
-    check_comparison,
     compare_layers,
     cosine_similarity,
 )
 from rankscope.analysis.matching import MatchedSources, Renames, match_layers
-from rankscope.analysis.sources import Readable, Source, Track, matches_any, pattern_list
+from rankscope.analysis.sources import Readable, Source, matches_any, pattern_list
 from rankscope.analysis.worker_threads import compute_items, job_on_sources
 from rankscope.errors import RankscopeError, ShapeError, prefix_errors
 from rankscope.formats.abstract_store import SkippedItem, examples
 from rankscope.formats.names import Pairing
 from rankscope.formats.opening import Opening
 from rankscope.formats.study_layout import ADAPTER_FOLDER, INITIAL_FOLDER, RUN_NAME
-from rankscope.result import Result
+from rankscope.result import Result, find_layer
+from rankscope.track import Track
 from rankscope.updates import Update
 
 SCHEMA = "rankscope.compare/1"
-"""Folder of a run that holds the factors before training."""
 
 
 class ComparedSource(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +47,7 @@ class ComparedSource(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UnmatchedLayers(msgspec.Struct, frozen=True, kw_only=True):
-    """Layers without a partner in the other."""
+    """Layers of each source without a partner in the other."""
 
     a: tuple[str, ...]
     b: tuple[str, ...]
@@ -62,7 +63,7 @@ class SideSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """All layers. Norms, cosine and relative difference are those of the layers set side by side as one vector.
+    """All layers together; norms, cosine and relative difference take all layers as one vector.
 
     ``initial``: right side of the factors A before training, where both are runs that kept them.
     """
@@ -75,9 +76,15 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     cosine: float | None
     relative_difference: float | None
 
+    @property
+    def sides(self) -> dict[str, SideSummary]:
+        """The sides that were compared, by name."""
+        both = {"left": self.left, "right": self.right}
+        return {name: side for name, side in both.items() if side is not None}
+
 
 class CompareResult(Result, frozen=True, eq=False, kw_only=True):
-    """Two sources, layer by layer. ``of``: which matrices; ``to_json`` and ``from_json`` are inverses."""
+    """Two sources, layer by layer; ``of`` tells which matrices were compared."""
 
     schemas: ClassVar = (SCHEMA,)
     schema: str = SCHEMA
@@ -91,7 +98,7 @@ class CompareResult(Result, frozen=True, eq=False, kw_only=True):
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As for every result; the grids have the chance level of each cell beside them."""
+        """The result as JSON values, with the chance level of each cell beside the grids."""
         value = super().to_json()
         for written, layer in zip(value["layers"], self.layers, strict=True):
             for name, side in layer.sides.items():
@@ -99,15 +106,8 @@ class CompareResult(Result, frozen=True, eq=False, kw_only=True):
         return value
 
     def __getitem__(self, name: str) -> LayerComparison:
-        """The layer that a calls by this name.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise KeyError(name)
+        """The layer with this name in a; KeyError where there is none."""
+        return find_layer(self.layers, name)
 
     @property
     def titles(self) -> tuple[str, str]:
@@ -121,8 +121,8 @@ class CompareResult(Result, frozen=True, eq=False, kw_only=True):
 
     def __repr__(self) -> str:
         a, b = self.titles
-        sides = {"left": self.summary.left, "right": self.summary.right}
-        parts = [f"{name} overlap {s.overlap:.3f} (chance {s.expected:.3f})" for name, s in sides.items() if s]
+        sides = self.summary.sides.items()
+        parts = [f"{name} overlap {side.overlap:.3f} (chance {side.expected:.3f})" for name, side in sides]
         if self.summary.cosine is not None:
             parts.append(f"cosine {self.summary.cosine:.3f}")
         return f"CompareResult({a!r}, {b!r}: {len(self.layers)} layers of {self.matrices}, {', '.join(parts)})"
@@ -152,7 +152,7 @@ def compare(
         base: checkpoint that a path's full weights were tuned from.
         layers: globs of whole names, or dotted parts of them (``q_proj``, ``layers.0``); None takes all.
         top: how many directions of each are compared at most. None takes all that are above rounding, at most
-            ``MOST_DIRECTIONS`` of a full update.
+            ``MAX_DIRECTIONS`` of a full update.
         of: "update" compares ΔW, on both sides; "A" the right singular vectors of the factor A, as in the LoRA
             paper; "B" the left ones of B.
         device: where the decompositions run.
@@ -169,32 +169,24 @@ def compare(
     Raises:
         RankscopeError: no layer in common, none that can be compared, or one that holds NaN or infinity.
     """
-    check_comparison(top, of)
+    settings = ComparisonSettings(layers, top, of, track, rename, workers)
     openings = Opening(base, alpha, device=device).for_sources(initial, 2)
-    return compare_sources([a, b], openings, layers, top, of, track, rename, workers)
+    return compare_sources([a, b], openings, settings)
 
 
 def compare_sources(
-    sources: Sequence[Readable],
-    openings: Sequence[Opening],
-    layers: str | Iterable[str] | None = None,
-    top: int | None = None,
-    of: MatrixKind = "update",
-    track: Track = iter,
-    rename: Renames = (),
-    workers: int | None = None,
+    sources: Sequence[Readable], openings: Sequence[Opening], settings: ComparisonSettings
 ) -> CompareResult:
-    """``compare`` of two sources, with the settings of how each is opened as one value.
+    """``compare`` two sources, each with its opening.
 
     Raises:
         RankscopeError: as for ``compare``.
     """
-    check_comparison(top, of)
-    patterns = pattern_list(layers)
+    patterns, of = pattern_list(settings.layers), settings.of
     left, right = (Source.of(*source) for source in zip(sources, openings, "ab", strict=True))
-    matched = match_layers(left, right, rename)
+    matched = match_layers(left, right, settings.rename)
     pairing = _select_pairs(matched, patterns)
-    compared, skipped = _compare_pairs(matched.a, matched.b, pairing.pairs, top, of, track, workers)
+    compared, skipped = _compare_pairs(matched.a, matched.b, pairing.pairs, settings)
     if not compared:
         raise RankscopeError(
             f"{left.label} and {right.label}: no layer can be compared; {skipped[0].name}: {skipped[0].reason}"
@@ -215,23 +207,23 @@ def compare_sources(
         summary=summary,
         unmatched=UnmatchedLayers(a=tuple(pairing.only_a), b=tuple(pairing.only_b)),
         skipped=tuple(skipped),
-        notes=(*_notes(left, right, compared, summary, top), *unread),
+        notes=(*_notes(left, right, compared, summary, settings.top), *unread),
     )
 
 
 def _select_pairs(matched: MatchedSources, patterns: list[str] | None) -> Pairing:
-    """Partners, as far as the patterns fit the name in a or in b."""
-    everything = matched.pairing
+    """The partners of which a pattern fits the name in a or in b."""
+    pairing = matched.pairing
     if patterns is None:
-        return everything
+        return pairing
 
     kept = Pairing(
-        [names for names in everything.pairs if matches_any(names, patterns)],
-        [name for name in everything.only_a if matches_any([name], patterns)],
-        [name for name in everything.only_b if matches_any([name], patterns)],
+        [names for names in pairing.pairs if matches_any(names, patterns)],
+        [name for name in pairing.only_a if matches_any([name], patterns)],
+        [name for name in pairing.only_b if matches_any([name], patterns)],
     )
     if not kept.pairs:
-        shared = [name for name, _ in everything.pairs]
+        shared = [name for name, _ in pairing.pairs]
         raise RankscopeError(
             f"{matched.a.label} and {matched.b.label}: no layer in common fits {', '.join(map(repr, patterns))}; "
             f"they share {examples(shared)}"
@@ -240,22 +232,17 @@ def _select_pairs(matched: MatchedSources, patterns: list[str] | None) -> Pairin
 
 
 def _compare_pairs(
-    a: Source,
-    b: Source,
-    pairs: Sequence[tuple[str, ...]],
-    top: int | None,
-    of: MatrixKind,
-    track: Track,
-    workers: int | None,
+    a: Source, b: Source, pairs: Sequence[tuple[str, ...]], settings: ComparisonSettings
 ) -> tuple[list[LayerComparison], list[SkippedItem]]:
     def compare_pair(names: Sequence[str], updates: Sequence[Update]) -> LayerComparison | SkippedItem:
         try:
             with prefix_errors(f"{a.layer_label(names[0])} against {b.label}"):
-                return compare_layers(names[0], names[1], updates[0], updates[1], top, of)
+                return compare_layers(names[0], names[1], updates[0], updates[1], settings.top, settings.of)
         except ShapeError as error:
             return SkippedItem(names[0], str(error.__cause__ or error))
 
-    outcomes = compute_items(pairs, job_on_sources([a, b], compare_pair), a.device, workers, track)
+    job = job_on_sources([a, b], compare_pair)
+    outcomes = compute_items(pairs, job, a.device, settings.workers, settings.track)
     layers = [outcome for outcome in outcomes if isinstance(outcome, LayerComparison)]
     return layers, [outcome for outcome in outcomes if isinstance(outcome, SkippedItem)]
 
@@ -264,7 +251,7 @@ def _summary(layers: Sequence[LayerComparison], initial: SideSummary | None) -> 
     norm_a = math.sqrt(math.fsum(layer.norm_a**2 for layer in layers))
     norm_b = math.sqrt(math.fsum(layer.norm_b**2 for layer in layers))
     inner = [layer.inner for layer in layers if layer.inner is not None]
-    apart = [
+    differences = [
         (layer.relative_difference * max(layer.norm_a, layer.norm_b)) ** 2
         for layer in layers
         if layer.relative_difference is not None
@@ -276,7 +263,7 @@ def _summary(layers: Sequence[LayerComparison], initial: SideSummary | None) -> 
         norm_a=norm_a,
         norm_b=norm_b,
         cosine=cosine_similarity(math.fsum(inner), norm_a, norm_b) if inner else None,
-        relative_difference=math.sqrt(math.fsum(apart)) / max(norm_a, norm_b) if apart else None,
+        relative_difference=math.sqrt(math.fsum(differences)) / max(norm_a, norm_b) if differences else None,
     )
 
 
@@ -285,31 +272,33 @@ def _side(layers: Sequence[LayerComparison], side: Literal["left", "right"]) -> 
     if not sides:
         return None
     # Read from the grids rather than as cells, which would compute a p that nobody needs.
-    sizes = [sorted(one.overlap.shape) for one in sides]
-    square = [float(one.overlap[k - 1, k - 1]) for one, (k, _) in zip(sides, sizes, strict=True)]
+    sizes = [sorted(grid.overlap.shape) for grid in sides]
+    square = [float(grid.overlap[k - 1, k - 1]) for grid, (k, _) in zip(sides, sizes, strict=True)]
     return SideSummary(
         overlap=statistics.median(square),
-        expected=statistics.median(k / one.d for one, (k, _) in zip(sides, sizes, strict=True)),
-        whole=statistics.median(float(one.overlap[-1, -1]) for one in sides),
-        whole_expected=statistics.median(k / one.d for one, (_, k) in zip(sides, sizes, strict=True)),
+        expected=statistics.median(k / grid.d for grid, (k, _) in zip(sides, sizes, strict=True)),
+        whole=statistics.median(float(grid.overlap[-1, -1]) for grid in sides),
+        whole_expected=statistics.median(k / grid.d for grid, (_, k) in zip(sides, sizes, strict=True)),
     )
 
 
 def _initial(a: Source, b: Source, patterns: list[str] | None) -> tuple[SideSummary | None, list[str]]:
-    """How far the factors A of two runs overlapped before training, None where that is not known; and a note where
-    the runs kept them and they cannot be compared."""
+    """Overlap of the factors A of two runs before training, None where it is unknown, and notes.
+
+    There is a note where the runs kept these factors and they cannot be compared.
+    """
     folders = [initial_folder(source) for source in (a, b)]
     if folders[0] is None or folders[1] is None:
         return None, []
     try:
         before = compare(folders[0], folders[1], layers=patterns, of="A", device=a.device)
-    except RankscopeError as error:  # they matter for a note only; the adapters themselves can be compared
+    except RankscopeError as error:  # only a note depends on them
         return None, [f"the factors before training cannot be compared: {error}"]
     return before.summary.right, []
 
 
 def initial_folder(source: Source) -> Path | None:
-    """Where a run of a study kept its factors at step 0; None for any other adapter, whatever lies beside it."""
+    """The folder with the factors of a study's run at step 0; None for any other adapter."""
     if source.kind != "peft" or source.folder is None or source.folder.name != ADAPTER_FOLDER:
         return None
     run = source.folder.parent
@@ -320,8 +309,8 @@ def _notes(a: Source, b: Source, layers: Sequence[LayerComparison], summary: Sum
     yield from (f"a: {note}" for note in a.notes)
     yield from (f"b: {note}" for note in b.notes)
     if top is None and any(_is_capped(layer) for layer in layers):
-        yield f"of a full update the top {MAX_DIRECTIONS} directions are compared; top (--top) takes more or fewer"
-    yield from _confound(summary)
+        yield CAPPED_NOTE
+    yield from _shared_start_notes(summary)
 
 
 def _is_capped(layer: LayerComparison) -> bool:
@@ -331,8 +320,8 @@ def _is_capped(layer: LayerComparison) -> bool:
     return any(rank is None and n == MAX_DIRECTIONS < min(layer.shape) for rank, n in zip(ranks, sizes, strict=True))
 
 
-def _confound(summary: Summary) -> Iterable[str]:
-    """Warn of a right side that says where A started, not what was learned."""
+def _shared_start_notes(summary: Summary) -> Iterable[str]:
+    """A warning where the right side shows where A started, not what was learned."""
     left, right, initial = summary.left, summary.right, summary.initial
     if initial and _excess(initial) > 0.1:
         yield (
@@ -348,6 +337,6 @@ def _confound(summary: Summary) -> Iterable[str]:
 
 
 def _excess(side: SideSummary) -> float:
-    """How far the whole spans overlap beyond chance: 0 at chance, 1 for equal spans; 0 where chance fills all."""
+    """Overlap of the whole spans beyond chance: 0 at chance, 1 for equal spans, 0 where chance is 1."""
     room = 1 - side.whole_expected
     return (side.whole - side.whole_expected) / room if room > 1e-6 else 0.0

@@ -1,4 +1,4 @@
-"""The tables of ``compare`` with two sources: each column once, with the places that show it."""
+"""The tables of ``compare`` with two sources; a column is defined once, with the places that show it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DISTANCES = ("projection", "geodesic", "chordal", "fubini_study", "procrustes")
 
 
 def layer_table(result: CompareResult) -> Table:
-    """A row a layer, as the terminal and notebooks show it."""
+    """One row for each layer, as the terminal and notebooks show it."""
     return Table.of(layer_columns(result), result.layers, "terminal", has_total=True)
 
 
@@ -71,12 +71,12 @@ def layer_columns(result: CompareResult) -> list[Column[LayerComparison]]:
 
 
 def _side_columns(result: CompareResult, name: Side) -> Iterator[Column[LayerComparison]]:
-    """φ(k, k) of one side beside chance, and distances of the spans; CSV has the columns of both sides always."""
-    summary = {"left": result.summary.left, "right": result.summary.right}[name]
+    """φ(k, k) of one side beside chance, and distances of the spans; CSV always has the columns of both sides."""
+    summary = result.summary.sides.get(name)
 
     def column(get: Callable[[SideComparison], Cell], text: str = "", **titles: str) -> Column[LayerComparison]:
-        whole: Column[LayerComparison] = Column(lambda layer: _read_side(layer, name, get), titles, text)
-        return whole if summary else whole.only("csv")
+        side_column: Column[LayerComparison] = Column(lambda layer: _read_side(layer, name, get), titles, text)
+        return side_column if summary else side_column.only("csv")
 
     yield column(lambda side: side.square.i, csv=f"{name}_i")
     yield column(lambda side: side.square.j, csv=f"{name}_j")

@@ -1,4 +1,4 @@
-"""How results name themselves and show themselves in notebooks."""
+"""Short names of results, and their tables in notebooks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def short_name(path: str) -> str:
 
 
 def html_table(title: str, table: Table, notes: Iterable[str] = ()) -> str:
-    """A table for notebooks, at most ``MAX_HTML_ROWS`` long, its numbers rounded as on the terminal."""
+    """A table for notebooks of at most ``MAX_HTML_ROWS`` rows, its numbers rounded as on the terminal."""
     rows = table.text_rows()
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
     body = "".join(
@@ -36,13 +36,12 @@ def html_table(title: str, table: Table, notes: Iterable[str] = ()) -> str:
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
-    """Short names that can be told apart: as many last parts of each path as that takes, without what all share.
+    """Short names that all differ: equal ones become the parts in which their paths differ.
 
-    Of paths that are equal, the second gets "(2)" and so on.
+    Of equal paths the second gets "(2)", the third "(3)" and so on.
     """
     names = [short_name(path) for path in paths]
-    alike = {name for name in names if names.count(name) > 1}
-    for name in alike:
+    for name in {name for name in names if names.count(name) > 1}:
         places = [i for i, other in enumerate(names) if other == name]
         for place, longer in zip(places, _strip_common_parts([paths[i] for i in places]), strict=True):
             names[place] = longer
@@ -54,12 +53,14 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
 
 
 def _strip_common_parts(paths: Sequence[str]) -> list[str]:
-    """The paths without their common beginning and the parts of a run that all end with."""
-    parts = [list(Path(path).absolute().parts[1:]) or [path] for path in paths]
-    while all(len(one) > 1 for one in parts) and len({one[0] for one in parts}) == 1:
-        parts = [one[1:] for one in parts]
+    """The paths without their common beginning, and without names of a run's files at a common end."""
+    split = [list(Path(path).absolute().parts[1:]) or [path] for path in paths]
+    while all(len(parts) > 1 for parts in split) and len({parts[0] for parts in split}) == 1:
+        split = [parts[1:] for parts in split]
     while (
-        all(len(one) > 1 for one in parts) and len({one[-1] for one in parts}) == 1 and parts[0][-1] in RUN_FILE_NAMES
+        all(len(parts) > 1 for parts in split)
+        and len({parts[-1] for parts in split}) == 1
+        and split[0][-1] in RUN_FILE_NAMES
     ):
-        parts = [one[:-1] for one in parts]
-    return ["/".join(one) for one in parts]
+        split = [parts[:-1] for parts in split]
+    return ["/".join(parts) for parts in split]

@@ -1,4 +1,4 @@
-"""``inspect``: what a file or folder is, from its headers and its configuration alone."""
+"""``inspect``: what a file or folder holds, from its headers and its configuration alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCHEMA = "rankscope.inspect/1"
 
 
 class TargetGroup(msgspec.Struct, frozen=True, kw_only=True):
-    """Layers that are alike: of one name within their block, one shape (out, in), rank, scale, dtype and method.
+    """Layers with the same name within their block, shape (out, in), rank, scale, dtype and method.
 
     ``alpha``, ``scale`` and ``nominal_rank`` are None where there is none.
     """
@@ -45,8 +45,11 @@ class TargetGroup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Inspection(Result, frozen=True, kw_only=True):
-    """What ``path`` is. ``parameters`` counts the numbers of every tensor, ``dtypes`` those of each stored dtype,
-    ``size`` the bytes of the files. ``says`` is one sentence; ``training`` what the file names as its making."""
+    """What ``path`` holds; ``says`` is the answer in one sentence.
+
+    ``parameters`` counts the numbers of all tensors, ``dtypes`` those of each stored dtype, ``size`` the bytes of the
+    files. ``training``: the program that the file names as the one that trained it.
+    """
 
     schemas: ClassVar = (SCHEMA,)
     schema: str = SCHEMA
@@ -67,10 +70,10 @@ class Inspection(Result, frozen=True, kw_only=True):
 
 
 def _count_tensors(stored: StoredTensors) -> dict[str, Any]:
-    """The fields of ``Inspection`` that only count."""
+    """The fields of ``Inspection`` that count tensors, numbers and bytes."""
     dtypes: Counter[str] = Counter()
     for info in stored.infos.values():
-        dtypes[_name(info.dtype)] += element_count(info.shape)
+        dtypes[_dtype_name(info.dtype)] += element_count(info.shape)
     return {
         "tensors": len(stored.infos),
         "parameters": sum(dtypes.values()),
@@ -82,15 +85,15 @@ def _count_tensors(stored: StoredTensors) -> dict[str, Any]:
 def inspect(
     path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, alpha: float | None = None
 ) -> Inspection:
-    """What a path holds: an adapter of any format, full weights with or without their base, a run, a study.
+    """Tell what a path holds: an adapter of any format, full weights with or without their base, a run, or a study.
 
     Args:
         path: file or folder.
-        base: the pre-trained model, where it decides what can be read.
+        base: the pre-trained model, which full weights and some adapters need.
         alpha: α where the file has none.
 
     Raises:
-        FormatError: nothing there, nothing that is known, or damaged.
+        FormatError: there is nothing, no known format, or a damaged file.
     """
     return describe_source(path, Opening(base, alpha))
 
@@ -101,25 +104,24 @@ def describe_source(path: str | os.PathLike[str], opening: Opening) -> Inspectio
     Raises:
         FormatError: as for ``inspect``.
     """
-    place = local_path(path)
-    if (place / STUDY_NAME).is_file():
-        return _study(place, str(path))
+    local = local_path(path)
+    if (local / STUDY_NAME).is_file():
+        return _describe_study(local, str(path))
     notes: list[str] = []
     try:
-        store = open_source(place, opening)
+        store = open_source(local, opening)
     except NoBaseError:
-        return _weights(Checkpoint(place), place, str(path))
+        return _describe_weights(Checkpoint(local), local, str(path))
     except NoAlphaError:
-        store = open_source(place, replace(opening, alpha=1.0))
+        store = open_source(local, replace(opening, alpha=1.0))
         store.notes.clear()
-        notes.append("the file gives no α, so neither scale nor size of its updates is known; give it (--alpha)")
-    inspection = _source(store, known=not notes)
-    run = _run(place)
-    says, all_notes = run or inspection.says, (*inspection.notes, *notes)
+        notes.append("the file gives no α, so the scale and the size of its updates are unknown; give it (--alpha)")
+    inspection = _describe_store(store, is_alpha_known=not notes)
+    says, all_notes = _describe_run(local) or inspection.says, (*inspection.notes, *notes)
     return msgspec.structs.replace(inspection, path=str(path), says=says, notes=all_notes)
 
 
-def _study(folder: Path, label: str) -> Inspection:
+def _describe_study(folder: Path, label: str) -> Inspection:
     read_json(folder / STUDY_NAME)
     runs = [path for path in folder.glob(f"{RUNS_FOLDER}/*") if path.is_dir()]
     ended = sum((run / RUN_NAME).is_file() for run in runs)
@@ -127,23 +129,23 @@ def _study(folder: Path, label: str) -> Inspection:
     return Inspection(path=label, format="study", says=says)
 
 
-def _run(folder: Path) -> str | None:
+def _describe_run(folder: Path) -> str | None:
     """One sentence on a run of a study; None for anything else."""
     if not (folder / RUN_NAME).is_file():
         return None
-    told = read_json(folder / RUN_NAME)
-    inner = told.get("run")
-    run = inner if isinstance(inner, dict) else told
+    record = read_json(folder / RUN_NAME)
+    inner = record.get("run")
+    run = inner if isinstance(inner, dict) else record
     settings = [f"{key} {run[key]}" for key in ("method", "rank", "alpha", "lr", "seed") if run.get(key) is not None]
-    return f"a run of a study: {', '.join(settings) or folder.name}; status {told.get('status', 'unknown')}"
+    return f"a run of a study: {', '.join(settings) or folder.name}; status {record.get('status', 'unknown')}"
 
 
-def _weights(checkpoint: Checkpoint, place: Path, label: str) -> Inspection:
+def _describe_weights(checkpoint: Checkpoint, local: Path, label: str) -> Inspection:
     """Full weights without a base."""
-    config = place / "config.json" if place.is_dir() else place.parent / "config.json"
-    told = read_json(config) if config.is_file() else {}
-    model = as_text(str(told.get("model_type") or ", ".join(map(str, told.get("architectures") or ()))))
-    base = told.get("_name_or_path")
+    path = (local if local.is_dir() else local.parent) / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    model = as_text(str(config.get("model_type") or ", ".join(map(str, config.get("architectures") or ()))))
+    base = config.get("_name_or_path")
     return Inspection(
         path=label,
         format=CHECKPOINT.title,
@@ -154,8 +156,8 @@ def _weights(checkpoint: Checkpoint, place: Path, label: str) -> Inspection:
     )
 
 
-def _source(store: Store, known: bool) -> Inspection:
-    rows = Counter(_row(store, name, store.info(name), known) for name in store.names())
+def _describe_store(store: Store, is_alpha_known: bool) -> Inspection:
+    rows = Counter(_group_fields(store, name, store.info(name), is_alpha_known) for name in store.names())
     targets = tuple(TargetGroup(layers=count, **dict(row)) for row, count in rows.items())
     methods = tuple(dict.fromkeys(target.method for target in targets))
     return Inspection(
@@ -173,27 +175,27 @@ def _source(store: Store, known: bool) -> Inspection:
     )
 
 
-def _row(store: Store, name: str, info: UpdateInfo, known: bool) -> tuple[tuple[str, Any], ...]:
-    """What layers that are alike have in common, as the fields of a ``TargetGroup``."""
+def _group_fields(store: Store, name: str, info: UpdateInfo, is_alpha_known: bool) -> tuple[tuple[str, Any], ...]:
+    """The fields of the ``TargetGroup`` that a layer belongs to, without the number of layers."""
     return tuple(
         {
-            "name": _target(name),
+            "name": _name_in_block(name),
             "shape": info.shape,
             "nominal_rank": info.nominal_rank,
-            "alpha": store.layer_alpha(name) if known else None,
-            "scale": info.scale if known else None,
-            "dtype": _name(info.dtype),
+            "alpha": store.layer_alpha(name) if is_alpha_known else None,
+            "scale": info.scale if is_alpha_known else None,
+            "dtype": _dtype_name(info.dtype),
             "method": info.method,
         }.items()
     )
 
 
-def _target(name: str) -> str:
-    """What a layer is called within its block, in names with dots or with underscores."""
+def _name_in_block(name: str) -> str:
+    """The name of a layer within its block, in names with dots or with underscores."""
     if "." in name:
         return layer_kind(name)
     return [part for part in re.split(r"_\d+(?=_|$)", name) if part][-1].strip("_") or name
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -17,21 +17,21 @@ from rankscope.noise import Array
 from rankscope.updates import Dense, Update
 
 TOP_DIRECTIONS = 10
-"""How many directions of the tuned weight are looked at (Shuttleworth et al. 2024)."""
+"""Directions of the tuned weight that are examined (Shuttleworth et al. 2024)."""
 INTRUDER_THRESHOLD = 0.5
 """A direction whose largest |cos| to every pre-trained one is below this is an intruder (Shuttleworth et al. 2024)."""
 SWEEP_THRESHOLDS = tuple(round(0.1 * step, 1) for step in range(1, 10))
-"""Other thresholds that the count is given for."""
+"""The thresholds at which intruders are counted, too."""
 STRONGEST_SHARE = 1 / 4
-"""The energy of a direction is measured inside the span of this share of the pre-trained directions, the strongest."""
+"""Share of the pre-trained directions, strongest first, whose span is the one of ``Direction.inside``."""
 GRAM_MAX_DIMENSION = 1024
-"""Smaller side up to which all eigenvalues of the Gram matrix are faster than a Krylov space."""
+"""Up to this smaller side, all eigenvalues of the Gram matrix are faster than a Krylov space."""
 BASIS_MAX_RANK_SHARE = 1 / 4
-"""Rank of an update, of the smaller side, up to which it is laid into the weight's own basis."""
+"""Up to this rank, as a share of the smaller side, an update is expressed in the weight's own basis."""
 TOLERANCE = 1e-9
-"""Largest residual ‖Tᵀu − σv‖/σ₁ of a direction that the Krylov space is trusted with."""
+"""Largest residual ‖Tᵀu − σv‖/σ₁ of a direction that is accepted from a Krylov space."""
 MAX_KRYLOV_COLUMNS = 400
-"""A Krylov space that needs more is given up for a dense SVD."""
+"""Where a Krylov space would need more, a dense SVD is taken instead."""
 
 
 class Direction(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,7 +54,7 @@ class Direction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Intruders(msgspec.Struct, frozen=True, kw_only=True):
-    """The top directions of a tuned weight, strongest first, and what a random direction would read.
+    """The top directions of a tuned weight, strongest first, beside the values of a random direction.
 
     ``chance``: the mean of the largest |cos| of a random direction; ``inside_chance``: its energy ``inside``.
     ``counts``: directions below each threshold of ``SWEEP_THRESHOLDS``.
@@ -68,15 +68,15 @@ class Intruders(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def intruding_directions(self) -> tuple[Direction, ...]:
         """The intruders at the usual threshold."""
-        return tuple(one for one in self.directions if one.is_intruder)
+        return tuple(direction for direction in self.directions if direction.is_intruder)
 
 
 def intruders(update: Update, weight: Tensor, base: SVD, k: int = TOP_DIRECTIONS) -> Intruders:
     """Intruder dimensions among the top k left singular vectors of weight + update (Shuttleworth et al. 2024).
 
-    Only |cos| counts, since singular vectors have no sign. Among near-equal singular values they have no direction of
-    their own either: the update may then turn old ones into each other, which reads as a low cosine with a high
-    ``inside``. Directions that are rounding beside the strongest are left out.
+    Only |cos| counts, since singular vectors have no sign. Among near-equal singular values they are not unique either:
+    the update may then rotate old directions into each other, which shows as a low cosine with a high ``inside``.
+    Directions within rounding of zero are left out.
 
     Args:
         weight: (out, in).
@@ -92,7 +92,7 @@ def intruders(update: Update, weight: Tensor, base: SVD, k: int = TOP_DIRECTIONS
         raise ShapeError(f"look at one direction at least, not {k}")
     k = min(k, *update.shape)
     top, energy = _in_basis(update, base, k) or _against_basis(update, weight, base, k)
-    coordinates, s = _not_rounding(top, update.shape)
+    coordinates, s = _drop_rounding(top, update.shape)
     squared = coordinates.square().cpu().double().numpy()
     n, out = squared.shape[0], update.shape[0]
     strong = max(1, round(STRONGEST_SHARE * n))
@@ -105,16 +105,16 @@ def intruders(update: Update, weight: Tensor, base: SVD, k: int = TOP_DIRECTIONS
         )
         for column, sigma in zip(squared.T, s.tolist(), strict=True)
     )
-    counts = tuple(sum(one.cosine < threshold for one in directions) for threshold in SWEEP_THRESHOLDS)
+    counts = tuple(sum(direction.cosine < threshold for direction in directions) for threshold in SWEEP_THRESHOLDS)
     return Intruders(directions=directions, chance=random_cosine(out, n), inside_chance=strong / out, counts=counts)
 
 
 def random_cosine(d: int, n: int) -> float:
     """Mean of the largest |cos| between a uniformly random direction in d dimensions and n orthonormal ones.
 
-    Exact: a Gaussian vector's length is independent of its direction, so it is the mean of the largest of n |normal|
-    numbers, ∫(1 − erf(x/√2)ⁿ)dx, over the mean length √2·Γ((d + 1)/2)/Γ(d/2). It grows as √(2 ln n/d), the rule of
-    thumb, which is some 8 % too large at d = n = 768.
+    Exact: the length of a Gaussian vector is independent of its direction, so this is the mean of the largest of n
+    |normal| numbers, ∫(1 − erf(x/√2)ⁿ)dx, over the mean length √2·Γ((d + 1)/2)/Γ(d/2). It grows as √(2 ln n/d), which
+    is some 8 % too large at d = n = 768.
     """
     from scipy.integrate import trapezoid
     from scipy.special import erf, gammaln
@@ -128,17 +128,17 @@ Top = tuple[Tensor, Tensor]
 """Left singular vectors, or their coordinates, as columns; singular values."""
 
 
-def _not_rounding(top: Top, shape: tuple[int, int]) -> Top:
-    """Without the directions that are rounding beside the strongest."""
+def _drop_rounding(top: Top, shape: tuple[int, int]) -> Top:
+    """The directions whose singular value is more than rounding of the largest."""
     U, s = top
     if not s[0] > 0:
         raise ShapeError(f"the tuned weight {shape} is zero and has no directions")
-    kept = int((s > s[0] * 1e-6).sum())  # squares lose half of the digits, and a margin
+    kept = int((s > s[0] * 1e-6).sum())  # squaring loses half of the digits; the rest is a margin
     return U[:, :kept], s[:kept]
 
 
 def _against_basis(update: Update, weight: Tensor, base: SVD, k: int) -> tuple[Top, float]:
-    """Coordinates (n, k) in the old left directions of the new top k, with their values; ‖W + ΔW‖²_F."""
+    """Coordinates (n, k) of the new top k left directions in the old ones, their singular values, and ‖W + ΔW‖²_F."""
     weight = weight.to(working_dtype(weight.device))
     if min(update.shape) <= GRAM_MAX_DIMENSION:
         U, s = _by_gram(weight + update.dense().to(weight.dtype), k)
@@ -150,10 +150,10 @@ def _against_basis(update: Update, weight: Tensor, base: SVD, k: int) -> tuple[T
 
 
 def _in_basis(update: Update, base: SVD, k: int) -> tuple[Top, float] | None:
-    """As ``_against_basis``, for thin factors, in the old directions themselves: there W is diag(s), ΔW is PQᵀ.
+    """As ``_against_basis`` for thin factors, computed in the basis of the old directions; None for other updates.
 
-    P = U₀ᵀB and Q = V₀ᵀAᵀ cost one product each; every step after that costs n·r. Where the basis does not fill its
-    space, the part of the factors outside is appended. None where the update is not thin.
+    There W is diag(s) and ΔW is PQᵀ. P = U₀ᵀB and Q = V₀ᵀAᵀ cost one product each; every step after that costs n·r.
+    Where the basis does not fill its space, the part of the factors outside is appended.
     """
     thin, n = update.product, len(base.s)
     if thin is None or thin.nominal_rank > BASIS_MAX_RANK_SHARE * n:
@@ -162,22 +162,22 @@ def _in_basis(update: Update, base: SVD, k: int) -> tuple[Top, float] | None:
     s = base.s.to(working)[:, None]
     P, Q = _coordinates(base.U.to(working), thin.left), _coordinates(base.Vt.T.to(working), thin.right.T)
 
-    def through(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def apply(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         y = left @ (right.T @ x)
         y[:n] += s * x[:n]
         return y
 
     old = torch.eye(len(Q), min(2 * k, n), dtype=working, device=Q.device)
     start = torch.cat((old, product_svd(P, Q.T).Vt[: 2 * k].T), dim=1)
-    top = block_krylov(lambda x: through(x, P, Q), lambda y: through(y, Q, P), start, k)
+    top = block_krylov(lambda x: apply(x, P, Q), lambda y: apply(y, Q, P), start, k)
     if top is None:
-        top = _by_gram(through(torch.eye(len(Q), dtype=working, device=Q.device), P, Q), k)
+        top = _by_gram(apply(torch.eye(len(Q), dtype=working, device=Q.device), P, Q), k)
     both = float((s * (P[:n] * Q[:n])).sum())
     return (top[0][:n], top[1]), float(s.square().sum()) + 2 * both + update.energy
 
 
 def _coordinates(basis: Tensor, columns: Tensor) -> Tensor:
-    """Of columns (d, r) in a basis (d, n), with those in directions of their own below where n < d."""
+    """Coordinates of columns (d, r) in a basis (d, n); where n < d, those of their part outside it stand below."""
     inside = basis.T @ columns
     if basis.shape[1] == basis.shape[0]:
         return inside
@@ -185,7 +185,7 @@ def _coordinates(basis: Tensor, columns: Tensor) -> Tensor:
 
 
 def _by_gram(tuned: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """From the eigenvectors of the smaller Gram matrix: in float64 right for all but the weakest directions."""
+    """From the eigenvectors of the smaller Gram matrix; float64 is accurate for all but the weakest directions."""
     if tuned.shape[0] <= tuned.shape[1]:
         values, vectors = torch.linalg.eigh(tuned @ tuned.T)
         return vectors.flip(1)[:, :k], values.flip(0)[:k].clamp(min=0).sqrt()
@@ -195,10 +195,9 @@ def _by_gram(tuned: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _by_krylov(update: Update, weight: Tensor, base: SVD, k: int) -> tuple[Tensor, Tensor]:
-    """By block Krylov from where the answer must nearly be: the old top directions and those of the update.
+    """By block Krylov, started with the top directions of the weight and of the update, without forming their sum.
 
-    Never forms weight + update. The residuals of the Ritz vectors certify the result; where they do not fall in time,
-    a dense SVD replaces it.
+    The residuals of the Ritz vectors certify the result; where they stay too large, a dense SVD replaces it.
     """
     transposed = update.T
 
@@ -219,12 +218,13 @@ def _by_krylov(update: Update, weight: Tensor, base: SVD, k: int) -> tuple[Tenso
 def block_krylov(
     apply: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], start: Tensor, k: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Top k left singular vectors and values of an operator T by Rayleigh–Ritz in a growing space; None where the
-    residuals are above ``TOLERANCE`` when it has ``MAX_KRYLOV_COLUMNS`` columns or fills the space.
+    """Top k left singular vectors (out, k) and values (k,) of an operator T by Rayleigh–Ritz in a growing space.
+
+    None where residuals are above ``TOLERANCE`` when that space has ``MAX_KRYLOV_COLUMNS`` columns or is the whole one.
 
     Args:
         apply: x (in, b) → Tx. back: y (out, b) → Tᵀy.
-        start: (in, at least k), whatever is near to the right singular vectors.
+        start: (in, b) with b ≥ k, columns near the right singular vectors.
     """
     basis = torch.linalg.qr(start)[0]
     image = apply(basis)
@@ -238,7 +238,7 @@ def block_krylov(
             return U, s
         if basis.shape[1] + k > min(MAX_KRYLOV_COLUMNS, basis.shape[0]):
             return None
-        for _ in range(2):  # once leaves what rounding puts back
+        for _ in range(2):  # once would leave what rounding adds
             residual = torch.linalg.qr(residual - basis @ (basis.T @ residual))[0]
         basis = torch.cat((basis, residual), dim=1)
         image = torch.cat((image, apply(residual)), dim=1)

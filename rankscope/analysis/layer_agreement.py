@@ -1,4 +1,4 @@
-"""LoRA's update against the one that full fine-tuning makes of the same weight, and against the best of its rank."""
+"""LoRA's update against that of full fine-tuning for the same weight, and against the best update of its rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rankscope.updates import LowRank, Update, check_same_shape
 
 
 class CapturedEnergy(msgspec.Struct, frozen=True, kw_only=True):
-    """Share of the full update's energy inside some directions of LoRA's, and that inside as many random ones."""
+    """Share of the full update's energy inside directions of LoRA's update, and inside as many random ones."""
 
     share: float
     chance: float
@@ -28,10 +28,10 @@ class LayerAgreement(msgspec.Struct, frozen=True, eq=False, kw_only=True):
 
     ``rank``: LoRA's nominal r. ``k``: how many directions its update has. ``floor``: √Σ_{l>r}σ²/‖ΔW_full‖, the least
     error of any update of rank r (Eckart & Young 1936). ``achieved``: ‖ΔW_full − s·BA‖. ``scaled``: the same with the
-    best multiple of s·BA, by ``scale`` ≥ 0: an update that points the other way agrees in nothing. ``efficiency``:
-    (1 − scaled²)/(1 − floor²), of the energy that rank r could explain the part that LoRA's update, so scaled, does
-    explain. ``inner`` and ``cosine``: of the two updates. ``left``,
-    ``right``, ``both``: energy of the full update inside LoRA's output space, input space, or both.
+    best multiple of s·BA, by ``scale`` ≥ 0, so that an opposite update explains nothing. ``efficiency``:
+    (1 − scaled²)/(1 − floor²), the energy that the scaled update explains, as a share of what rank r could explain.
+    ``inner`` and ``cosine``: of the two updates. ``left``, ``right``, ``both``: energy of the full update inside LoRA's
+    output space, input space, or both.
     ``left_directions`` and ``right_directions``: the top directions of full against those of LoRA; ``p_left`` and
     ``p_right`` the least p of each grid, corrected for looking at all of it (``rankscope.haar``).
     """
@@ -64,7 +64,7 @@ class LayerAgreement(msgspec.Struct, frozen=True, eq=False, kw_only=True):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FullUpdate:
-    """A full update with its spectrum and top directions, taken apart once for many comparisons."""
+    """A full update with its spectrum and top directions, decomposed once for many comparisons."""
 
     update: Update
     spectrum: Spectrum
@@ -73,7 +73,7 @@ class FullUpdate:
 
     @classmethod
     def of(cls, update: Update, top: int = MAX_DIRECTIONS) -> FullUpdate:
-        """All singular values, and the top directions, as many as are above rounding.
+        """Decompose an update: all singular values, and the top directions that are above rounding.
 
         Raises:
             ShapeError: an update without a direction (zero, or rounding alone).
@@ -107,8 +107,8 @@ def compare_with_full_update(full: Update | FullUpdate, lora: LowRank, top: int 
     """How far LoRA's update is the low-rank part of the full one; no product of factors is formed.
 
     Args:
-        full: the update of full fine-tuning, or what ``FullUpdate`` made of it.
-        lora: that of LoRA for the same weight, on the same device.
+        full: the update of full fine-tuning, or its ``FullUpdate``.
+        lora: the update of LoRA for the same weight, on the same device.
         top: how many directions of the two are compared at most.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankscope.analysis.matching import Renames
 from rankscope.errors import ConfigError, ShapeError
 from rankscope.linalg import FactoredSVD, working_dtype
 from rankscope.noise import Array
@@ -28,21 +29,23 @@ from rankscope.subspace import (
     cosines,
     overlap,
 )
+from rankscope.track import Track
 from rankscope.updates import LowRank, Update, check_same_shape
 
 MatrixKind = Literal["update", "A", "B"]
 SIDES: dict[MatrixKind, tuple[Side, ...]] = {"update": ("left", "right"), "A": ("right",), "B": ("left",)}
 """The sides that each kind of matrix has."""
 MATRIX_TITLES: dict[MatrixKind, str] = {"update": "updates ΔW", "A": "factors A", "B": "factors B"}
-"""What each is called."""
+"""The plural of each kind, for titles."""
 CANCELLATION_THRESHOLD = 0.01
-"""‖a − b‖² below this share of the larger ‖·‖² has lost more than two digits as a difference of norms."""
+"""Below this share of the larger ‖·‖², ‖a − b‖² loses more than two digits when it is computed from norms."""
 MAX_DIRECTIONS = 64
-"""Directions of a full update that are compared unless more are asked for: most of the others are noise."""
+"""Directions of a full update that are compared by default: most of the others are noise."""
+CAPPED_NOTE = f"of a full update the top {MAX_DIRECTIONS} directions are compared; top (--top) takes more or fewer"
 
 
 class OverlapCell(msgspec.Struct, frozen=True, kw_only=True):
-    """φ(i, j) with what chance would give."""
+    """φ(i, j) beside chance: mean, z and p for random directions."""
 
     i: int
     j: int
@@ -55,8 +58,8 @@ class OverlapCell(msgspec.Struct, frozen=True, kw_only=True):
 class SideComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
     """The top directions of a and b in one space of dimension ``d``.
 
-    ``overlap``: (k_a, k_b), row i − 1 and column j − 1 for the top i of a and the top j of b; ``chance`` stands beside
-    it. ``angles``: radians, ascending, between the whole spans, as are the ``distance``s. ``gaps_a``: (k_a,),
+    ``overlap``: (k_a, k_b), row i − 1 and column j − 1 for the top i of a and the top j of b. ``angles``: radians,
+    ascending, between the spans of all directions; ``distance``: of the same spans. ``gaps_a``: (k_a,),
     (σ_i − σ_{i+1})/σ_i; ``cluster_a`` marks cuts among values so close that the span is arbitrary; b likewise.
     """
 
@@ -71,7 +74,7 @@ class SideComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=T
 
     @classmethod
     def of(cls, a: Subspace, b: Subspace, product: Tensor | None = None) -> SideComparison:
-        """``product``: UᵀV (k_a, k_b), where it is known (``rankscope.subspace.cosines``)."""
+        """Compare two subspaces; ``product``: UᵀV (k_a, k_b), if it is known (``rankscope.subspace.cosines``)."""
         product = cosines(a, b) if product is None else product
         grid, theta = overlap(a, b, product), angles(a, b, product)
         return cls(
@@ -87,7 +90,7 @@ class SideComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=T
 
     @cached_property
     def chance(self) -> Chance:
-        """What random directions would overlap, for every cell: found when first asked for, as p takes its time."""
+        """The overlap of random directions for every cell; computed when first asked for, as p is slow."""
         return chance(self.overlap, self.d)
 
     @property
@@ -114,7 +117,7 @@ class SideComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=T
 
     @cached_property
     def square(self) -> OverlapCell:
-        """As many directions of each as both have: the sharpest test where one has many more."""
+        """The top k of both, k the smaller number of directions: the sharpest test where one has many more."""
         k = min(self.overlap.shape)
         return self.at(k, k)
 
@@ -125,11 +128,11 @@ class SideComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=T
 
 
 class LayerComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True):
-    """One layer. ``shape`` is (out, in), ``name`` what a calls it and ``name_b`` what b does.
+    """One layer: ``shape`` (out, in), ``name`` in a, and ``name_b`` in b.
 
     ``left``: output space, ``right``: input space; None for a side that the compared matrices do not have.
     ``relative_difference``: ‖a − b‖_F / max(‖a‖_F, ‖b‖_F). It, ``inner`` and ``cosine`` are None for factors, which are
-    known up to a change of basis only.
+    determined only up to a change of basis.
     """
 
     name: str
@@ -147,37 +150,47 @@ class LayerComparison(msgspec.Struct, frozen=True, eq=False, kw_only=True):
 
     @property
     def sides(self) -> dict[str, SideComparison]:
-        """Those of left and right that were compared."""
+        """The sides that were compared, by name."""
         both = {"left": self.left, "right": self.right}
         return {name: side for name, side in both.items() if side is not None}
 
 
-def check_comparison(top: int | None, of: str) -> None:
-    """Refuse what cannot be compared, before anything is read.
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """What is compared of the sources, and how; the arguments of ``comparison.compare``, checked before it reads.
 
     Raises:
-        ConfigError: less than one direction, or a matrix that there is not.
+        ConfigError: less than one direction, or an unknown matrix.
     """
-    if top is not None and top < 1:
-        raise ConfigError(f"top = {top}: compare at least one direction")
-    if of not in get_args(MatrixKind):
-        raise ConfigError(f"of = {of!r}: compare 'update', 'A' or 'B'")
+
+    layers: str | Iterable[str] | None = None
+    top: int | None = None
+    of: MatrixKind = "update"
+    track: Track = iter
+    rename: Renames = ()
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.top is not None and self.top < 1:
+            raise ConfigError(f"top = {self.top}: compare at least one direction")
+        if self.of not in get_args(MatrixKind):
+            raise ConfigError(f"of = {self.of!r}: compare 'update', 'A' or 'B'")
 
 
 def compare_layers(name: str, name_b: str, a: Update, b: Update, top: int | None, of: MatrixKind) -> LayerComparison:
     """Compare two updates of one weight, or their factors.
 
     Raises:
-        ShapeError: the shapes differ, one has no direction (zero), or lacks the factor that is asked for.
+        ShapeError: the shapes differ, or an update is zero or has no factors where these are compared.
     """
     check_same_shape(a, b)
     shape, ranks = a.shape, (a.nominal_rank, b.nominal_rank)
     a, b = select_matrix(a, of), select_matrix(b, of)
-    one, two = DecomposedUpdate.of(a, top), DecomposedUpdate.of(b, top)
-    norms = one.norm, two.norm
-    products = {side: one.coordinates(two, side) for side in SIDES[of]}
-    compared = {side: one.compare_side(two, side, product) for side, product in products.items()}
-    inner = _inner(one, two, products) if of == "update" else None
+    svd_a, svd_b = DecomposedUpdate.of(a, top), DecomposedUpdate.of(b, top)
+    norms = svd_a.norm, svd_b.norm
+    products = {side: svd_a.coordinates(svd_b, side) for side in SIDES[of]}
+    compared = {side: svd_a.compare_side(svd_b, side, product) for side, product in products.items()}
+    inner = _inner(svd_a, svd_b, products) if of == "update" else None
     return LayerComparison(
         name=name,
         name_b=name_b,
@@ -205,14 +218,15 @@ class DecomposedUpdate:
 
     @classmethod
     def of(cls, update: Update, top: int | None) -> DecomposedUpdate:
-        """Taken apart, with the top directions, at most ``MAX_DIRECTIONS`` of a full update where ``top`` is None.
+        """Decompose an update, with its top directions; None takes all, of a full update at most ``MAX_DIRECTIONS``.
 
         Raises:
-            ShapeError: it has no direction (zero, or rounding alone), or is too small to be squared.
+            ShapeError: it has no direction above rounding, or is too small to be squared.
         """
         svd = update.factored_svd()
         spectrum = Spectrum.from_values(update, svd.s)
-        left, right = Subspace.of_svd(svd, spectrum, _directions(update, top))
+        kept = top if top is not None or isinstance(update, LowRank) else MAX_DIRECTIONS
+        left, right = Subspace.of_svd(svd, spectrum, kept)
         if spectrum.energy < SMALLEST_ENERGY:
             norm = math.sqrt(spectrum.energy)
             raise ShapeError(f"it is too small to compare: a norm of {norm:.3g} loses digits when it is squared")
@@ -225,24 +239,24 @@ class DecomposedUpdate:
 
     @property
     def thin(self) -> bool:
-        """Whether it is a product, all of whose directions are known."""
+        """Whether it is a product of factors, so that all its directions are known."""
         return isinstance(self.update, LowRank)
 
     def coordinates(self, other: DecomposedUpdate, side: Side) -> Tensor:
-        """UᵀU' (or VᵀV'), on the host: of all directions between products, else of those that are compared."""
+        """UᵀU' or VᵀV' (n_a, n_b) on the host: all directions of two products, else the compared ones."""
         if not (self.thin and other.thin):
             return cosines(self.sides[side], other.sides[side])
         mine, others = ((svd.U if side == "left" else svd.V) for svd in (self.svd, other.svd))
         return mine.coordinates(others).cpu()
 
     def compare_side(self, other: DecomposedUpdate, side: Side, product: Tensor) -> SideComparison:
-        """One side of both, (k_a, k_b) directions; ``product`` (n_a, n_b) from ``coordinates`` has at least those."""
+        """Compare one side, (k_a, k_b) directions; ``product`` (n_a, n_b) comes from ``coordinates``."""
         a, b = self.sides[side], other.sides[side]
         return SideComparison.of(a, b, product[: a.k, : b.k])
 
 
 def _inner(a: DecomposedUpdate, b: DecomposedUpdate, products: Mapping[Side, Tensor]) -> float:
-    """⟨a, b⟩; of two products Σ_ij σ_i·σ'_j·(UᵀU')_ij·(VᵀV')_ij, from what their overlaps are made of."""
+    """⟨a, b⟩; for two products Σ_ij σ_i·σ'_j·(UᵀU')_ij·(VᵀV')_ij, as UᵀU' and VᵀV' are known from the overlaps."""
     if not (a.thin and b.thin):
         return a.update.inner(b.update)
     return float(a.svd.s @ (products["left"] * products["right"]) @ b.svd.s)
@@ -254,12 +268,8 @@ def select_matrix(update: Update, of: MatrixKind) -> Update:
         return update
     if not isinstance(update, LowRank):
         raise ShapeError(f"it is no product of factors and has no {of}; compare the updates")
-    same = torch.eye(update.nominal_rank, dtype=working_dtype(update.device), device=update.device)
-    return LowRank(same, update.A) if of == "A" else LowRank(update.B, same)
-
-
-def _directions(update: Update, top: int | None) -> int | None:
-    return top if top is not None or isinstance(update, LowRank) else MAX_DIRECTIONS
+    identity = torch.eye(update.nominal_rank, dtype=working_dtype(update.device), device=update.device)
+    return LowRank(identity, update.A) if of == "A" else LowRank(update.B, identity)
 
 
 def cosine_similarity(inner: float, norm_a: float, norm_b: float) -> float:
@@ -270,12 +280,12 @@ def cosine_similarity(inner: float, norm_a: float, norm_b: float) -> float:
 def difference_norm(a: Update, b: Update, inner: float, norms: tuple[float, float]) -> float:
     """‖a − b‖_F without forming a product, from ⟨a, b⟩ and both norms.
 
-    Where those cancel, two thin products are subtracted exactly, as factors of rank r₁ + r₂; anything else is known to
-    about 1e-8 of the larger norm, and float32 does not carry more.
+    Where these nearly cancel, two thin products are subtracted exactly, as factors of rank r₁ + r₂. Other updates keep
+    an error of about 1e-8 of the larger norm, as much as float32 can hold.
     """
     squared = norms[0] ** 2 + norms[1] ** 2 - 2 * inner
-    one, two = a.product, b.product
-    if squared < CANCELLATION_THRESHOLD * max(norms) ** 2 and one is not None and two is not None:
-        values = (one + two * -1.0).singular_values()
+    thin_a, thin_b = a.product, b.product
+    if squared < CANCELLATION_THRESHOLD * max(norms) ** 2 and thin_a is not None and thin_b is not None:
+        values = (thin_a + thin_b * -1.0).singular_values()
         return float(torch.linalg.vector_norm(values))
     return math.sqrt(max(0.0, squared))

@@ -1,4 +1,4 @@
-"""One layer of several sources, each with each: overlap, chance, inner product and distance of every pair."""
+"""One layer of several sources: overlap, chance, inner product and distance of every pair."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from rankscope.analysis.common_layers import CommonLayers
 from rankscope.analysis.layer_comparison import (
     MAX_DIRECTIONS,
     SIDES,
+    ComparisonSettings,
     DecomposedUpdate,
     MatrixKind,
     difference_norm,
     select_matrix,
 )
-from rankscope.analysis.sources import Source, Track
+from rankscope.analysis.sources import Source
 from rankscope.analysis.worker_threads import compute_items, job_on_sources
 from rankscope.errors import ShapeError, prefix_errors
 from rankscope.formats.abstract_store import SkippedItem
@@ -47,27 +48,29 @@ class LayerMatrices:
 
 
 def measure_layers(
-    shared: CommonLayers, titles: Sequence[str], top: int | None, of: MatrixKind, track: Track, workers: int | None
+    shared: CommonLayers, titles: Sequence[str], settings: ComparisonSettings
 ) -> tuple[list[LayerMatrices], list[SkippedItem]]:
+    """Compare every common layer of all sources; layers that cannot be compared are skipped."""
+
     def measure_layer(names: tuple[str, ...], updates: Sequence[Update]) -> LayerMatrices | SkippedItem:
         try:
-            parts = list(_decompose_updates(names, updates, shared.sources, titles, top, of))
-            return _combine(names[0], parts, of)
+            parts = list(_decompose_updates(names, updates, shared.sources, titles, settings))
+            return _combine(names[0], parts, settings.of)
         except ShapeError as error:
             return SkippedItem(names[0], str(error))
 
     job = job_on_sources(shared.sources, measure_layer)
-    outcomes = compute_items(shared.layers, job, shared.sources[0].device, workers, track)
+    outcomes = compute_items(shared.layers, job, shared.sources[0].device, settings.workers, settings.track)
     measured = [outcome for outcome in outcomes if isinstance(outcome, LayerMatrices)]
     return measured, [outcome for outcome in outcomes if isinstance(outcome, SkippedItem)]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _UpdateDirections:
-    """What is kept of one update once it is decomposed.
+    """The parts of a decomposed update that stay in memory.
 
-    ``columns``: orthonormal directions of each side, (d, c); the first ``k`` of them are compared. Of a product these
-    are all, with their σ ``values`` (c,), from which inner products follow; of any other update k, without values.
+    ``columns``: orthonormal directions of each side, (d, c), of which the first ``k`` are compared. A product keeps all
+    of them and their σ ``values`` (c,), from which inner products follow; any other update keeps k, without values.
     """
 
     update: Update
@@ -82,25 +85,25 @@ def _decompose_updates(
     updates: Sequence[Update],
     sources: Sequence[Source],
     titles: Sequence[str],
-    top: int | None,
-    of: MatrixKind,
+    settings: ComparisonSettings,
 ) -> Iterator[_UpdateDirections]:
-    """Decompose each update; of a full one only the directions that are compared stay in memory."""
+    """Decompose each update; of a full one only the compared directions stay in memory."""
     for name, update, source, title in zip(names, updates, sources, titles, strict=True):
         if update.shape != updates[0].shape:
             raise ShapeError(f"its shape is {update.shape} in {title} and {updates[0].shape} in {titles[0]}")
         try:
             with prefix_errors(source.layer_label(name)):
-                matrix = select_matrix(update, of)
-                whole = DecomposedUpdate.of(matrix, top)
+                matrix = select_matrix(update, settings.of)
+                decomposed = DecomposedUpdate.of(matrix, settings.top)
         except ShapeError as error:
             raise ShapeError(f"in {title}: {error.__cause__ or error}") from error
-        svd = {"left": whole.svd.U, "right": whole.svd.V}
+        svd = {"left": decomposed.svd.U, "right": decomposed.svd.V}
         columns: dict[Side, Tensor] = {
-            side: svd[side].to_dense() if whole.thin else whole.sides[side].basis for side in SIDES[of]
+            side: svd[side].to_dense() if decomposed.thin else decomposed.sides[side].basis
+            for side in SIDES[settings.of]
         }
-        values = whole.svd.s.double().cpu().numpy() if whole.thin else None
-        yield _UpdateDirections(matrix, whole.norm, whole.sides["left"].k, columns, values)
+        values = decomposed.svd.s.double().cpu().numpy() if decomposed.thin else None
+        yield _UpdateDirections(matrix, decomposed.norm, decomposed.sides["left"].k, columns, values)
 
 
 def _combine(name: str, parts: Sequence[_UpdateDirections], of: MatrixKind) -> LayerMatrices:
@@ -129,15 +132,14 @@ def _combine(name: str, parts: Sequence[_UpdateDirections], of: MatrixKind) -> L
 
 
 def _products(columns: Sequence[Tensor]) -> Array:
-    """UᵀV of all pairs as blocks of one matrix, on the host: one multiplication, which fills the machine better than
-    many small ones."""
+    """UᵀV of all pairs as blocks of one matrix on the host; one large product is faster than many small ones."""
     stacked = torch.cat(list(columns), dim=1)
     product: Array = transpose_matmul(stacked, stacked).double().cpu().numpy()
     return product
 
 
 def _block_sums(matrix: Array, starts: IntArray) -> Array:
-    """(n, n): the sums over the blocks that begin at ``starts`` in both directions."""
+    """(n, n): sums over the blocks of rows and columns that begin at ``starts``."""
     sums: Array = np.add.reduceat(np.add.reduceat(matrix, starts, axis=0), starts, axis=1)
     return sums
 
@@ -158,7 +160,7 @@ def _overlaps(product: Array, starts: IntArray, k: IntArray) -> Array:
 
 
 def _inner(parts: Sequence[_UpdateDirections], products: dict[Side, Array], starts: IntArray) -> Array:
-    """⟨a, b⟩ of all pairs; of two products Σ_ij σ_i·σ'_j·(UᵀU')_ij·(VᵀV')_ij."""
+    """⟨a, b⟩ of all pairs; for two products Σ_ij σ_i·σ'_j·(UᵀU')_ij·(VᵀV')_ij."""
     widths = np.diff([*starts, len(products["left"])])
     sigma = np.concatenate(
         [np.zeros(width) if part.values is None else part.values for part, width in zip(parts, widths, strict=True)]
@@ -182,10 +184,10 @@ def _apart(parts: Sequence[_UpdateDirections], inner: Array, norms: Array) -> Ar
 
 
 def combine_p_values(p: Sequence[Array]) -> list[Array]:
-    """p of every pair, from those of its layers, for each side: (layers, n, n) → (n, n), NaN on the diagonal.
+    """Combine the p of layers, for each side: (layers, n, n) → (n, n), NaN on the diagonal.
 
-    That k = ⌊L/2⌋ + 1 of L layers, more than half, are p_(k) or less by chance has a probability of at most L/k·p_(k),
-    however the layers depend on each other (Rüger 1978); then Holm's correction for all pairs and sides.
+    With k = ⌊L/2⌋ + 1, more than half of the L layers, the combined p is L/k·p_(k), which holds however the layers
+    depend on each other (Rüger 1978). Then Holm's correction for all pairs and sides follows.
     """
     combined = []
     for side in p:

@@ -1,4 +1,4 @@
-"""``spectrum``: the singular values of every layer, and the rank that each measure makes of them."""
+"""``spectrum``: the singular values and effective ranks of every layer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import msgspec
 import torch
 
 from rankscope.analysis.display import html_table, short_name
-from rankscope.analysis.sources import Readable, Source, Track, select_layers
+from rankscope.analysis.sources import Readable, Source, select_layers
 from rankscope.analysis.spectrum_tables import layer_table
 from rankscope.analysis.worker_threads import Job, compute_items
 from rankscope.errors import ConfigError, prefix_errors
 from rankscope.formats.abstract_store import SkippedItem
 from rankscope.formats.opening import Opening
 from rankscope.measures import MEASURES, measures_shown
-from rankscope.result import Result
+from rankscope.result import Result, find_layer
 from rankscope.sketch import AGREEMENT_TOLERANCE, Bounds, resolve_bounds, sketch_update
 from rankscope.spectra import (
     RoundingFloor,
@@ -30,6 +30,7 @@ from rankscope.spectra import (
     noise_measures,
     rounding_floor,
 )
+from rankscope.track import Track
 from rankscope.updates import Update
 
 SCHEMA = "rankscope.spectrum/1"
@@ -39,12 +40,12 @@ Measures = dict[str, float | int]
 class LayerSpectrum(msgspec.Struct, frozen=True, kw_only=True):
     """One layer. ``shape`` is (out, in); ``nominal_rank`` LoRA's r, None for an update that is no product.
 
-    ``singular_values``: largest first, perhaps cut, of ``count`` that can differ from zero; the measures are of
-    all. ``noise``, for full updates only: the same measures of a noise matrix of this shape, the edge that the
+    ``singular_values``: largest first, of ``count`` that can differ from zero; the list may be cut, the measures take
+    all. ``noise``, for full updates only: the same measures of a noise matrix of this shape, the noise edge that the
     median σ suggests and the counts above it (None where the median is zero). ``rounding_floor``: what storing in
-    half precision can have added (see ``rankscope.spectra.RoundingFloor``). ``bounds`` and ``residuals``, for sketched
-    layers only: lower and upper bound of every measure, of which ``measures`` has those whose bounds agree, and how far
-    each singular value is from its equation, ‖Mᵀu − σv‖ (see ``rankscope.sketch.Sketch``).
+    half precision can have added (``rankscope.spectra.RoundingFloor``). For sketched layers only: ``bounds``, lower and
+    upper bound of every measure, where ``measures`` has those whose bounds agree; ``residuals``, ‖Mᵀu − σv‖ of each
+    singular value (``rankscope.sketch.Sketch``).
     """
 
     name: str
@@ -62,7 +63,7 @@ class LayerSpectrum(msgspec.Struct, frozen=True, kw_only=True):
     residuals: tuple[float, ...] | None = None
 
     def interval(self, measure: str) -> Bounds:
-        """Its bounds, equal where it is known."""
+        """The bounds of a measure, equal where it is known."""
         return self.bounds[measure] if self.bounds else (self.measures[measure],) * 2
 
     @property
@@ -72,15 +73,15 @@ class LayerSpectrum(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def full(self) -> bool:
-        """Whether it was not made as a product of thin factors."""
+        """Whether the update is no product of thin factors."""
         return self.nominal_rank is None
 
 
 class SpectrumTotals(msgspec.Struct, frozen=True, kw_only=True):
-    """All layers together. ``zero`` layers have not changed at all and count in neither average.
+    """All layers together. ``zero``: number of layers that have not changed; they count in neither average.
 
-    ``median``: of each measure over layers. ``weighted_mean``: over layers by their energy. Where layers were sketched
-    these have what is known to four digits, and ``bounds`` lower and upper bound of every median.
+    ``median``: of each measure over layers. ``weighted_mean``: weighted by the energy of layers. Where layers were
+    sketched, both have the measures that are known to four digits, and ``bounds`` those of every median.
     """
 
     layers: int
@@ -93,7 +94,7 @@ class SpectrumTotals(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SpectrumResult(Result, frozen=True, kw_only=True):
-    """Spectra of all layers of one source; ``to_json`` and ``from_json`` are inverses."""
+    """Spectra of all layers of one source."""
 
     schemas: ClassVar = (SCHEMA,)
     schema: str = SCHEMA
@@ -105,15 +106,8 @@ class SpectrumResult(Result, frozen=True, kw_only=True):
     notes: tuple[str, ...]
 
     def __getitem__(self, name: str) -> LayerSpectrum:
-        """The layer of that name.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise KeyError(name)
+        """The layer of that name; KeyError where there is none."""
+        return find_layer(self.layers, name)
 
     @property
     def title(self) -> str:
@@ -152,14 +146,14 @@ def spectrum(
         device: where the decompositions run.
         track: wraps the list of names and may show progress.
         alpha: α of a path's layers where the file has none.
-        workers: threads that layers with thin factors are shared out over, each of which computes with one; None
-            takes as many as torch would use. The result is the same to the bit.
-        sketch: of full updates, find only so many singular values, where that costs well below all of them; measures
-            that the rest could change are given as bounds (``rankscope.sketch``).
+        workers: one-thread workers that compute the layers with thin factors; None takes as many as torch would use
+            threads. The result is the same to the bit.
+        sketch: number of singular values to find in full updates, where that is much cheaper than all of them; measures
+            that the rest could change get bounds (``rankscope.sketch``).
         initial: the adapter before training, where its initialisation moved the base (PiSSA and others).
 
     Raises:
-        RankscopeError: nothing to read, nothing that fits ``layers``, or a layer that holds NaN or infinity.
+        RankscopeError: there is nothing to read, nothing fits ``layers``, or a layer holds NaN or infinity.
     """
     return measure_spectra(source, Opening(base, alpha, initial, device), layers, top, track, workers, sketch)
 
@@ -173,7 +167,7 @@ def measure_spectra(
     workers: int | None = None,
     sketch: int | None = None,
 ) -> SpectrumResult:
-    """``spectrum`` with the settings of how the source is opened as one value.
+    """``spectrum`` of a source with its opening.
 
     Raises:
         RankscopeError: as for ``spectrum``.
@@ -222,7 +216,7 @@ def _measure_layer(source: Source, name: str, update: Update, top: int | None, s
 
 
 def _resolve_measures(bounds: Mapping[str, Bounds]) -> Measures:
-    """The measures whose bounds are one number."""
+    """The measures whose bounds agree."""
     return {name: value for name, ends in bounds.items() if (value := resolve_bounds(name, *ends)) is not None}
 
 
@@ -231,16 +225,16 @@ def _sketch_note(layers: Sequence[LayerSpectrum]) -> list[str]:
     if not sketched:
         return []
     worst = max(max(layer.residuals or (0.0,)) / (layer.singular_values[0] or 1.0) for layer in sketched)
-    hidden = sum(layer.dtype in ("bfloat16", "float16") and layer.rounding_floor is None for layer in sketched)
-    floor = f"; in {hidden} of them its end lies above the rounding floor, which is not known" if hidden else ""
+    without_floor = sum(layer.dtype in ("bfloat16", "float16") and layer.rounding_floor is None for layer in sketched)
+    floor = f"; {without_floor} of them end above the rounding floor, which is unknown" if without_floor else ""
     return [
-        f"{len(sketched)} of {len(layers)} layers were sketched: what the rest of the spectrum could change is given "
-        f"as bounds (largest residual {worst:.1e} of the first singular value){floor}"
+        f"{len(sketched)} of {len(layers)} layers were sketched: measures that the rest of the spectrum could change "
+        f"have bounds (largest residual {worst:.1e} of the first singular value){floor}"
     ]
 
 
 def _noise(update: Update, spectrum: Spectrum) -> dict[str, float | int | None] | None:
-    """Noise of the update's shape; None for a product, whose rank follows from how it was made."""
+    """Measures of noise of the update's shape; None for a product, whose rank its factors limit."""
     if update.nominal_rank is not None:
         return None
     counts = {"mp_edge": mp_edge(spectrum), "mp_count": mp_count(spectrum), "gd_count": gd_count(spectrum)}
@@ -278,7 +272,7 @@ def _total(layers: Sequence[LayerSpectrum]) -> SpectrumTotals:
 
 
 def _resolve_averages(bounds: Mapping[str, Bounds]) -> dict[str, float]:
-    """Where the ends are one number: itself where they are equal, or the mean where they agree to four digits."""
+    """The averages whose bounds are equal, or agree to four digits, where their mean is taken."""
     return {
         name: low if low == high else (low + high) / 2
         for name, (low, high) in bounds.items()

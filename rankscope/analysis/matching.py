@@ -1,4 +1,4 @@
-"""Which layer of one source is which of another: names, renamings, and fused projections split into their blocks."""
+"""Pairs of layers of two sources: by name, by renaming, and as blocks of fused projections."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPLIT = (
 
 
 class LayerSlice(NamedTuple):
-    """A layer under another name: what the source calls it, and which of its rows (None: all)."""
+    """A layer, or a block of its rows (None: all), under another name; ``name`` is the one in the source."""
 
     name: str
     rows: slice | None = None
@@ -52,7 +52,7 @@ class RenamedUpdates(Mapping[str, Update]):
 
 
 class MatchedSources(NamedTuple):
-    """Both sources under the names that ``pairing`` speaks of, and what was left out of it and why."""
+    """Both sources under the names of ``pairing``, and the layers that cannot be paired, with the reason."""
 
     a: Source
     b: Source
@@ -63,16 +63,16 @@ class MatchedSources(NamedTuple):
 def match_layers(a: Source, b: Source, rename: Renames = ()) -> MatchedSources:
     """Pair the layers of two sources.
 
-    Equal names, one wrapper in front, the conventions of tools (``formats.names.pair``); then a fused projection with
-    the q, k and v of the other side, where their shapes say that they are its blocks of rows.
+    First by names: equal ones, with a wrapper in front, by the conventions of tools (``formats.names.pair_names``).
+    Then a fused projection with q, k and v of the other side, if their shapes add up to its blocks of rows.
 
     Args:
         a, b: the sources.
-        rename: (from, to): parts of names in a and what is read in their place, in this order; an empty "from" puts
-            "to" in front.
+        rename: (from, to): parts of names in a and their replacements, in this order; an empty "from" puts "to" in
+            front.
 
     Raises:
-        ConfigError: a renaming that fits no name, or makes two names one.
+        ConfigError: a renaming fits no name, or makes two names one.
         RankscopeError: no layer in common.
     """
     a = rename_layers(a, list(rename))
@@ -89,10 +89,10 @@ def match_layers(a: Source, b: Source, rename: Renames = ()) -> MatchedSources:
 
 
 def rename_layers(source: Source, rename: Sequence[tuple[str, str]]) -> Source:
-    """The source with parts of its names read as others.
+    """The source with parts of its names replaced.
 
     Raises:
-        ConfigError: a renaming that fits no name, or makes two names one.
+        ConfigError: a renaming fits no name, or makes two names one.
     """
     if not rename:
         return source
@@ -100,15 +100,15 @@ def rename_layers(source: Source, rename: Sequence[tuple[str, str]]) -> Source:
     for old, new in rename:
         if not any(old in name for name in names.values()):
             raise ConfigError(f"{source.label}: no name has {old!r}; it has {examples(list(names.values()))}")
-        names = {name: (now.replace(old, new) if old else new + now) for name, now in names.items()}
+        names = {name: (renamed.replace(old, new) if old else new + renamed) for name, renamed in names.items()}
     places = {new: LayerSlice(name) for name, new in names.items()}
     if len(places) < len(names):
         raise ConfigError(f"{source.label}: the renaming makes two layers one; give a longer FROM")
     return replace(source, updates=RenamedUpdates(source, places))
 
 
-class _Unit(NamedTuple):
-    """q, k and v of one attention: one fused name, or three."""
+class _Projections(NamedTuple):
+    """q, k and v of one attention: one fused name, or three names."""
 
     names: tuple[str, ...]
 
@@ -118,28 +118,29 @@ class _Unit(NamedTuple):
 
 
 def _pair_fused(a: Source, b: Source, pairing: Pairing) -> MatchedSources:
-    """The pairing, with the layers that are left paired across fused and split projections."""
-    units_a, units_b = _units(pairing.only_a), _units(pairing.only_b)
+    """The pairing, with its unmatched layers paired across fused and split projections."""
+    attentions_a, attentions_b = _attentions(pairing.only_a), _attentions(pairing.only_b)
     blocks_a: dict[str, LayerSlice] = {}
     blocks_b: dict[str, LayerSlice] = {}
     fused_pairs: list[tuple[str, str]] = []
     skipped: list[SkippedItem] = []
-    for parent_a, parent_b in pair_names(units_a, units_b).pairs:
-        ours, theirs = units_a[parent_a], units_b[parent_b]
-        if ours.is_fused and theirs.is_fused:
+    for parent_a, parent_b in pair_names(attentions_a, attentions_b).pairs:
+        qkv_a, qkv_b = attentions_a[parent_a], attentions_b[parent_b]
+        if qkv_a.is_fused and qkv_b.is_fused:
             continue
         try:
-            fused_pairs += zip(_parts(ours, a, theirs, b, blocks_a), _parts(theirs, b, ours, a, blocks_b), strict=True)
+            parts_a, parts_b = _parts(qkv_a, a, qkv_b, b, blocks_a), _parts(qkv_b, b, qkv_a, a, blocks_b)
+            fused_pairs += zip(parts_a, parts_b, strict=True)
         except _NoBlocksError as error:
             skipped.append(error.skipped)
     used_a = {_whole(name, blocks_a) for name, _ in fused_pairs}
     used_b = {_whole(name, blocks_b) for _, name in fused_pairs}
-    left = Pairing(
+    completed = Pairing(
         sorted([*pairing.pairs, *fused_pairs], key=lambda names: natural_key(names[0])),
         [name for name in pairing.only_a if name not in used_a],
         [name for name in pairing.only_b if name not in used_b],
     )
-    return MatchedSources(split_fused_layers(a, blocks_a), split_fused_layers(b, blocks_b), left, skipped)
+    return MatchedSources(split_fused_layers(a, blocks_a), split_fused_layers(b, blocks_b), completed, skipped)
 
 
 class _NoBlocksError(RankscopeError):
@@ -151,32 +152,32 @@ class _NoBlocksError(RankscopeError):
 
 
 def _parts(
-    unit: _Unit, source: Source, partner: _Unit, other: Source, blocks: dict[str, LayerSlice]
+    qkv: _Projections, source: Source, partner: _Projections, other: Source, blocks: dict[str, LayerSlice]
 ) -> tuple[str, ...]:
-    """Names of q, k and v; those of a fused unit are made, like its partner's, and put into ``blocks``."""
-    if not unit.is_fused:
-        return unit.names
-    places = _blocks(unit.names[0], source, partner.names, other)
+    """Names of q, k and v; a fused projection gets names for its blocks, which are put into ``blocks``."""
+    if not qkv.is_fused:
+        return qkv.names
+    places = _blocks(qkv.names[0], source, partner.names, other)
     blocks.update(places)
     return tuple(places)
 
 
 def _whole(name: str, blocks: Mapping[str, LayerSlice]) -> str:
-    """What a source itself calls the layer that a name is or is a part of."""
+    """The name in the source of the layer that a name is, or is a block of."""
     return blocks[name].name if name in blocks else name
 
 
-def _units(names: Sequence[str]) -> dict[str, _Unit]:
-    """Fused projections and whole triples among names, by the path of their attention, where it has one of them."""
-    units_of: dict[str, list[tuple[str, ...]]] = {}
+def _attentions(names: Sequence[str]) -> dict[str, _Projections]:
+    """By the path of each attention, its fused projection or its q, k and v, where there is exactly one of them."""
+    candidates: dict[str, list[tuple[str, ...]]] = {}
     known = set(names)
     for name in names:
         if (parent := _fused_parent(name)) is not None:
-            units_of.setdefault(parent, []).append((name,))
+            candidates.setdefault(parent, []).append((name,))
         for parent, triple in _triples(name):
             if known.issuperset(triple):
-                units_of.setdefault(parent, []).append(triple)
-    return {parent: _Unit(units[0]) for parent, units in units_of.items() if len(units) == 1}
+                candidates.setdefault(parent, []).append(triple)
+    return {parent: _Projections(triples[0]) for parent, triples in candidates.items() if len(triples) == 1}
 
 
 def _fused_parent(name: str) -> str | None:
@@ -185,30 +186,28 @@ def _fused_parent(name: str) -> str | None:
 
 
 def _triples(name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """What q, k and v would be called if this were q, with the path of their attention."""
+    """The names of q, k and v if this is q, with the path of their attention."""
     for ends in SPLIT:
         if (parent := _parent(name, ends[0])) is not None:
             yield parent, tuple(name.removesuffix(ends[0]) + end for end in ends)
-    stem, _, part = name.rpartition(":")  # a fused layer that its file holds in parts (loralib)
+    stem, _, part = name.rpartition(":")  # a fused layer that is stored in parts (loralib)
     if part == QKV_PARTS[0] and (parent := _fused_parent(stem)) is not None:
         yield parent, tuple(f"{stem}:{part}" for part in QKV_PARTS)
 
 
 def _parent(name: str, end: str) -> str | None:
-    """The path before a last component, in names with dots or with underscores; None where it is another."""
+    """The path before ``end``, in names with dots or with underscores; None where a name ends otherwise."""
     if name == end:
         return ""
-    for separator in (".",) if "." in name else ("_",):
-        if name.endswith(separator + end):
-            return name.removesuffix(separator + end)
-    return None
+    suffix = ("." if "." in name else "_") + end
+    return name.removesuffix(suffix) if name.endswith(suffix) else None
 
 
 def _blocks(fused: str, source: Source, split: Sequence[str], other: Source) -> dict[str, LayerSlice]:
-    """The parts of a fused projection that are the other side's q, k and v.
+    """The blocks of a fused projection that match q, k and v of the other source.
 
     Raises:
-        _NoBlocksError: its rows alternate, or do not add up.
+        _NoBlocksError: its rows alternate, or the shapes do not add up.
     """
     if any(_parent(fused, end) is not None for end in INTERLEAVED):
         raise _NoBlocksError(
@@ -229,7 +228,7 @@ def _blocks(fused: str, source: Source, split: Sequence[str], other: Source) -> 
 
 
 def _shape(source: Source, name: str) -> tuple[int, int]:
-    """(out, in), from the header where there is one."""
+    """(out, in) of a layer, from the header where there is one."""
     if isinstance(source.updates, RenamedUpdates):
         return _shape(source.updates.source, source.updates.places[name].name)
     return source.updates.info(name).shape if isinstance(source.updates, Store) else source.updates[name].shape
@@ -245,7 +244,7 @@ def split_fused_layers(source: Source, blocks: Mapping[str, LayerSlice]) -> Sour
 
 
 def _rows(update: Update, rows: slice) -> Update:
-    """Some rows of an update, as factors where it has thin ones."""
+    """A block of rows of an update, as factors where it has thin ones."""
     thin = update.product
     if thin is not None:
         return LowRank(thin.B[rows], thin.A, thin.scale)

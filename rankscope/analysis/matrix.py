@@ -1,4 +1,4 @@
-"""``compare`` of three sources and more: which of them learned the same? Every pair beside its chance level."""
+"""``compare`` of three or more sources: which of them learned the same, every pair beside chance."""
 
 from __future__ import annotations
 
@@ -12,22 +12,19 @@ import torch
 from rankscope.analysis.common_layers import CommonLayers, find_common_layers
 from rankscope.analysis.comparison import ComparedSource, initial_folder
 from rankscope.analysis.display import distinct_names
-from rankscope.analysis.layer_comparison import (
-    SIDES,
-    MatrixKind,
-    check_comparison,
-)
+from rankscope.analysis.layer_comparison import SIDES, ComparisonSettings, MatrixKind
 from rankscope.analysis.layer_matrices import LayerMatrices, combine_p_values, measure_layers
 from rankscope.analysis.matching import Renames
 from rankscope.analysis.matrix_notes import initial_notes, matrix_notes
 from rankscope.analysis.matrix_result import SIGNIFICANCE_LEVEL as SIGNIFICANCE_LEVEL
 from rankscope.analysis.matrix_result import MatrixResult as MatrixResult
 from rankscope.analysis.matrix_result import SideMatrix as SideMatrix
-from rankscope.analysis.sources import Readable, Source, Track, matches_any, pattern_list
+from rankscope.analysis.sources import Readable, Source, matches_any, pattern_list
 from rankscope.errors import ConfigError, RankscopeError
 from rankscope.formats.abstract_store import SkippedItem, examples
 from rankscope.formats.opening import Opening
 from rankscope.noise import Array
+from rankscope.track import Track
 
 
 def compare_all(
@@ -43,9 +40,9 @@ def compare_all(
     workers: int | None = None,
     initial: Sequence[str | os.PathLike[str] | None] = (),
 ) -> MatrixResult:
-    """Overlap, cosine and distance of every pair of several sources, and the tree of which are alike.
+    """Overlap, cosine and distance of every pair of several sources, and the tree that joins similar ones.
 
-    Each source is read once and decomposed once. The updates of one layer are in memory together, those of all sources.
+    Each source is read and decomposed once. The updates of one layer are in memory together for all sources.
 
     Args:
         sources: paths (adapter, run, file of updates, checkpoint), stores, or mappings of names to updates; at least
@@ -59,35 +56,27 @@ def compare_all(
     """
     if isinstance(sources, str | os.PathLike) or len(sources) < 2:
         raise ConfigError("a matrix of comparisons needs a list of at least two sources")
-    check_comparison(top, of)
+    settings = ComparisonSettings(layers, top, of, track, rename, workers)
     openings = Opening(base, alpha, device=device).for_sources(initial, len(sources))
-    return compare_each_with_each(sources, openings, layers, top, of, track, rename, workers)
+    return compare_each_with_each(sources, openings, settings)
 
 
 def compare_each_with_each(
-    sources: Sequence[Readable],
-    openings: Sequence[Opening],
-    layers: str | Iterable[str] | None = None,
-    top: int | None = None,
-    of: MatrixKind = "update",
-    track: Track = iter,
-    rename: Renames = (),
-    workers: int | None = None,
+    sources: Sequence[Readable], openings: Sequence[Opening], settings: ComparisonSettings
 ) -> MatrixResult:
-    """``compare_all``, with the settings of how each source is opened as one value.
+    """``compare_all`` of sources, each with its opening.
 
     Raises:
         RankscopeError: as for ``compare_all``.
     """
-    check_comparison(top, of)
     opened = [
         Source.of(source, opening, f"source {number}")
         for number, (source, opening) in enumerate(zip(sources, openings, strict=True), 1)
     ]
-    patterns = pattern_list(layers)
-    shared = _select_layers(find_common_layers(opened, rename), patterns)
+    patterns, of = pattern_list(settings.layers), settings.of
+    shared = _select_layers(find_common_layers(opened, settings.rename), patterns)
     titles = distinct_names([source.label for source in opened])
-    measured, unread = measure_layers(shared, titles, top, of, track, workers)
+    measured, unread = measure_layers(shared, titles, settings)
     if not measured:
         raise RankscopeError(f"no layer can be compared in all sources; {unread[0].name}: {unread[0].reason}")
     listed = [
@@ -95,13 +84,14 @@ def compare_each_with_each(
         for title, source in zip(titles, opened, strict=True)
         for item in source.skipped
     ]
-    started = _initial_notes(opened, patterns) if of == "update" else []
+    before = _initial_notes(opened, patterns) if of == "update" else []
     result = _assemble_result(opened, titles, of, measured, shared, [*unread, *shared.skipped, *listed])
-    return msgspec.structs.replace(result, notes=(*matrix_notes(opened, titles, measured, top, result), *started))
+    notes = (*matrix_notes(opened, titles, measured, settings.top, result), *before)
+    return msgspec.structs.replace(result, notes=notes)
 
 
 def _select_layers(shared: CommonLayers, patterns: Sequence[str] | None) -> CommonLayers:
-    """The layers that one of the patterns fits under one of their names."""
+    """The layers of which a pattern fits the name in some source."""
     if patterns is None:
         return shared
 
@@ -174,12 +164,12 @@ def _joins(distance: Array) -> Array:
 
 
 def _initial_notes(opened: Sequence[Source], patterns: list[str] | None) -> list[str]:
-    """Notes on the factors A before training, where every source is a run that kept them."""
+    """Notes on the factors A before training, if every source is a run that kept them."""
     folders = [folder for folder in map(initial_folder, opened) if folder is not None]
     if len(folders) < len(opened):
         return []
     try:
         before = compare_all(folders, layers=patterns, of="A", device=opened[0].device).right
-    except RankscopeError as error:  # they matter for a note only; the adapters themselves can be compared
+    except RankscopeError as error:  # only a note depends on them
         return [f"the factors before training cannot be compared: {error}"]
     return initial_notes(before)

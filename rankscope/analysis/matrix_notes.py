@@ -1,4 +1,4 @@
-"""Notes on a comparison of several sources: what was capped, and which overlaps say where A started."""
+"""Notes on a comparison of several sources: a limit on directions, and overlaps that show where A started."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rankscope.analysis.layer_comparison import (
-    MAX_DIRECTIONS,
-)
+from rankscope.analysis.layer_comparison import CAPPED_NOTE
 from rankscope.analysis.layer_matrices import LayerMatrices
 from rankscope.analysis.matrix_result import MatrixResult, SideMatrix
 from rankscope.analysis.sources import Source
@@ -34,10 +32,11 @@ def matrix_notes(
     top: int | None,
     result: MatrixResult,
 ) -> Iterator[str]:
+    """The notes of the sources, and what limits the comparison."""
     for title, source in zip(titles, opened, strict=True):
         yield from (f"{title}: {note}" for note in source.notes)
     if top is None and any(layer.capped for layer in measured):
-        yield f"of a full update the top {MAX_DIRECTIONS} directions are compared; top (--top) takes more or fewer"
+        yield CAPPED_NOTE
     left, right = result.left, result.right
     if right is not None:
         alike = _excess(right) > 0.9
@@ -50,14 +49,14 @@ def matrix_notes(
 
 
 def _excess(side: SideMatrix) -> Array:
-    """How far pairs overlap beyond chance: 0 at chance, 1 for equal spans; 0 where chance fills all."""
+    """Overlap of pairs beyond chance: 0 at chance, 1 for equal spans, 0 where chance is 1."""
     room = 1 - side.expected
     excess: Array = np.divide(side.overlap - side.expected, room, out=np.zeros_like(room), where=room > 1e-6)
     return excess
 
 
 def _count_pairs(alike: Any) -> int:
-    """How many pairs are marked in a symmetric (n, n) matrix of flags."""
+    """Number of pairs that are marked in a symmetric (n, n) matrix of flags."""
     return int(np.triu(alike, 1).sum())
 
 

@@ -11,10 +11,7 @@ import numpy as np
 
 from rankscope.analysis.comparison import ComparedSource
 from rankscope.analysis.display import html_table
-from rankscope.analysis.layer_comparison import (
-    MATRIX_TITLES,
-    MatrixKind,
-)
+from rankscope.analysis.layer_comparison import MATRIX_TITLES, MatrixKind
 from rankscope.analysis.matrix_tables import overlap_table
 from rankscope.formats.abstract_store import SkippedItem
 from rankscope.noise import Array
@@ -22,15 +19,15 @@ from rankscope.result import Result
 
 SCHEMA = "rankscope.matrix/1"
 SIGNIFICANCE_LEVEL = 0.05
-"""A corrected p below it is beyond chance."""
+"""Overlaps with a corrected p below this level are beyond chance."""
 
 
 class SideMatrix(msgspec.Struct, frozen=True, eq=False, kw_only=True):
     """One side of every pair, all (n, n) and symmetric.
 
     ``overlap``: median over layers of φ(k, k), k the smaller number of directions of the two; ``expected``: that of
-    random directions, likewise. ``p``: that more than half of the layers overlap so much by chance, corrected for all
-    pairs and sides (``combine_p_values``); NaN on the diagonal.
+    random directions. ``p``: the probability that more than half of the layers overlap so much by chance, corrected for
+    all pairs and sides (``combine_p_values``); NaN on the diagonal.
     """
 
     overlap: Array
@@ -39,13 +36,13 @@ class SideMatrix(msgspec.Struct, frozen=True, eq=False, kw_only=True):
 
 
 class MatrixResult(Result, frozen=True, eq=False, kw_only=True, dict=True):
-    """n sources, each with each, over the ``layers`` that all of them have; ``to_json`` and ``from_json`` are inverses.
+    """Every pair of n sources, over the ``layers`` that all of them have.
 
-    ``titles``: the sources' names, shortened as far as they can be told apart. ``norms``: (n,), ‖·‖_F. ``cosine`` and
+    ``titles``: short names of the sources that all differ. ``norms``: (n,), ‖·‖_F. ``cosine`` and
     ``relative_difference`` ‖a − b‖/max(‖a‖, ‖b‖): (n, n), of all layers as one vector; None for factors, which are
-    known up to a change of basis only. ``distance``: (n, n), 1 − φ, the mean of the sides; ``chance_distance`` the same
-    of random directions. ``joins``: (n − 1, 4), the tree of average linkage on ``distance``, as
-    ``scipy.cluster.hierarchy`` has it. ``alone``: for each source, its layers that not all have.
+    determined only up to a change of basis. ``distance``: (n, n), 1 − φ, the mean of the sides; ``chance_distance``:
+    the same for random directions. ``joins``: (n − 1, 4), the tree of average linkage on ``distance``, in the format of
+    ``scipy.cluster.hierarchy``. ``alone``: for each source, its layers that not all have.
     """
 
     schemas: ClassVar = (SCHEMA,)
@@ -68,13 +65,13 @@ class MatrixResult(Result, frozen=True, eq=False, kw_only=True, dict=True):
 
     @property
     def sides(self) -> dict[str, SideMatrix]:
-        """Those of left and right that were compared."""
+        """The sides that were compared, by name."""
         both = {"left": self.left, "right": self.right}
         return {name: side for name, side in both.items() if side is not None}
 
     @property
     def order(self) -> list[int]:
-        """The sources as the leaves of the tree stand, alike ones side by side."""
+        """The sources in the order of the leaves of the tree, similar ones side by side."""
         from scipy.cluster.hierarchy import leaves_list
 
         return [int(leaf) for leaf in leaves_list(self.joins)]
@@ -86,14 +83,13 @@ class MatrixResult(Result, frozen=True, eq=False, kw_only=True, dict=True):
 
     @cached_property
     def beyond_chance(self) -> tuple[bool, ...]:
-        """(n − 1): of each join, whether at least half of the pairs that it brings together overlap beyond chance, on
-        one side or the other."""
+        """For each of the n − 1 joins, whether at least half of its pairs overlap beyond chance on some side."""
         least = np.fmin.reduce([side.p for side in self.sides.values()])
-        return tuple(bool(np.median(least[np.ix_(*both)]) < SIGNIFICANCE_LEVEL) for both in self.branch_members)
+        return tuple(bool(np.median(least[np.ix_(*branches)]) < SIGNIFICANCE_LEVEL) for branches in self.branch_members)
 
     @property
     def branch_members(self) -> list[tuple[list[int], list[int]]]:
-        """The sources on both sides of each join, ascending."""
+        """The sources in the two branches of each join, ascending."""
         members = [[leaf] for leaf in range(len(self.titles))]
         joined = []
         for a, b in self.joins[:, :2].astype(int):
@@ -104,7 +100,7 @@ class MatrixResult(Result, frozen=True, eq=False, kw_only=True, dict=True):
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """All of two different sources, i < j."""
+        """All pairs of different sources, i < j."""
         return list(combinations(range(len(self.titles)), 2))
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The tables of ``compare`` with three sources or more: each column once, with the places that show it."""
+"""The tables of ``compare`` with three or more sources; a column is defined once, with the places that show it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Pair = tuple[int, int]
 
 
 def pair_table(result: MatrixResult, place: str, caption: str = "") -> Table:
-    """A row a pair of sources, in "csv" or in the table "pairs" of the page."""
+    """One row for each pair of sources, in "csv" or in the table "pairs" of the page."""
     return Table.of(pair_columns(result), result.pairs, place, caption)
 
 
@@ -46,7 +46,7 @@ def _side_columns(name: Side, side: SideMatrix | None) -> Iterator[Column[Pair]]
 
 
 def _matrix_column(matrix: Array | None, **titles: str) -> Column[Pair]:
-    """Entries of a matrix (n, n); where there is none, an empty column of CSV."""
+    """The entries of a matrix (n, n); without a matrix, an empty column of CSV."""
     if matrix is None:
         return Column(lambda pair: None, titles).only("csv")
     return Column(_get_entry(matrix), titles)
@@ -69,7 +69,7 @@ def source_columns(result: MatrixResult) -> list[Column[int]]:
 
 
 class Join(NamedTuple):
-    """One join of the tree: the sources on both sides, φ, and whether most of the pairs are beyond chance."""
+    """One join of the tree: the sources of both branches, φ, and whether most of the pairs are beyond chance."""
 
     first: list[int]
     second: list[int]
@@ -78,7 +78,7 @@ class Join(NamedTuple):
 
 
 def join_table(result: MatrixResult, place: str, caption: str = "") -> Table:
-    """A row a join, the most alike first, on the "terminal" or in the table "joins" of the page."""
+    """One row for each join, largest φ first, on the "terminal" or in the table "joins" of the page."""
 
     def list_titles(members: Sequence[int]) -> str:
         return ", ".join(result.titles[i] for i in members)
@@ -102,7 +102,7 @@ def join_table(result: MatrixResult, place: str, caption: str = "") -> Table:
 
 
 def _format_members(members: Sequence[int]) -> str:
-    """The numbers that tables give to sources, from 1, runs of three and more by their ends: ``1-4 7 8``."""
+    """The numbers of sources in tables, from 1; three or more in a row as a range: ``1-4 7 8``."""
     runs: list[list[int]] = []
     for member in (place + 1 for place in members):
         if runs and member == runs[-1][-1] + 1:
@@ -115,7 +115,7 @@ def _format_members(members: Sequence[int]) -> str:
 def source_by_source_table(
     result: MatrixResult, get: Callable[[int, int], Cell], text: str, has_numbers: bool = True, caption: str = ""
 ) -> Table:
-    """A row and a column for each source in the order of the tree; ``get`` gives the cell of two sources."""
+    """One row and one column for each source, in the order of the tree; ``get`` returns the cell of two sources."""
     order = result.order
     columns: list[Column[int]] = [Column.of(lambda i: result.titles[i], table="source")]
     columns += [Column.of(lambda i: str(i + 1), table="#")] if has_numbers else []
@@ -128,19 +128,19 @@ def _get_second(get: Callable[[int, int], Cell], j: int) -> Callable[[int], Cell
 
 
 def overlap_table(result: MatrixResult, caption: str = "") -> Table:
-    """φ of every two sources, the mean of the sides."""
+    """φ of every pair of sources, the mean of the sides."""
     return source_by_source_table(
         result, lambda i, j: float(1 - result.distance[i, j]), ".3f", has_numbers=False, caption=caption
     )
 
 
 def cosine_table(result: MatrixResult, cosine: Array) -> Table:
-    """The cosine (n, n) of every two sources, all layers as one vector."""
+    """The cosine (n, n) of every pair of sources, all layers as one vector."""
     return source_by_source_table(result, lambda i, j: float(cosine[i, j]), "z.2f")
 
 
 def side_table(result: MatrixResult, level: float) -> Table:
-    """φ of the left side below the diagonal and of the right above; in brackets where its p is not below ``level``."""
+    """φ of the left side below the diagonal and of the right above it; in brackets where p ≥ ``level``."""
     below, above = (list(result.sides.values()) * 2)[:2]
     place = {source: number for number, source in enumerate(result.order)}
 

@@ -1,14 +1,13 @@
-"""What the analyses read: a path, a store, or a plain mapping of names to updates, all seen alike."""
+"""The inputs of the analyses: a path, a store, or a mapping of names to updates, behind one interface."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,13 +20,11 @@ from rankscope.linalg import krylov_columns, sketch_is_cheaper
 from rankscope.updates import Update
 
 Readable = str | os.PathLike[str] | Store | Mapping[str, Update]
-Track = Callable[[list[Any]], Iterable[Any]]
-"""Hands on the items of a list one by one and may show how far it is: ``iter``, or ``tqdm.tqdm``."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Named updates, wherever they come from. ``label`` is the path, or what a mapping is called."""
+    """Named updates of a path, a store or a mapping. ``label`` is the path, or a name for the mapping."""
 
     label: str
     kind: str
@@ -43,11 +40,13 @@ class Source:
         opening: Opening = Opening(),  # noqa: B008 (frozen)
         label: str = "updates",
     ) -> Source:
-        """Open a path, or take an open store or a mapping, of which ``opening`` only says the device; reads no tensor.
+        """Open a path, or wrap an open store or a mapping, for which only the device of ``opening`` counts.
+
+        Reads no tensor.
 
         Raises:
-            FormatError: the path holds nothing that is known.
-            ConfigError: the device cannot be used, or ``initial`` for what is no path to a LoRA adapter.
+            FormatError: the path holds no known format.
+            ConfigError: the device cannot be used, or ``initial`` is given without the path of a LoRA adapter.
         """
         if isinstance(readable, str | os.PathLike):
             label = str(readable)
@@ -55,12 +54,12 @@ class Source:
             return cls._of_store(readable, readable.device, label)
         if opening.initial is not None:
             raise ConfigError(f"an initial adapter ({opening.initial}) is taken with the path of an adapter only")
-        place = check_device(opening.device)
+        device = check_device(opening.device)
         if isinstance(readable, Store):
-            return cls._of_store(readable, place, str(readable.path))
+            return cls._of_store(readable, device, str(readable.path))
         if not isinstance(readable, Mapping):
             raise ConfigError(f"expected a path, a store, or a mapping of names to updates, not {type(readable)}")
-        return cls(label, "mapping", readable, place)
+        return cls(label, "mapping", readable, device)
 
     @classmethod
     def _of_store(cls, store: Store, device: torch.device, label: str) -> Source:
@@ -73,52 +72,52 @@ class Source:
 
     @property
     def can_read_ahead(self) -> bool:
-        """Whether another thread may read the next update: a mapping may make its own, and not be made for that."""
+        """Whether another thread may read the next update; a mapping may compute its own, and not be thread-safe."""
         return isinstance(self.updates, Store)
 
     def names(self) -> list[str]:
         return sorted(self.updates, key=natural_key)
 
     def read(self, name: str) -> Update:
-        """One update, on the device asked for."""
+        """Read one update, on the device of this source."""
         if isinstance(self.updates, Store):
             return self.updates[name].to(self.device)
         with prefix_errors(self.layer_label(name)):
             return self.updates[name].to(self.device)
 
     def info(self, name: str) -> UpdateInfo | None:
-        """What the headers tell of one update; None of a mapping, which has none."""
+        """What the headers tell of one update; None for a mapping, which has no headers."""
         return self.updates.info(name) if isinstance(self.updates, Store) else None
 
     def batch_key(self, name: str) -> Hashable | None:
-        """Shape and rank where an update has thin factors, from the header; None for any other (``workers.spread``)."""
-        of = self._shape_info(name)
-        if of is None:  # a mapping may make its updates when asked, and not be made for several threads
+        """Shape and rank of an update with thin factors, from the header; None for any other (``Job.kind``)."""
+        info = self._shape_info(name)
+        if info is None:  # a mapping may compute its updates on access, and not be thread-safe
             return None
-        thin = of.nominal_rank is not None and of.nominal_rank < min(of.shape)
-        return (of.shape, of.nominal_rank) if thin else None
+        is_thin = info.nominal_rank is not None and info.nominal_rank < min(info.shape)
+        return (info.shape, info.nominal_rank) if is_thin else None
 
     def cost(self, name: str, sketch: int | None = None) -> float:
-        """Multiplications that a decomposition takes, to a factor, from the header; 1 of what is made when asked.
+        """Multiplications of a decomposition up to a factor, from the header; 1 for updates computed on access.
 
         Args:
             sketch: how many singular values of a full update are asked for; None for all.
         """
-        of = self._shape_info(name)
-        if of is None:
+        info = self._shape_info(name)
+        if info is None:
             return 1.0
-        out, into = of.shape
-        if of.nominal_rank is not None:
-            return float((out + into) * of.nominal_rank**2)
-        rough = sketch is not None and sketch_is_cheaper(of.shape, sketch)
-        return float(out * into * (krylov_columns(sketch) if sketch and rough else min(of.shape)))
+        out, into = info.shape
+        if info.nominal_rank is not None:
+            return float((out + into) * info.nominal_rank**2)
+        is_sketched = sketch is not None and sketch_is_cheaper(info.shape, sketch)
+        return float(out * into * (krylov_columns(sketch) if sketch and is_sketched else min(info.shape)))
 
     def _shape_info(self, name: str) -> UpdateInfo | Update | None:
-        """What has the shape and rank of an update without reading it; None where it is made when asked."""
+        """Shape and rank of an update without reading it; None where it may be computed on access."""
         return self.updates[name] if isinstance(self.updates, dict) else self.info(name)
 
     def layer_label(self, name: str) -> str:
-        """How messages name a layer."""
+        """The name of a layer in messages."""
         return f"{self.label}: layer {name}"
 
 
@@ -138,19 +137,19 @@ def select_layers(names: Iterable[str], layers: str | Iterable[str] | None, labe
 
 
 def pattern_list(layers: str | Iterable[str] | None) -> list[str] | None:
-    """One pattern or several as a list; None for all layers."""
+    """One pattern or several as a list; None, which takes all layers, as it is."""
     return [layers] if isinstance(layers, str) else None if layers is None else list(layers)
 
 
 def matches_any(names: Iterable[str], patterns: Sequence[str]) -> bool:
-    """Whether one of the patterns fits one of the names of a layer."""
+    """Whether one of the patterns fits one of the names."""
     return any(matches_pattern(name, pattern) for name in names for pattern in patterns)
 
 
 def matches_pattern(name: str, pattern: str) -> bool:
-    """A pattern with ``*``, ``?`` or ``[`` is a glob of the whole name; any other is a run of its dotted parts.
+    """Whether a pattern fits a name: as a glob if it has ``*``, ``?`` or ``[``, else as consecutive dotted parts.
 
-    ``q_proj`` fits every query projection, ``layers.1`` the layer 1 and not the layer 10.
+    ``q_proj`` fits every query projection, ``layers.1`` layer 1 and not layer 10.
     """
     if re.search(r"[*?\[]", pattern):
         return fnmatchcase(name, pattern)

@@ -1,4 +1,4 @@
-"""The tables of ``spectrum``: each column once, with the places that show it."""
+"""The tables of ``spectrum``; a column is defined once, with the places that show it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 def layer_table(result: SpectrumResult) -> Table:
-    """A row a layer, as the terminal and notebooks show it."""
+    """One row for each layer, as the terminal and notebooks show it."""
     return Table.of(layer_columns(result), result.layers, "terminal", has_total=True)
 
 
 def csv_table(results: Sequence[SpectrumResult]) -> Table:
-    """A row a layer of every result, with the bounds of the measures if any layer has them."""
+    """One row for each layer of every result, with the bounds of the measures if any layer has them."""
     has_bounds = any(layer.bounds for result in results for layer in result.layers)
     tables = [Table.of(layer_columns(result, has_bounds), result.layers, "csv") for result in results]
     return Table("layers", "", tables[0].header, [row for table in tables for row in table.rows])
 
 
 def is_noisy(result: SpectrumResult) -> bool:
-    """Whether there are full updates, which have the measures of noise beside them."""
+    """Whether there are full updates, which are shown beside noise."""
     return any(layer.noise for layer in result.layers)
 
 
@@ -73,7 +73,7 @@ def layer_columns(result: SpectrumResult, has_bounds: bool = False) -> list[Colu
 
 
 def _measure_columns(result: SpectrumResult) -> Iterator[Column[LayerSpectrum]]:
-    """All measures in CSV; those that tables of layers show, in their own order, in these."""
+    """All measures for CSV; for tables of layers those that they show, in their own order."""
     for name in MEASURES:
         yield Column(_get_measure(name), {"csv": name})
     total = result.total
@@ -100,7 +100,7 @@ def _get_measure_or_bounds(name: str) -> Callable[[LayerSpectrum], Cell]:
 
 
 def format_measure(value: float | int | None, bounds: tuple[float, float] | None) -> str:
-    """A measure that is known, or the bounds that it lies between."""
+    """A measure, or its bounds where it is unknown."""
     if value is not None or bounds is None:
         return format_number(value)
     return "–".join(format_number(end) for end in bounds)
@@ -111,7 +111,7 @@ def _get_noise(name: str) -> Callable[[LayerSpectrum], Cell]:
 
 
 def _noise_columns() -> Iterator[Column[LayerSpectrum]]:
-    """The measures of noise of a layer's shape, and the singular values that noise does not explain."""
+    """The measures of noise of a layer's shape, and the number of singular values above noise."""
     for name in MEASURES:
         yield Column(_get_noise(name), {"csv": f"noise_{name}"})
     for measure in measures_shown("noise"):
@@ -144,7 +144,7 @@ def _bound_columns() -> Iterator[Column[LayerSpectrum]]:
 
 
 def source_columns(results: Sequence[SpectrumResult]) -> list[Column[SpectrumResult]]:
-    """The columns of a source in the table "overview" of the page, which has several side by side."""
+    """The columns of a source in the table "overview" of the page."""
 
     def get_rank(result: SpectrumResult) -> Cell:
         ranks = {layer.nominal_rank for layer in result.layers}
@@ -156,7 +156,7 @@ def source_columns(results: Sequence[SpectrumResult]) -> list[Column[SpectrumRes
         Column.of(lambda result: result.total.layers, overview="layers"),
         Column.of(lambda result: result.total.zero, overview="unchanged"),
     ]
-    if any(map(is_adapter, results)):  # shown where all layers of a source have the same
+    if any(map(is_adapter, results)):  # empty where the layers of a source differ in r
         columns.append(Column.of(get_rank, overview="r"))
     for measure in measures_shown("medians"):
         columns.append(Column(_get_median(measure.name), {"overview": measure.title}))
@@ -174,7 +174,7 @@ def _get_noise_median(name: str) -> Callable[[SpectrumResult], Cell]:
 
 
 def noise_median(result: SpectrumResult, name: str) -> float | None:
-    """A measure of noise, the median over the full updates that have changed; None where there is none."""
+    """A measure of noise, median over the full updates that have changed; None where there is none."""
     values = [layer.noise[name] for layer in result.layers if layer.noise and layer.energy]
     known = [value for value in values if value is not None]
     return float(statistics.median(known)) if known else None

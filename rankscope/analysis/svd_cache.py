@@ -1,4 +1,4 @@
-"""Decompositions of pre-trained weights, which every update of them needs: kept on disk where a folder is given."""
+"""SVDs of pre-trained weights, which every update of them needs, cached in a folder."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ SUFFIX = ".svd.safetensors"
 
 
 class SVDCache:
-    """Thin SVDs of weights in the working precision; with a folder, each is computed once and read after that.
+    """Thin SVDs of weights in the working precision; with a folder, each is computed once and read afterwards.
 
-    An entry is named by the SHA-256 of the weight's numbers and shape, and holds that of its own. One that is damaged
-    is computed and written again. The folder may be deleted, or entries of it, at any time.
+    The name of an entry is the SHA-256 of the weight's numbers and shape; inside is the SHA-256 of the SVD. A damaged
+    entry is computed and written again. The folder and its entries may be deleted at any time.
 
     Args:
-        folder: of the entries; made when the first is written. None keeps nothing.
+        folder: where the entries lie, created with the first one; None caches nothing.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
 
     def svd(self, weight: Tensor) -> SVD:
-        """The thin SVD of a weight (out, in), on its device: read if it is there, else computed and written.
+        """The thin SVD of a weight (out, in), on its device: read from the cache, or computed and written there.
 
         Raises:
             FormatError: an entry cannot be written.
@@ -47,28 +47,28 @@ class SVDCache:
 
     @property
     def disk_usage(self) -> tuple[int, int]:
-        """How many entries the folder holds, and their bytes."""
+        """Number of entries, and their bytes."""
         entries = list(self.folder.glob(f"*{SUFFIX}")) if self.folder else []
         return len(entries), sum(entry.stat().st_size for entry in entries)
 
 
 def _decompose(matrix: Tensor) -> SVD:
-    """In the layout of what is read from a file: products then round alike."""
+    """The thin SVD in the memory layout of one from a file, so that products with it round alike."""
     return SVD(*(part.contiguous() for part in dense_svd(matrix)))
 
 
 def digest(*tensors: Tensor) -> str:
     """SHA-256 of shapes, dtypes and numbers of tensors (any shape)."""
-    hashed = hashlib.sha256()
+    sha = hashlib.sha256()
     for tensor in tensors:
-        held = tensor.detach().cpu().contiguous()
-        hashed.update(f"{tuple(held.shape)} {held.dtype}".encode())
-        hashed.update(held.numpy().data)
-    return hashed.hexdigest()
+        array = tensor.detach().cpu().contiguous()
+        sha.update(f"{tuple(array.shape)} {array.dtype}".encode())
+        sha.update(array.numpy().data)
+    return sha.hexdigest()
 
 
 def _read(path: Path, matrix: Tensor) -> SVD | None:
-    """An entry that is whole; None for one that is missing or damaged."""
+    """The SVD of an entry; None for one that is missing or damaged."""
     try:
         file = TensorFile(path)
         if file.metadata.get("rankscope") != VERSION or file.infos.keys() != set(SVD._fields):

@@ -1,8 +1,8 @@
-"""Layers shared out over threads that compute with one thread each; torch lets go of Python's lock while it computes.
+"""Layers computed by worker threads, each of which uses one core; torch releases Python's lock while it computes.
 
-A small decomposition gains little from a second thread and loses much where threads outnumber cores. So updates that
-have thin factors go to workers, and every number is the same to the bit however many there are. A full matrix has work
-for all cores and takes much memory: those come one after another, the next one read meanwhile.
+A small decomposition gains little from a second core and loses much where threads outnumber cores. So updates with thin
+factors go to workers, and every number is the same to the bit for any number of workers. A full matrix uses all cores
+and much memory: full matrices come one after another, and the next one is read meanwhile.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from rankscope.analysis.process_sharing import distribute_items
-from rankscope.analysis.sources import Source, Track
+from rankscope.analysis.sources import Source
 from rankscope.errors import ConfigError
+from rankscope.track import Track
 from rankscope.updates import Update, cache_gram_matrices
 
 T = TypeVar("T")
 V = TypeVar("V")
 MAX_WORKERS_ON_DEVICE = 4
-"""Workers at one GPU unless more are asked for: they copy, and decompose small cores, while it computes."""
+"""Default limit of workers for one GPU: they copy, and decompose small matrices, while it computes."""
 BATCH_SIZE = 16
 """Layers of one shape that go to a GPU together."""
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 KEPT_BLOCK = 2**22
-"""Bytes up to which freed memory may stay with the process: page faults for every small block would take time."""
+"""Freed blocks up to so many bytes stay with the process, as page faults for every small block would take time."""
 
 
 def worker_count(workers: int | None, device: torch.device) -> int:
-    """How many workers: as asked for, or as many threads as torch would use (the cores, or ``OMP_NUM_THREADS``).
+    """The number of workers; by default as many threads as torch would use (the cores, or ``OMP_NUM_THREADS``).
 
     Raises:
         ConfigError: fewer than one.
     """
     if workers is not None and workers < 1:
-        raise ConfigError(f"workers = {workers}: at least one has to do the work")
+        raise ConfigError(f"workers = {workers}: at least one is needed")
     cores = torch.get_num_threads()
     return workers or (cores if device.type == "cpu" else min(cores, MAX_WORKERS_ON_DEVICE))
 
@@ -51,9 +52,9 @@ def worker_count(workers: int | None, device: torch.device) -> int:
 class Job(Generic[T, V]):
     """What an analysis does with each of its items (a layer, or the names of a layer in several sources).
 
-    ``kind``: what items have in common that may go to a GPU as one batch; None for an item that gets all cores.
-    ``read``: the updates of an item, on the device. ``compute``: the result of an item from its updates; several
-    threads call it and ``read`` at once. ``cost``: of an item, in any unit, by which processes share the items out.
+    ``kind``: equal for items that may go to a GPU as one batch; None for an item that gets all cores. ``read``: the
+    updates of an item, on the device. ``compute``: the result of an item from its updates; several threads call it and
+    ``read`` at once. ``cost``: cost of an item in any unit, by which items are divided among processes.
     """
 
     kind: Callable[[T], Hashable | None]
@@ -92,9 +93,9 @@ def compute_items(
     track: Track = iter,
     ahead: bool = False,
 ) -> list[V]:
-    """The results of a job on all items, in their order; an error is raised when the turn of its item comes.
+    """The results of a job on all items, in their order; the error of an item is raised after the results before it.
 
-    Within ``process_sharing.processes`` each process computes a share of the items, and gets all results.
+    Inside ``process_sharing.processes`` each process computes a part of the items and gets all results.
 
     Args:
         workers: None takes the default of ``worker_count``.
@@ -105,14 +106,14 @@ def compute_items(
         ConfigError: fewer than one worker.
     """
     count = worker_count(workers, device)
-    if device.type == "cuda":  # torch loads this part when it is first used, and not from two threads at once
+    if device.type == "cuda":  # torch loads its solver when first used, and cannot load it in two threads at once
         torch.linalg.qr(torch.eye(2, device=device))
 
     def work(batch: Sequence[T]) -> list[V]:
-        updates = [job.read(item) for item in batch]
+        updates_of = [job.read(item) for item in batch]
         if device.type != "cpu":
-            cache_gram_matrices([update for several in updates for update in several])
-        return [job.compute(item, several) for item, several in zip(batch, updates, strict=True)]
+            cache_gram_matrices([update for updates in updates_of for update in updates])
+        return [job.compute(item, updates) for item, updates in zip(batch, updates_of, strict=True)]
 
     def results(share: Sequence[T]) -> Generator[V, None, None]:
         for alone, run in groupby(share, key=lambda item: job.kind(item) is None):
@@ -124,7 +125,7 @@ def compute_items(
                 yield from _compute_batches(list(run), job, work, device, count)
 
     def collect(share: Sequence[T], outcomes: list[V]) -> None:
-        # Closed also where an error ends it: torch's threads are put back now, not later.
+        # Closed even after an error, so that torch's number of threads is restored at once.
         with closing(results(share)) as arriving:
             for _ in track(list(share)):
                 outcomes.append(next(arriving))
@@ -133,14 +134,14 @@ def compute_items(
 
 
 def _read_ahead(items: Sequence[T], job: Job[T, V]) -> Iterator[V]:
-    """One after another, with at most the next one in memory besides; its thread leaves the other cores alone."""
+    """Results one after another; a thread with one core reads the next item, and no further ones, meanwhile."""
     before = torch.get_num_threads()
     with release_freed_memory(), ThreadPoolExecutor(1, "rankscope-read", torch.set_num_threads, (1,)) as reader:
         try:
-            coming = [reader.submit(job.read, items[0])]
-            for place, item in enumerate(items):
-                updates = coming.pop().result()  # what was read is held here alone, not by its future
-                coming += [reader.submit(job.read, following) for following in items[place + 1 : place + 2]]
+            pending = [reader.submit(job.read, items[0])]
+            for index, item in enumerate(items):
+                updates = pending.pop().result()  # popped, as a future would keep its updates in memory
+                pending += [reader.submit(job.read, following) for following in items[index + 1 : index + 2]]
                 yield job.compute(item, updates)
         finally:
             torch.set_num_threads(before)
@@ -148,10 +149,10 @@ def _read_ahead(items: Sequence[T], job: Job[T, V]) -> Iterator[V]:
 
 @contextmanager
 def release_freed_memory() -> Iterator[None]:
-    """Inside, glibc gives blocks above ``KEPT_BLOCK`` back to the system when they are freed.
+    """Inside, glibc returns freed blocks above ``KEPT_BLOCK`` to the system.
 
-    By itself it begins to keep what is as large as any block up to 32 MB that was ever freed, in pieces that other
-    sizes do not fit into: of a checkpoint with matrices of 235 MB, .4 GB beyond all that was in use.
+    By default its threshold grows to the largest freed block, up to 32 MB, and the memory that it keeps is fragmented:
+    for a checkpoint with matrices of 235 MB, 0.4 GB more than was in use.
     """
     if platform.libc_ver()[0] != "glibc":
         yield
@@ -160,7 +161,7 @@ def release_freed_memory() -> Iterator[None]:
     libc.mallopt(MMAP_THRESHOLD, KEPT_BLOCK)
     try:
         yield
-    finally:  # what it would have come to
+    finally:  # the values that the thresholds grow to by default
         libc.mallopt(MMAP_THRESHOLD, 2**25)
         libc.mallopt(TRIM_THRESHOLD, 2**26)
 
@@ -175,26 +176,26 @@ def _compute_batches(
     batches = _batches([job.kind(item) for item in items], 1 if device.type == "cpu" else BATCH_SIZE)
     done: dict[int, V] = {}
     with single_threaded_map(min(workers, len(batches))) as run:
-        outcomes = run(lambda places: work([items[place] for place in places]), batches)
+        outcomes = run(lambda indices: work([items[index] for index in indices]), batches)
         arriving = zip(batches, outcomes, strict=True)
-        for place in range(len(items)):
-            while place not in done:
-                places, results = next(arriving)
-                done.update(zip(places, results, strict=True))
-            yield done.pop(place)
+        for index in range(len(items)):
+            while index not in done:
+                indices, results = next(arriving)
+                done.update(zip(indices, results, strict=True))
+            yield done.pop(index)
 
 
 def _batches(kinds: Sequence[Hashable], size: int) -> list[list[int]]:
-    """Places of at most ``size`` items of one kind, in the order of their first."""
-    alike: dict[Hashable, list[int]] = defaultdict(list)
-    for place, kind in enumerate(kinds):
-        alike[kind].append(place)
-    return sorted(places[i : i + size] for places in alike.values() for i in range(0, len(places), size))
+    """Indices of at most ``size`` items of one kind, in the order of the first of each batch."""
+    indices_of: dict[Hashable, list[int]] = defaultdict(list)
+    for index, kind in enumerate(kinds):
+        indices_of[kind].append(index)
+    return sorted(indices[i : i + size] for indices in indices_of.values() for i in range(0, len(indices), size))
 
 
 @contextmanager
 def single_threaded_map(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A ``map`` over this many threads, in which torch and numpy use one thread; settings are put back afterwards."""
+    """A ``map`` over this many threads, each with one thread of torch and numpy; restores their settings."""
     from threadpoolctl import threadpool_limits
 
     before = torch.get_num_threads()
@@ -205,7 +206,7 @@ def single_threaded_map(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
             if workers == 1:
                 yield map
                 return
-            # OpenMP and MKL keep a setting for each thread: every new one is told.
+            # OpenMP and MKL have a setting for each thread: every new thread sets its own.
             pool = stack.enter_context(ThreadPoolExecutor(workers, "rankscope", torch.set_num_threads, (1,)))
             stack.callback(pool.shutdown, cancel_futures=True)
             yield pool.map

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from rankscope.analysis.comparison import CompareResult
+    from rankscope.analysis.layer_comparison import ComparisonSettings
     from rankscope.formats.opening import Opening
     from rankscope.report.document import Document
 
@@ -81,29 +82,32 @@ def command(
         raise click.UsageError(f"{len(initial)} times --initial, and {len(paths)} sources")
     if layer and not output.plot and not output.report:
         raise click.UsageError("--layer says what --plot and --report draw; give --plot FILE or --report FILE too")
-    options: dict[str, Any] = {
-        "openings": opening.for_sources(initial, len(paths)),
-        "layers": layers or None,
-        "top": top,
-        "of": of,
-        "track": progress_tracker(output.quiet, "layers"),
-        "rename": [parse_rename(text) for text in rename],
-        "workers": workers,
-    }
-    if len(paths) == 2:
-        _compare_two(paths, layer, options, output)
-    elif layer:
+    if layer and len(paths) > 2:
         raise click.UsageError("--layer says which layer of two sources is drawn; a matrix of several shows them all")
+    renames = [parse_rename(text) for text in rename]
+    openings = opening.for_sources(initial, len(paths))
+
+    from rankscope.analysis.layer_comparison import ComparisonSettings
+
+    settings = ComparisonSettings(layers or None, top, of, progress_tracker(output.quiet, "layers"), renames, workers)
+    if len(paths) == 2:
+        _compare_two(paths, openings, settings, layer, output)
     else:
-        _compare_all(paths, options, output)
+        _compare_all(paths, openings, settings, output)
 
 
-def _compare_two(paths: Sequence[str], layer: str | None, options: dict[str, Any], output: OutputOptions) -> None:
+def _compare_two(
+    paths: Sequence[str],
+    openings: Sequence[Opening],
+    settings: ComparisonSettings,
+    layer: str | None,
+    output: OutputOptions,
+) -> None:
     from rankscope.analysis.comparison import compare_sources
     from rankscope.analysis.comparison_tables import layer_columns, layer_table
 
     with share_analyses():
-        result = compare_sources(paths, **options)
+        result = compare_sources(paths, openings, settings)
 
     def draw() -> Figure:
         from rankscope.plots import plot_overlap
@@ -126,12 +130,14 @@ def _compare_two(paths: Sequence[str], layer: str | None, options: dict[str, Any
     )
 
 
-def _compare_all(paths: Sequence[str], options: dict[str, Any], output: OutputOptions) -> None:
+def _compare_all(
+    paths: Sequence[str], openings: Sequence[Opening], settings: ComparisonSettings, output: OutputOptions
+) -> None:
     from rankscope.analysis.matrix import compare_each_with_each
     from rankscope.analysis.matrix_tables import pair_table
 
     with share_analyses():
-        result = compare_each_with_each(paths, **options)
+        result = compare_each_with_each(paths, openings, settings)
 
     def draw() -> Figure:
         from rankscope.plots import plot_matrix

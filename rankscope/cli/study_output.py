@@ -22,8 +22,6 @@ from rankscope.train.results import RunResult
 from rankscope.train.serving import ServingLatency
 from rankscope.train.study import Study
 
-RANKS = {measure.title: measure.name for measure in measures_shown("study")}
-
 
 def print_study(
     study: Study, results: list[RunResult], as_json: bool, verbose: bool = False, serving: ServingLatency | None = None
@@ -48,7 +46,7 @@ def print_study(
         }
         click.echo(json.dumps(described, indent=2, allow_nan=False))
         return
-    print_table(Table.of(RUN_COLUMNS, results, "terminal") if verbose else labels_table(results))
+    print_table(Table.of(run_columns(), results, "terminal") if verbose else labels_table(results))
     _print_legend(_runs_legend(study, results, verbose))
     if entries:
         click.echo()
@@ -75,7 +73,8 @@ def _runs_legend(study: Study, results: Sequence[RunResult], verbose: bool) -> l
     lines = [f"validation, test: {study.metric} ({way} is better){averaged}."]
     if any(_mark(row) for row in results):
         lines.append("* the best learning rate of its method, targets and rank: best validation, mean over seeds.")
-    lines.append(f"{', '.join(RANKS)}: effective ranks of the update, median over layers.")
+    titles = ", ".join(measure.title for measure in measures_shown("study"))
+    lines.append(f"{titles}: effective ranks of the update, median over layers.")
     if any(row.choice and row.choice.edge for row in results):
         lines += [
             "! the best learning rate is the lowest or the highest that was tried: a better one may lie",
@@ -106,7 +105,7 @@ def labels_table(results: Sequence[RunResult]) -> Table:
         for label, rows in labels.items()
     ]
     lost = [LOST_COLUMN] if any(item.lost for item in items) else []
-    return Table.of([*LABEL_COLUMNS, *lost], items, "terminal")
+    return Table.of([*label_columns(), *lost], items, "terminal")
 
 
 def _average(values: Sequence[float | None]) -> float | None:
@@ -141,24 +140,37 @@ def _rank_of_label(name: str) -> Callable[[LabelResults], float | None]:
     return lambda item: _average([row.ranks.get(name) for row in item.best])
 
 
-RUN_COLUMNS: list[Column[RunResult]] = [
-    Column.of(lambda row: row.record.run.label, terminal="method"),
-    Column.of(_learning_rate, terminal="lr"),
-    Column.of(lambda row: row.record.run.seed, terminal="seed"),
-    Column.of(lambda row: f"{row.record.cost.trainable:,}" if row.record.cost else "0", terminal="trainable"),
-    Column.of(lambda row: row.chosen_by if row.score is not None else row.record.status, ".4f", terminal="validation"),
-    Column.of(lambda row: row.score, ".4f", terminal="test"),
-    *(Column.of(_rank_of_run(name), ".1f", terminal=title) for title, name in RANKS.items()),
-    Column.of(lambda row: row.record.cost.seconds_per_step if row.record.cost else None, ".3f", terminal="s/step"),
-]
-LABEL_COLUMNS: list[Column[LabelResults]] = [
-    Column.of(lambda item: item.label, terminal="method"),
-    Column.of(lambda item: _learning_rate(item.best[0]) if item.best else None, terminal="lr"),
-    Column.of(lambda item: len(item.best), terminal="seeds"),
-    Column.of(lambda item: _mean([row.chosen_by for row in item.best]), terminal="validation"),
-    Column.of(lambda item: _mean([row.score for row in item.best]), terminal="test"),
-    *(Column.of(_rank_of_label(name), ".1f", terminal=title) for title, name in RANKS.items()),
-]
+def run_columns() -> list[Column[RunResult]]:
+    """The columns of a run."""
+    return [
+        Column.of(lambda row: row.record.run.label, terminal="method"),
+        Column.of(_learning_rate, terminal="lr"),
+        Column.of(lambda row: row.record.run.seed, terminal="seed"),
+        Column.of(lambda row: f"{row.record.cost.trainable:,}" if row.record.cost else "0", terminal="trainable"),
+        Column.of(
+            lambda row: row.chosen_by if row.score is not None else row.record.status, ".4f", terminal="validation"
+        ),
+        Column.of(lambda row: row.score, ".4f", terminal="test"),
+        *(Column.of(_rank_of_run(measure.name), ".1f", terminal=measure.title) for measure in measures_shown("study")),
+        Column.of(lambda row: row.record.cost.seconds_per_step if row.record.cost else None, ".3f", terminal="s/step"),
+    ]
+
+
+def label_columns() -> list[Column[LabelResults]]:
+    """The columns of the runs of a label, averaged over seeds."""
+    return [
+        Column.of(lambda item: item.label, terminal="method"),
+        Column.of(lambda item: _learning_rate(item.best[0]) if item.best else None, terminal="lr"),
+        Column.of(lambda item: len(item.best), terminal="seeds"),
+        Column.of(lambda item: _mean([row.chosen_by for row in item.best]), terminal="validation"),
+        Column.of(lambda item: _mean([row.score for row in item.best]), terminal="test"),
+        *(
+            Column.of(_rank_of_label(measure.name), ".1f", terminal=measure.title)
+            for measure in measures_shown("study")
+        ),
+    ]
+
+
 LOST_COLUMN: Column[LabelResults] = Column.of(
     lambda item: ", ".join(f"{count} {status}" for status, count in item.lost.items()), terminal="lost"
 )

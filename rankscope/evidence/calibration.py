@@ -16,13 +16,13 @@ import msgspec
 import numpy as np
 
 from rankscope.analysis.display import html_table
-from rankscope.analysis.sources import Track
 from rankscope.evidence.hypothesis import Hypothesis, hypothesis
 from rankscope.evidence.spectra.measure import FULL_LABEL
 from rankscope.inference import mean_interval
 from rankscope.noise import noise_edge
 from rankscope.result import Result
 from rankscope.table import Table
+from rankscope.track import Track
 from rankscope.train.config import PlantedSpectrum, StudyConfig, make_study_config
 from rankscope.train.planted import ROWS_PER_SPLIT, PlantedModel, PlantedTask
 from rankscope.train.study import Study, run_study

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Self
 
 from rankscope.analysis.display import html_table
 from rankscope.analysis.layer_comparison import MatrixKind
-from rankscope.analysis.sources import Track
 from rankscope.errors import FormatError, RankscopeError
 from rankscope.evidence import lines as table
 from rankscope.evidence.material import Material
 from rankscope.result import Result, convert_json, json_values
 from rankscope.table import Table
+from rankscope.track import Track
 from rankscope.train.results import RunResult
 from rankscope.train.study import Study
 from rankscope.verdict import Answer, Verdict

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.analysis.layer_comparison import MatrixKind
-from rankscope.analysis.sources import Track
 from rankscope.analysis.svd_cache import SVDCache
 from rankscope.errors import RankscopeError
 from rankscope.formats.abstract_store import Store
 from rankscope.formats.names import natural_key
 from rankscope.lora.targets import is_within
+from rankscope.track import Track
 from rankscope.train.config import resolve_device
 from rankscope.train.loop import evaluate_splits
 from rankscope.train.results import RunResult, adapted_layers, run_results

@@ -22,11 +22,12 @@ from rankscope.formats.recipes import float_dtype
 from rankscope.formats.streaming import LazyTensor
 from rankscope.surgery.adapter import BIAS_SETTINGS, Adapter, AdapterSource
 from rankscope.surgery.addition import in_float64
-from rankscope.surgery.operation import Operation, Track
+from rankscope.surgery.operation import Operation
 from rankscope.surgery.output_folder import copy_tokenizer
 from rankscope.surgery.surgery_result import SurgeryResult, format_count, zero_layer_notes
 from rankscope.surgery.truncate import RankChoice
 from rankscope.surgery.truncate_layers import LayerUpdate, truncate_layers
+from rankscope.track import Track
 from rankscope.updates import LowRank, check_finite
 
 RELATIVE_TOLERANCE = 1e-12  # sums of weights closer than this are equal

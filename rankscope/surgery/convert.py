@@ -17,9 +17,10 @@ from rankscope.formats.peft_write import write_peft_folder
 from rankscope.formats.streaming import LazyTensor, write_streamed
 from rankscope.surgery.adapter import AdapterSource
 from rankscope.surgery.convertible_adapter import ConvertibleAdapter, read_base_names, read_names
-from rankscope.surgery.operation import Operation, Track
+from rankscope.surgery.operation import Operation
 from rankscope.surgery.output_folder import copy_tokenizer, free_output_path
 from rankscope.surgery.surgery_result import LayerChange, SurgeryResult, error_over_norm, format_count
+from rankscope.track import Track
 from rankscope.updates import LowRank
 
 SUFFIX = ".safetensors"

@@ -23,7 +23,7 @@ from rankscope.formats.names import QKV_PARTS, WEIGHT_SUFFIX, pair_names
 from rankscope.formats.peft_keys import strip_peft_prefix
 from rankscope.formats.store import open as open_store
 from rankscope.surgery.adapter import Adapter, AdapterSource
-from rankscope.surgery.operation import Track
+from rankscope.track import Track
 from rankscope.updates import LowRank
 
 ComponentPath = tuple[str, str]  # component, path within it

@@ -23,12 +23,13 @@ from rankscope.formats.peft_write import (
 from rankscope.formats.streaming import LazyTensor
 from rankscope.surgery.full_finetune import FullFinetune
 from rankscope.surgery.modules_to_save import ModulesToSave, find_modules_to_save
-from rankscope.surgery.operation import Operation, Track
+from rankscope.surgery.operation import Operation
 from rankscope.surgery.output_folder import copy_tokenizer
 from rankscope.surgery.surgery_result import SurgeryResult
 from rankscope.surgery.truncate import RankChoice
 from rankscope.surgery.truncate_layers import LayerUpdate, TruncatedLayers, truncate_layers
 from rankscope.surgery.tying import HEAD_WEIGHT, TIED_EMBEDDING, has_head, is_tied
+from rankscope.track import Track
 from rankscope.updates import LowRank
 
 EmbeddingMode = Literal["whole", "low-rank"]

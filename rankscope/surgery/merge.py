@@ -17,10 +17,11 @@ from rankscope.formats.peft_lora import WHOLE_SUFFIX
 from rankscope.surgery.adapter import Adapter, AdapterSource
 from rankscope.surgery.algebra import check_weights
 from rankscope.surgery.merge_plan import MergePlan
-from rankscope.surgery.operation import Operation, Track
+from rankscope.surgery.operation import Operation
 from rankscope.surgery.output_folder import copy_files, copy_tokenizer
 from rankscope.surgery.shards import Shards
 from rankscope.surgery.surgery_result import SurgeryResult
+from rankscope.track import Track
 
 # With one of these settings the adapted model is not base + update.
 UNMERGEABLE_SETTINGS = {

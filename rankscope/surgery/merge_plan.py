@@ -21,9 +21,9 @@ from rankscope.formats.peft_lora import WHOLE_SUFFIX
 from rankscope.formats.streaming import LazyTensor
 from rankscope.surgery.adapter import Adapter
 from rankscope.surgery.addition import Rounding, add_and_round, in_float64
-from rankscope.surgery.operation import Track
 from rankscope.surgery.surgery_result import LayerChange, error_over_norm
 from rankscope.surgery.tying import HEAD_WEIGHT, TIED_EMBEDDING, find_tied_embedding, has_head, is_tied, untie_config
+from rankscope.track import Track
 from rankscope.updates import Update, check_finite
 
 # PEFT saves the base's own weight under this name beside the factors of embeddings and heads.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,7 @@ from rankscope.formats.file_io import as_text, write_json
 from rankscope.surgery.output_folder import RECORD_NAME, create_output_folder
 from rankscope.surgery.surgery_result import SCHEMAS, LayerChange, SurgeryResult, SurgeryTotal
 from rankscope.surgery.truncate import RankChoice
-
-Track = Callable[[list[Any]], Iterable[Any]]
-"""Hands on the items of a list one by one and may show how far it is: ``iter``, or ``tqdm.tqdm``."""
+from rankscope.track import Track
 
 
 @dataclass(frozen=True, kw_only=True)

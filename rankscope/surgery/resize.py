@@ -10,11 +10,12 @@ from rankscope.errors import prefix_errors
 from rankscope.formats.peft_write import config_with_ranks, factor_tensors, write_peft_folder
 from rankscope.formats.streaming import LazyTensor
 from rankscope.surgery.adapter import Adapter, AdapterSource
-from rankscope.surgery.operation import Operation, Track
+from rankscope.surgery.operation import Operation
 from rankscope.surgery.output_folder import copy_tokenizer
 from rankscope.surgery.surgery_result import SurgeryResult, format_count, zero_layer_notes
 from rankscope.surgery.truncate import RankChoice
 from rankscope.surgery.truncate_layers import LayerUpdate, TruncatedLayers, truncate_layers
+from rankscope.track import Track
 
 
 def resize(

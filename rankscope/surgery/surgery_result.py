@@ -9,7 +9,7 @@ from typing import ClassVar
 import msgspec
 
 from rankscope.formats.abstract_store import SkippedItem
-from rankscope.result import Result
+from rankscope.result import Result, find_layer
 from rankscope.table import Column, Table
 
 OPERATIONS = ("resize", "extract", "merge", "unmerge", "subtract", "average", "convert")
@@ -110,15 +110,8 @@ class SurgeryResult(Result, frozen=True, kw_only=True):
     notes: tuple[str, ...]
 
     def __getitem__(self, name: str) -> LayerChange:
-        """The layer of that name.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise KeyError(name)
+        """The layer of that name; KeyError where there is none."""
+        return find_layer(self.layers, name)
 
     def table(self) -> Table:
         """A row for each layer and one for all: of written factors with their ranks, of weights with their rounding."""

@@ -13,7 +13,7 @@ from rankscope.errors import prefix_errors
 from rankscope.formats.peft_write import FactorLayout
 from rankscope.spectra import Spectrum
 from rankscope.surgery.budget import allocate_ranks
-from rankscope.surgery.operation import Operation, Track
+from rankscope.surgery.operation import Operation
 from rankscope.surgery.surgery_result import LayerChange, error_over_norm
 from rankscope.surgery.truncate import (
     Budget,
@@ -28,6 +28,7 @@ from rankscope.surgery.truncate import (
     signal_energies,
     truncate_svd,
 )
+from rankscope.track import Track
 from rankscope.updates import LowRank, Update
 
 

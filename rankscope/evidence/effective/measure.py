@@ -27,8 +27,6 @@ from rankscope.train.results import DEFAULT_MEASURE, RunResult
 from rankscope.updates import LowRank
 from rankscope.verdict import GAIN_SHARE, LOW_RANK_SHARE, Answer, Verdict, format_interval
 
-SHOWN_MEASURES = tuple(measure.name for measure in measures_shown("evidence"))
-"""The measures of effective rank that are set against performance."""
 DRAWS = 4
 """Random products drawn for each shape and rank: their stable rank varies by a few per cent."""
 ProductShape = tuple[int, int, int]
@@ -142,6 +140,11 @@ def measure_effective(material: Material) -> EffectiveRanks:
     )
 
 
+def measure_names() -> list[str]:
+    """The measures of effective rank that are compared with performance."""
+    return [measure.name for measure in measures_shown("evidence")]
+
+
 def _products(row: RunResult) -> list[ProductShape]:
     """(out, in, rank) of each layer of an adapter; PiSSA's has rank 2r."""
     layers = row.spectra.layers if row.spectra else ()
@@ -151,7 +154,7 @@ def _products(row: RunResult) -> list[ProductShape]:
 def random_measures(products: Sequence[ProductShape]) -> dict[str, float]:
     """Each measure of products of two factors with independent normal entries, the median over these products."""
     kinds = {product: _random_measures(*product) for product in sorted(set(products))}
-    return {name: statistics.median(kinds[product][name] for product in products) for name in SHOWN_MEASURES}
+    return {name: statistics.median(kinds[product][name] for product in products) for name in measure_names()}
 
 
 def _random_measures(out: int, into: int, rank: int) -> dict[str, float]:
@@ -163,7 +166,7 @@ def _random_measures(out: int, into: int, rank: int) -> dict[str, float]:
         return Spectrum.of(LowRank(B, A)).measures()
 
     draws = [draw() for _ in range(DRAWS)]
-    return {name: statistics.fmean(one[name] for one in draws) for name in SHOWN_MEASURES}
+    return {name: statistics.fmean(one[name] for one in draws) for name in measure_names()}
 
 
 def run_point(row: RunResult) -> RunPoint:
@@ -179,7 +182,7 @@ def run_point(row: RunResult) -> RunPoint:
         best=row.is_best,
         edge=bool(row.choice and row.choice.edge),
         score=row.score or 0.0,
-        ranks={name: row.ranks[name] for name in SHOWN_MEASURES},
+        ranks={name: row.ranks[name] for name in measure_names()},
     )
 
 
@@ -189,7 +192,7 @@ def _rank_measures(entry: Entry, rows: Sequence[RunResult], random: dict[str, fl
         seeds=len(rows),
         edge=entry.edge is not None,
         share=entry.share,
-        measures={name: mean_interval([row.ranks[name] for row in rows]) for name in SHOWN_MEASURES},
+        measures={name: mean_interval([row.ranks[name] for row in rows]) for name in measure_names()},
         random=random,
     )
 
@@ -202,7 +205,7 @@ def _noise(material: Material, adapter: RunResult) -> dict[str, float] | None:
     adapted = {layer.name for layer in adapter.spectra.layers}
     noise = [layer.noise for layer in full.spectra.layers if layer.noise and layer.name in adapted]
     return (
-        {name: statistics.median(layer[name] or 0.0 for layer in noise) for name in SHOWN_MEASURES} if noise else None
+        {name: statistics.median(layer[name] or 0.0 for layer in noise) for name in measure_names()} if noise else None
     )
 
 
@@ -223,7 +226,7 @@ def _correlations(result: Performance, points: Sequence[RunPoint]) -> list[Corre
             rho=_rho([ranks[measure] for _, ranks in some], [way * score for score, _ in some]),
         )
         for among, some in sets.items()
-        for measure in SHOWN_MEASURES
+        for measure in measure_names()
     ]
 
 
@@ -235,7 +238,7 @@ def _means(points: Iterable[RunPoint]) -> list[tuple[float, dict[str, float]]]:
     return [
         (
             statistics.fmean(point.score for point in same),
-            {name: statistics.fmean(point.ranks[name] for point in same) for name in SHOWN_MEASURES},
+            {name: statistics.fmean(point.ranks[name] for point in same) for name in measure_names()},
         )
         for same in ranks.values()
     ]

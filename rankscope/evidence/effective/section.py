@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from rankscope.evidence.effective.figure import plot_effective
-from rankscope.evidence.effective.measure import SHOWN_MEASURES, EffectiveRanks
+from rankscope.evidence.effective.measure import EffectiveRanks, measure_names
 from rankscope.inference import CONFIDENCE_LEVEL
 from rankscope.report.document import Cell, Picture, Section, Table
 from rankscope.train.results import DEFAULT_MEASURE
@@ -45,7 +45,7 @@ def _picture(result: EffectiveRanks) -> Picture:
             rows=[
                 (
                     *(point.label, point.method, point.rank, point.lr, point.seed, "yes" if point.best else "no"),
-                    *(point.score, *(point.ranks[name] for name in SHOWN_MEASURES)),
+                    *(point.score, *(point.ranks[name] for name in measure_names())),
                 )
                 for point in result.points
             ],
@@ -54,7 +54,7 @@ def _picture(result: EffectiveRanks) -> Picture:
 
 
 def _titles() -> list[str]:
-    return [name.removesuffix("_rank") for name in SHOWN_MEASURES]
+    return [name.removesuffix("_rank") for name in measure_names()]
 
 
 def _alt(result: EffectiveRanks) -> str:
@@ -98,7 +98,7 @@ def _ranks(result: EffectiveRanks) -> Table:
     rows: list[list[Cell]] = []
     for one in result.curve:
         row: list[Cell] = [one.rank, one.seeds, one.share.value if one.share else None]
-        for name in SHOWN_MEASURES:
+        for name in measure_names():
             row += [*one.measures[name], one.random[name]]
         rows.append(row)
     return Table(
@@ -120,6 +120,6 @@ def _notes(result: EffectiveRanks) -> list[str]:
         "out of the fit.",
     ]
     if result.noise:
-        noise = ", ".join(f"{name.removesuffix('_rank')} {result.noise[name]:.3g}" for name in SHOWN_MEASURES)
+        noise = ", ".join(f"{name.removesuffix('_rank')} {result.noise[name]:.3g}" for name in measure_names())
         notes.append(f"A noise matrix of the shapes of full fine-tuning's updates would read {noise}.")
     return notes
