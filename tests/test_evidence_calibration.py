@@ -59,7 +59,7 @@ def test_json_there_and_back(small: Calibration) -> None:
 
 def test_what_the_command_says(small: Calibration) -> None:
     cells = _cells(small.cases[1])
-    assert cells[:3] == ["64 flat", "0.5", "58"]
+    assert cells[:3] == ["64 flat", 0.5, 58]
     assert "no" in cells
     assert "4 of 4" in _summary(small)[0]
     assert "none the wrong way round" in _summary(small)[1]

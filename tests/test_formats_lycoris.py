@@ -15,14 +15,14 @@ from adapters import normal
 from torch import Tensor, nn
 
 from rankscope.errors import FormatError, NonFiniteError
+from rankscope.formats.file_io import TensorInfo
 from rankscope.formats.lycoris import (
     LEAF_NAMES,
     UNSUPPORTED_LEAVES,
     lycoris_dora_update,
     lycoris_recipe,
-    lycoris_update,
 )
-from rankscope.formats.recipes import tensor_info
+from rankscope.formats.recipes import Recipe
 from rankscope.structured import Hadamard, Kronecker
 from rankscope.updates import Dense, LowRank, Update
 
@@ -52,11 +52,19 @@ def with_core(a: Tensor, core: Tensor, b: Tensor) -> Tensor:
     return W.flatten(1)
 
 
+def make_recipe(tensors: dict[str, Tensor], alpha: float | None) -> Recipe:
+    return lycoris_recipe({name: TensorInfo.of(tensor) for name, tensor in tensors.items()}, alpha)
+
+
+def build_update(tensors: dict[str, Tensor], alpha: float | None) -> Update:
+    return make_recipe(tensors, alpha).build(tensors)
+
+
 def check(update: Update, truth: Tensor, kind: type[Update], tensors: dict[str, Tensor], alpha: float | None) -> None:
     assert isinstance(update, kind)
     assert update.shape == tuple(truth.shape)
     np.testing.assert_allclose(update.dense().numpy(), truth.numpy(), rtol=0, atol=1e-6 * float(truth.abs().max()))
-    info = lycoris_recipe({name: tensor_info(tensor) for name, tensor in tensors.items()}, alpha).info
+    info = make_recipe(tensors, alpha).info
     assert (info.shape, info.nominal_rank) == (update.shape, update.nominal_rank)
 
 
@@ -65,7 +73,7 @@ def check(update: Update, truth: Tensor, kind: type[Update], tensors: dict[str, 
 def test_locon(kernel, alpha, scale):
     tensors = pair(("lora_up.weight", "lora_down.weight"), OUT, IN, R, kernel, 1, upright=True)
     truth = scale * multiplied(*tensors.values())
-    check(lycoris_update(tensors, alpha), truth, LowRank, tensors, alpha)
+    check(build_update(tensors, alpha), truth, LowRank, tensors, alpha)
 
 
 @pytest.mark.parametrize("kernel", [(3,), (3, 2), (2, 2, 3)], ids=str)
@@ -78,7 +86,7 @@ def test_locon_with_a_core(kernel):
     }
     up, down = tensors["lora_up.weight"].flatten(1), tensors["lora_down.weight"].flatten(1)
     truth = 1.5 * with_core(up.T, tensors["lora_mid.weight"], down)
-    check(lycoris_update(tensors, 3.0), truth, LowRank, tensors, 3.0)
+    check(build_update(tensors, 3.0), truth, LowRank, tensors, 3.0)
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=list(KERNELS))
@@ -87,8 +95,8 @@ def test_loha(kernel):
     second = pair(("hada_w2_a", "hada_w2_b"), OUT, IN, R, kernel, 3, upright=False)
     truth = 1.5 * multiplied(*first.values()) * multiplied(*second.values())
     tensors = first | second
-    check(lycoris_update(tensors, 3.0), truth, Hadamard, tensors, 3.0)
-    check(lycoris_update(tensors, None), truth / 1.5, Hadamard, tensors, None)
+    check(build_update(tensors, 3.0), truth, Hadamard, tensors, 3.0)
+    check(build_update(tensors, None), truth / 1.5, Hadamard, tensors, None)
 
 
 def test_loha_with_cores():
@@ -98,7 +106,7 @@ def test_loha_with_cores():
         tensors[f"hada_w{i}_b"] = normal(R, IN, seed=3 * i + 1)
         tensors[f"hada_t{i}"] = normal(R, R, 3, 2, seed=3 * i + 2)
     one, two = (with_core(tensors[f"hada_w{i}_a"], tensors[f"hada_t{i}"], tensors[f"hada_w{i}_b"]) for i in (1, 2))
-    check(lycoris_update(tensors, 5.0), 2.5 * one * two, Hadamard, tensors, 5.0)
+    check(build_update(tensors, 5.0), 2.5 * one * two, Hadamard, tensors, 5.0)
 
 
 LOKR_W1 = {
@@ -133,19 +141,19 @@ def test_lokr(first, second):
     scale = 1.0 if first == "whole" and second.startswith("whole") else 3.0 / R
     # Entry by entry, as a convolution: (out₁·out₂, in₁·in₂, kernel).
     truth = torch.einsum("ab,cdk->acbdk", w1, w2.reshape(5, 4, -1)).reshape(10, -1) * scale
-    check(lycoris_update(one | two, 3.0), truth, Kronecker, one | two, 3.0)
+    check(build_update(one | two, 3.0), truth, Kronecker, one | two, 3.0)
 
 
 def test_the_rank_of_a_lokr_with_a_core_is_the_cores():
     """w2_a lies on its side there: its second dimension is outputs, which LyCORIS's own reader takes for the rank."""
     tensors = LOKR_W1["whole"] | LOKR_W2["core"]
-    assert lycoris_recipe({name: tensor_info(value) for name, value in tensors.items()}, 8.0).info.scale == 8.0 / R
+    assert make_recipe(tensors, 8.0).info.scale == 8.0 / R
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_whole_differences(dtype):
     diff = normal(5, 4, 3).to(dtype)
-    update = lycoris_update({"diff": diff}, None)
+    update = build_update({"diff": diff}, None)
     assert isinstance(update, Dense)
     assert torch.equal(update.dense(), diff.float().flatten(1))
     assert (update.rounding > 0) == (dtype == torch.bfloat16)
@@ -157,13 +165,13 @@ def test_whole_differences(dtype):
 def test_factors_of_any_float_type(dtype):
     tensors = {name: value.to(dtype) for name, value in (LOKR_W1["factored"] | LOKR_W2["factored"]).items()}
     w1, w2 = (multiplied(tensors[f"lokr_w{i}_a"], tensors[f"lokr_w{i}_b"]) for i in (1, 2))
-    check(lycoris_update(tensors, 2.0), torch.kron(w1, w2), Kronecker, tensors, 2.0)
+    check(build_update(tensors, 2.0), torch.kron(w1, w2), Kronecker, tensors, 2.0)
 
 
 @pytest.mark.parametrize("on_out", [True, False])
 def test_the_whole_update_of_a_rescaled_module(on_out):
     tensors = pair(("lora_up.weight", "lora_down.weight"), OUT, IN, R, (3, 2), 1, upright=True)
-    update, W = lycoris_update(tensors, 3.0), normal(OUT, IN, 3, 2, seed=8)
+    update, W = build_update(tensors, 3.0), normal(OUT, IN, 3, 2, seed=8)
     m = normal(OUT, 1, 1, 1, seed=9).abs() if on_out else normal(1, IN, 1, 1, seed=9).abs()
     moved = W.double() + update.dense().double().reshape(W.shape)
     axes = (1, 2, 3) if on_out else (0, 2, 3)
@@ -177,7 +185,7 @@ def test_the_whole_update_of_a_rescaled_module(on_out):
     with pytest.raises(NonFiniteError, match="dora_scale"):
         lycoris_dora_update(update, m * math.inf, W.flatten(1))
     with_scale = tensors | {"dora_scale": m, "alpha": torch.tensor(3.0)}
-    assert torch.equal(lycoris_update(with_scale, 3.0).dense(), update.dense())
+    assert torch.equal(build_update(with_scale, 3.0).dense(), update.dense())
 
 
 BAD = {
@@ -212,16 +220,16 @@ BAD = {
 def test_groups_that_are_refused_in_one_sentence(name):
     tensors, message = BAD[name]
     with pytest.raises(FormatError, match=message) as caught:
-        lycoris_update(tensors, 1.0)
+        build_update(tensors, 1.0)
     assert "\n" not in str(caught.value)
 
 
 def test_non_finite_factors():
     tensors = pair(("lora_up.weight", "lora_down.weight"), OUT, IN, R, (), 1, upright=True)
     with pytest.raises(NonFiniteError):
-        lycoris_update(tensors | {"lora_up.weight": torch.full((OUT, R), math.nan)}, 1.0)
+        build_update(tensors | {"lora_up.weight": torch.full((OUT, R), math.nan)}, 1.0)
     with pytest.raises(NonFiniteError, match="scale"):
-        lycoris_update(tensors, math.inf)
+        build_update(tensors, math.inf)
 
 
 def test_every_leaf_is_known_once():
@@ -284,7 +292,7 @@ def test_against_the_layers_of_lycoris(kind, options, layer):
         added = module.eval().forward(inputs) - original(inputs)
         state = {leaf: value.detach() for leaf, value in module.custom_state_dict().items()}
     weight = original.weight.detach()
-    update = lycoris_update(state, float(state["alpha"]))
+    update = build_update(state, float(state["alpha"]))
     if "dora_scale" in state:
         update = lycoris_dora_update(update, state["dora_scale"], weight.flatten(1))
     assert set(state) <= set(LEAF_NAMES)

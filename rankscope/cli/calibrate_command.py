@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rankscope.cli.output import print_json, print_rows, progress_tracker
-from rankscope.table import format_number
+from rankscope.cli.output import print_json, print_table, progress_tracker
+from rankscope.table import Cell, Table, format_number
 
 if TYPE_CHECKING:
     from rankscope.evidence.calibration import Calibration, CalibrationCase
@@ -46,22 +46,22 @@ def command(output: str | None, quick: bool, as_json: bool, quiet: bool, debug: 
     if as_json:
         print_json(calibration.to_json())
     else:
-        print_rows(HEADER, [_cells(case) for case in calibration.cases])
+        print_table(Table("cases", "", HEADER, [_cells(case) for case in calibration.cases]))
         click.echo("\n" + "\n".join(_summary(calibration)))
     if calibration.wrong_cases:
         raise click.exceptions.Exit(1)
 
 
-def _cells(case: CalibrationCase) -> list[str]:
+def _cells(case: CalibrationCase) -> list[Cell]:
     buried = "" if case.visible else " (buried)"
     lines = ", ".join(f"{line} {answer}" for line, answer in case.answers.items())
     return [
         f"{case.plant.rank} {case.plant.spectrum}{buried}",
-        format_number(case.plant.noise),
-        str(case.needed),
+        case.plant.noise,
+        case.needed,
         format_number(case.performance) or "none",
         format_number(case.truncation) or "none",
-        format_number(case.counted),
+        case.counted,
         case.expected,
         case.answer,
         lines,

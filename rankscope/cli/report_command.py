@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from rankscope.cli.output import print_json, print_rows, progress_tracker
+from rankscope.cli.output import print_json, print_table, progress_tracker
+from rankscope.table import Table
 
 if TYPE_CHECKING:
     from rankscope.evidence.hypothesis import Hypothesis
@@ -114,5 +115,5 @@ def print_verdicts(result: Hypothesis) -> None:
     """A row a verdict, and what is missing."""
     rows = [[verdict.line, verdict.answer, verdict.sentence] for verdict in result.verdicts]
     rows += [[line, "missing", reason] for line, reason in result.missing.items()]
-    print_rows(["line", "answer", "what the numbers say"], rows, left=3)
+    print_table(Table("verdicts", "", ("line", "answer", "what the numbers say"), rows), left=3)
     click.echo(f"\n{result.sentence}")

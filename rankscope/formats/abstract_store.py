@@ -38,7 +38,7 @@ class SkippedItem:
 
 @dataclass(frozen=True)
 class UpdateInfo:
-    """What the headers tell of one update.
+    """What the headers say about one update.
 
     ``shape`` is (out, in); ``nominal_rank`` is LoRA's r and None for an update that is no product; ``scale``
     multiplies B·A; ``dtype`` is the stored one, of A or of the tuned weight; ``method`` is "lora",
@@ -78,7 +78,7 @@ class Store(ABC):
 
     @abstractmethod
     def _read(self, name: str) -> Update:
-        """The update of a name that exists, on ``self.device``."""
+        """The update ``name``, which the store holds, on ``self.device``."""
 
     @abstractmethod
     def _read_weight(self, name: str) -> Tensor | None:
@@ -97,7 +97,7 @@ class Store(ABC):
         return None
 
     def training_script(self) -> str | None:
-        """What the source names as the program that trained it, None where it names none."""
+        """The program that trained the source, as the source names it; None where it names none."""
         return None
 
     def names(self) -> list[str]:
@@ -105,7 +105,7 @@ class Store(ABC):
         return sorted(self._infos, key=natural_key)
 
     def info(self, name: str) -> UpdateInfo:
-        """What the headers tell of one update; reads no tensor.
+        """What the headers say about one update; reads no tensor.
 
         Raises:
             UnknownLayerError: the store does not hold ``name``.
@@ -192,19 +192,19 @@ def examples(names: list[str], count: int = 3) -> str:
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """The device, tried out. ``cuda`` is the GPU of this process where torchrun started several.
+    """The device, after a tensor was put on it. ``cuda`` is the GPU of this process where torchrun started several.
 
     Raises:
-        ConfigError: torch does not know it, or this machine has none.
+        ConfigError: torch does not know the device, or this machine does not have it.
     """
     try:
-        found = torch.device(device)
-        if found.type == "cuda" and found.index is None and "LOCAL_RANK" in os.environ:
-            found = torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
-        if found.type == "meta":
+        result = torch.device(device)
+        if result.type == "cuda" and result.index is None and "LOCAL_RANK" in os.environ:
+            result = torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
+        if result.type == "meta":
             raise NotImplementedError("it holds no numbers")
-        torch.empty(1, device=found)
+        torch.empty(1, device=result)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"device {str(device)!r} cannot be used ({reason}); use cpu") from error
-    return found
+    return result

@@ -1,7 +1,7 @@
-"""Adapters that are one file: each module's tensors, by what the tool calls them, as LyCORIS's parts of an update.
+"""Adapters that are one file: each key is mapped to a module and to one of LyCORIS's parts of an update.
 
-What differs between the tools is how a key names module and part and where α is; ``FileStore`` does the rest. See
-``kohya.py``, ``diffusers.py`` and ``loralib.py``.
+The tools differ in how a key names module and part, and in where α is stored (``kohya.py``, ``diffusers.py``,
+``loralib.py``); ``FileStore`` does the rest.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from rankscope.formats.recipes import Recipe
 from rankscope.updates import Update
 
 WHOLE_SUFFIX = ":whole"
-MODULE_KEY = "ss_network_module"  # where kohya's scripts say which of them trained
-# Where kohya's scripts and model hubs say what an adapter was trained on, the most telling first.
+MODULE_KEY = "ss_network_module"  # where kohya's scripts name the script that trained
+# Metadata in which kohya's scripts and model hubs name the base model, the most specific first.
 BASE_TAGS = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
-FACTOR_BIAS_PART = "bias of B"  # the part that a parser calls a bias beside the factors
-# Keys that name no part of an update; the first pattern that is found gives the reason.
+FACTOR_BIAS_PART = "bias of B"  # the name that a parser gives to the bias of B
+# Why a key that names no part of an update is skipped: the reason of the first pattern that matches it.
 SKIP_REASONS = (
     (
         re.compile(r"^(?:bundle_)?emb"),
@@ -89,7 +89,7 @@ class FileLayer:
 
     @property
     def rank(self) -> int | None:
-        """r of a product of two factors; None for what is none."""
+        """r of a product of two factors; None for any other update."""
         return self.recipe.info.nominal_rank if set(self.recipe.reads) <= set(LOCON[:4]) else None
 
 
@@ -103,10 +103,10 @@ class FileStore(Store):
         device: where updates are put.
         alpha: α of layers that the file gives none for.
 
-    ``layers`` holds what the names of updates stand for; ``given``: how many layers took ``alpha``.
+    ``layers``: the layer behind each name. ``given``: how many layers use ``alpha``, since the file has none for them.
 
     Raises:
-        FormatError: a damaged file, a pair with one half, factors that do not multiply, or nothing that is read.
+        FormatError: a damaged file, a pair with one half, factors that do not multiply, or no layer that can be read.
     """
 
     kind: ClassVar[str] = "adapter file"
@@ -134,7 +134,8 @@ class FileStore(Store):
         if self.given:
             self.notes.append(f"α = {alpha:g}, as given, in {self.given} of {len(self.layers)} layers")
         self._note_oddities()
-        shapes = {name: self._infos[name].shape for name in self.layers if ":" not in name}  # parts have rows of one
+        # A part of a fused layer ("NAME:q") has only some rows of its weight.
+        shapes = {name: self._infos[name].shape for name in self.layers if ":" not in name}
         if base is not None and shapes:
             self._weights = BaseWeights(base, shapes)
         self._add_wholes()
@@ -160,8 +161,8 @@ class FileStore(Store):
         return None
 
     def _gather(self) -> dict[str, dict[str, str]]:
-        """Keys by module and part; all else is listed."""
-        found: dict[str, dict[str, str]] = {}
+        """Keys by module and part; every other key goes to ``skipped``."""
+        modules: dict[str, dict[str, str]] = {}
         for key in sorted(self.file.infos, key=natural_key):
             part = self._parse(key)
             reason = _reason(key) if part is None else UNSUPPORTED_LEAVES.get(part.leaf)
@@ -169,10 +170,10 @@ class FileStore(Store):
                 self._skip(key, reason or "unknown key")
             elif part.leaf == FACTOR_BIAS_PART:
                 self._skip(key, "lora_bias: the bias of B changes the layer's bias, not its weight")
-            elif found.setdefault(part.module, {}).setdefault(part.leaf, key) != key:
-                other = found[part.module][part.leaf]
+            elif modules.setdefault(part.module, {}).setdefault(part.leaf, key) != key:
+                other = modules[part.module][part.leaf]
                 raise FormatError(f"{self.file.path}: {part.module} has {part.leaf} twice, as {other} and {key}")
-        return found
+        return modules
 
     def _add(self, module: str, keys: Mapping[str, str]) -> None:
         parts = {leaf: self.file.infos[key] for leaf, key in keys.items()}
@@ -202,7 +203,7 @@ class FileStore(Store):
         self.layers[name], self._infos[name] = layer, info
 
     def _read_alpha(self, key: str) -> float:
-        """α, the one number of a tensor that is read at once: without it no header tells the scale."""
+        """α from its tensor, which is read on opening, because no header holds the scale."""
         info = self.file.infos[key]
         if math.prod(info.shape) != 1 or info.dtype.is_complex:
             raise FormatError(f"{key} is {info.shape}; α is one number")
@@ -212,10 +213,10 @@ class FileStore(Store):
         return alpha
 
     def _note_oddities(self) -> None:
-        """Notes on what was found."""
+        """Add notes on what is unusual in the file."""
 
     def _add_wholes(self) -> None:
-        """The whole update of every DoRA layer, or the reason why there is none."""
+        """Add the whole update of every DoRA layer, or skip it with the reason."""
         dora = [name for name, layer in self.layers.items() if layer.magnitude is not None]
         for name in dora:
             if self._weights is None:

@@ -1,4 +1,4 @@
-"""One weight under the names of several tools: dots or underscores, and what each puts in front.
+"""The names that several tools give to one weight: with dots or underscores, and with each tool's prefix.
 
 kohya's ``lora_unet_down_blocks_0_to_q``, diffusers' ``unet.down_blocks.0.to_q`` and the model's own
 ``down_blocks.0.to_q`` are one weight.
@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# What stands in front of a path, and the part of a pipeline that it means; "" where it means none.
+# Prefixes of a path, most of which name the part of a pipeline.
 _DOTTED = re.compile(
     r"(?P<front>base_model\.model|unet|transformer|prior|diffusion_model|model\.diffusion_model"
     r"|text_encoder(?:_(?P<te>\d))?)\.(?P<path>.+)"
@@ -34,18 +34,18 @@ class Alias(NamedTuple):
 
 def aliases(name: str) -> list[Alias]:
     """All ways to read a name."""
-    found = _STEM.fullmatch(name)
-    stem, leaf = (found["stem"], found["leaf"] or "") if found else (name, "")
+    match = _STEM.fullmatch(name)
+    stem, leaf = (match["stem"], match["leaf"] or "") if match else (name, "")
     raw = "." not in stem
-    ways = [Alias(None, stem + leaf, raw)]
+    readings = [Alias(None, stem + leaf, raw)]
     front = (_RAW if raw else _DOTTED).fullmatch(stem)
     if front:
-        ways.append(Alias(_component(front["front"], front["te"]), front["path"] + leaf, raw))
-    return ways
+        readings.append(Alias(_component(front["front"], front["te"]), front["path"] + leaf, raw))
+    return readings
 
 
 def _component(front: str, number: str | None) -> str | None:
-    """What a prefix means; None for one that every part of a pipeline can have."""
+    """The part of a pipeline that a prefix names; None for a prefix that every part can have."""
     if _TEXT.match(front):
         return f"text {number or 1}"
     return None if front in ("lycoris", "base_model.model") else "denoiser"
@@ -55,23 +55,23 @@ def pair_aliases(names_a: Iterable[str], names_b: Iterable[str]) -> list[tuple[s
     """Names of a and b that mean one weight, where each has one partner and no other."""
     by_key: dict[str, list[tuple[str, Alias]]] = defaultdict(list)
     for name in names_b:
-        for way in aliases(name):
-            by_key[_replace_dots(way.path)].append((name, way))
-    partners: dict[str, set[str]] = defaultdict(set)
-    back: dict[str, set[str]] = defaultdict(set)
+        for alias in aliases(name):
+            by_key[_replace_dots(alias.path)].append((name, alias))
+    partners_of_a: dict[str, set[str]] = defaultdict(set)
+    partners_of_b: dict[str, set[str]] = defaultdict(set)
     for name in names_a:
-        for way in aliases(name):
-            for other, theirs in by_key.get(_replace_dots(way.path), ()):
-                if _agree(way, theirs):
-                    partners[name].add(other)
-                    back[other].add(name)
-    single = ((name, next(iter(found))) for name, found in partners.items() if len(found) == 1)
-    return [(name, other) for name, other in single if len(back[other]) == 1]
+        for alias in aliases(name):
+            for other, other_alias in by_key.get(_replace_dots(alias.path), ()):
+                if _agree(alias, other_alias):
+                    partners_of_a[name].add(other)
+                    partners_of_b[other].add(name)
+    single = ((name, next(iter(partners))) for name, partners in partners_of_a.items() if len(partners) == 1)
+    return [(name, other) for name, other in single if len(partners_of_b[other]) == 1]
 
 
-def _agree(one: Alias, other: Alias) -> bool:
-    components = one.component is None or other.component is None or one.component == other.component
-    return components and (one.path == other.path or one.raw or other.raw)
+def _agree(a: Alias, b: Alias) -> bool:
+    same_component = a.component is None or b.component is None or a.component == b.component
+    return same_component and (a.path == b.path or a.raw or b.raw)
 
 
 def _replace_dots(path: str) -> str:

@@ -21,7 +21,7 @@ from rankscope.formats.study_layout import UPDATES_NAME
 INDEX_SUFFIX = ".index.json"
 MODEL_CONFIG = "config.json"
 NOT_CHECKPOINTS = {WEIGHTS_NAME, OLD_WEIGHTS_NAME, UPDATES_NAME}
-# In the order transformers prefers them; then whatever single file or index the folder has (diffusers' names).
+# In the order in which transformers prefers them, and any single file or index (diffusers' names).
 FOLDER_PATTERNS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -40,10 +40,10 @@ CONV1D_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"
 class Checkpoint:
     """Every tensor of a model on disk: ``infos`` now, tensors one at a time.
 
-    ``conv1d`` says whether GPT-2's projections are stored (in, out); None where nothing tells.
+    ``conv1d`` says whether GPT-2's projections are stored (in, out); None where that is not known.
 
     Raises:
-        FormatError: nothing there that is a checkpoint, a damaged file, or an index that lies.
+        FormatError: there is no checkpoint, a file is damaged, or the index names tensors that its shards do not hold.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,7 +69,10 @@ class Checkpoint:
         return self._files[name].read(name)
 
     def read_blocks(self, name: str, rows: int, step: int) -> Iterator[Tensor]:
-        """The first rows as stored, flattened, so many at a time; of a safetensors file they are read, not mapped."""
+        """The first ``rows`` rows as stored, in matrices (at most ``step``, columns).
+
+        Those of a safetensors file are read into memory of their own, not mapped.
+        """
         file = self._files[name]
         whole = None if isinstance(file, TensorFile) else file.read(name)
         for start in range(0, rows, step):
@@ -88,7 +91,7 @@ class Checkpoint:
         return (columns, rows) if self.is_transposed(name) else (rows, columns)
 
     def matrix(self, name: str) -> Tensor:
-        """The weight as (out, in): Conv1D turned round, convolution kernels flattened; stored dtype."""
+        """The weight as (out, in): Conv1D transposed, convolution kernels flattened; stored dtype."""
         tensor = self.read(name)
         flat = tensor.reshape(tensor.shape[0], -1)
         return flat.T if self.is_transposed(name) else flat
@@ -102,7 +105,7 @@ class BaseWeights:
     """The pre-trained weights (out, in) behind updates whose own file does not hold them.
 
     ``shapes`` maps module paths to (out, in) of their updates. ``fan_in_fan_out`` decides for square weights
-    of which the checkpoint itself does not tell how they are stored.
+    where the checkpoint itself does not show how they are stored.
 
     Raises:
         FormatError: the base has no weight for any module, or one that does not fit its update.
@@ -118,24 +121,24 @@ class BaseWeights:
                 f"{examples(pairing.only_b)}; is this the base that was tuned?"
             )
         self._tensors = {wanted[ours]: theirs for ours, theirs in pairing.pairs}
-        self._turned = {
-            module: self._turn(module, tensor, shapes[module], fan_in_fan_out)
+        self._transposed = {
+            module: self._needs_transpose(module, tensor, shapes[module], fan_in_fan_out)
             for module, tensor in self._tensors.items()
         }
 
-    def _turn(self, module: str, tensor: str, shape: tuple[int, int], fan_in_fan_out: bool) -> bool:
+    def _needs_transpose(self, module: str, tensor: str, shape: tuple[int, int], fan_in_fan_out: bool) -> bool:
         """Whether the checkpoint's matrix must still be transposed to fit its update."""
         reason = non_matrix_reason(self._checkpoint.infos[tensor], stacks=True)
         if reason:
             raise FormatError(f"{self._checkpoint.path}: {tensor} cannot serve as base weight ({reason})")
-        found = self._checkpoint.matrix_shape(tensor)
-        if found not in (shape, shape[::-1]):
+        base_shape = self._checkpoint.matrix_shape(tensor)
+        if base_shape not in (shape, shape[::-1]):
             raise FormatError(
-                f"{self._checkpoint.path}: {tensor} is {found[0]} × {found[1]}, but the update of {module} is "
-                f"{shape[0]} × {shape[1]}; is this the base that was tuned?"
+                f"{self._checkpoint.path}: {tensor} is {base_shape[0]} × {base_shape[1]}, but the update of {module} "
+                f"is {shape[0]} × {shape[1]}; is this the base that was tuned?"
             )
-        if found[0] != found[1]:
-            return found != shape
+        if base_shape[0] != base_shape[1]:
+            return base_shape != shape
         return fan_in_fan_out and self._checkpoint.conv1d is None
 
     def __contains__(self, module: str) -> bool:
@@ -146,7 +149,7 @@ class BaseWeights:
         if module not in self._tensors:
             return None
         weight = self._checkpoint.matrix(self._tensors[module])
-        return weight.T if self._turned[module] else weight
+        return weight.T if self._transposed[module] else weight
 
 
 def non_matrix_reason(info: TensorInfo, stacks: bool = False) -> str | None:
@@ -164,22 +167,22 @@ def non_matrix_reason(info: TensorInfo, stacks: bool = False) -> str | None:
 
 
 def checkpoint_file(path: Path) -> Path:
-    """The file, or the index of the shards, that ``path`` means.
+    """The file of weights, or the index of shards, at ``path``.
 
     Raises:
-        FormatError: nothing there, or more than one that it could be.
+        FormatError: there is none, or there are several and no index.
     """
     if not path.exists():
         raise FormatError(f"{path}: no such file or folder")
     if not path.is_dir():
         return path
     for pattern in FOLDER_PATTERNS:
-        found = sorted(file for file in path.glob(pattern) if file.name not in NOT_CHECKPOINTS)
-        if len(found) == 1:
-            return found[0]
-        if found:
+        files = sorted(file for file in path.glob(pattern) if file.name not in NOT_CHECKPOINTS)
+        if len(files) == 1:
+            return files[0]
+        if files:
             raise FormatError(
-                f"{path}: holds {len(found)} weight files and no index ({found[0].name}, {found[1].name}, …); "
+                f"{path}: holds {len(files)} weight files and no index ({files[0].name}, {files[1].name}, …); "
                 "give the one that is meant"
             )
     raise FormatError(
@@ -201,17 +204,17 @@ def _open_files(source: Path) -> Iterator[TensorFile | PickledFile]:
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise FormatError(f"{source}: has no weight_map from tensor names to shard names; it is not an index")
     for shard in sorted(set(weight_map.values())):
-        file = open_tensors(_inside(source, shard))
+        file = open_tensors(_shard_path(source, shard))
         missing = [name for name, where in weight_map.items() if where == shard and name not in file.infos]
         if missing:
             raise FormatError(f"{source}: says that {missing[0]} is in {shard}, which does not hold it")
         yield file
 
 
-def _inside(index: Path, shard: str) -> Path:
+def _shard_path(index: Path, shard: str) -> Path:
     """The shard's path, refused where it leads out of the index's folder.
 
-    The hub's cache is a folder of links into ``blobs/`` two levels up: that one way out is allowed.
+    The hub's cache is a folder of links into ``blobs/`` two levels up: links to there are allowed.
     """
     folder = index.parent
     refused = FormatError(f"{index}: names the shard {shard!r}, which is outside its folder; refused")
@@ -240,8 +243,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 def _stores_conv1d(infos: dict[str, TensorInfo], folder: Path) -> bool | None:
     """Whether the projections that Conv1D is used for are stored (in, out).
 
-    c_attn and c_fc always widen, so their shape tells, whatever the configuration says: nanoGPT uses the
-    same names for ordinary layers. The model type decides only where no such weight is present.
+    c_attn and c_fc always have more outputs than inputs, so their shape decides, whatever the configuration says:
+    nanoGPT uses the same names for ordinary layers. The model type decides only where no such weight is present.
     """
     for name, info in infos.items():
         if CONV1D_WIDENS.search(name) and len(info.shape) == 2 and info.shape[0] != info.shape[1]:

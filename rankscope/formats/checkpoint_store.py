@@ -35,7 +35,7 @@ class CheckpointStore(Store):
     def __init__(self, path: Path, base: Path, device: torch.device | str = "cpu") -> None:
         super().__init__(path, device)
         self._tuned, self._base = tuned, origin = Checkpoint(path), Checkpoint(base)
-        if tuned.conv1d is None or origin.conv1d is None:  # one model, one layout: who knows tells the other
+        if tuned.conv1d is None or origin.conv1d is None:  # both have one layout, which one may show alone
             tuned.conv1d = origin.conv1d = tuned.conv1d if tuned.conv1d is not None else origin.conv1d
         self._pairs: dict[str, tuple[str, str]] = {}
         pairing = pair_names(tuned.infos, origin.infos)
@@ -78,17 +78,17 @@ class CheckpointStore(Store):
 
     def _read(self, name: str) -> Dense:
         ours, theirs = self._pairs[name]
-        shape, turned = self._infos[name].shape, self._tuned.is_transposed(ours)
-        if turned != self._base.is_transposed(theirs) or (turned and shape != self._tuned.matrix_shape(ours)):
+        shape, transposed = self._infos[name].shape, self._tuned.is_transposed(ours)
+        if transposed != self._base.is_transposed(theirs) or (transposed and shape != self._tuned.matrix_shape(ours)):
             tuned, base = self._tuned.matrix(ours)[: shape[0]], self._base.matrix(theirs)[: shape[0]]
             return Dense.difference(tuned.to(self.device), base.to(self.device))
-        stored = shape[::-1] if turned else shape
+        stored = shape[::-1] if transposed else shape
         step = block_rows(stored[1])
         parts = zip(
             self._tuned.read_blocks(ours, stored[0], step), self._base.read_blocks(theirs, stored[0], step), strict=True
         )
-        found = Dense.from_blocks(parts, stored, self.device)
-        return found.T if turned else found
+        update = Dense.from_blocks(parts, stored, self.device)
+        return update.T if transposed else update
 
     def _read_weight(self, name: str) -> Tensor:
         return self._base.matrix(self._pairs[name][1])[: self._infos[name].shape[0]]
@@ -97,10 +97,10 @@ class CheckpointStore(Store):
 class UpdateStore(Store):
     """The float32 updates that ``write_updates`` wrote.
 
-    ``base``, where given, only serves ``weight(name)``.
+    ``base``, where given, is used for ``weight(name)`` only.
 
     Raises:
-        FormatError: not such a file, or it holds no matrix.
+        FormatError: ``write_updates`` did not write the file, or it holds no matrix.
     """
 
     kind = "update"
@@ -134,7 +134,7 @@ class UpdateStore(Store):
 def write_updates(path: Path, updates: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write float32 updates, module path → matrix (out, in), to a safetensors file, atomically.
 
-    Changes that are no matrix (of biases, of norms) go along under their parameter's name; a reader lists them.
+    Changes that are no matrix (of biases, of norms) are written under their parameter's name; a reader skips them.
 
     Raises:
         ShapeError: an update is not of floating-point numbers.

@@ -1,4 +1,4 @@
-"""Files of diffusers: PEFT's or its own older names behind ``unet.``, ``transformer.``, ``text_encoder.``.
+"""Files of diffusers: PEFT's names, or its own older ones, behind ``unet.``, ``transformer.``, ``text_encoder.``.
 
 ``unet.….to_q.lora_A.weight``, older ``….to_q.lora.down.weight`` and ``….processor.to_q_lora.down.weight``. α is in the
 metadata (``lora_adapter_metadata``: PEFT's configuration, keys behind the component's name), or in ``.alpha`` tensors,
@@ -34,7 +34,7 @@ _OLD = re.compile(r"(?P<module>.+)\.lora\.(?P<half>down|up)\.weight")
 _OLDEST = re.compile(
     r"(?P<module>.+?)(?:\.processor)?\.(?P<name>to_q|to_k|to_v|to_out)_lora\.(?P<half>down|up)\.weight"
 )
-_OWN = re.compile(r"(?P<module>.+)\.(?P<leaf>alpha|diff|diff_b)")  # of trainers that write PEFT's names
+_OWN = re.compile(r"(?P<module>.+)\.(?P<leaf>alpha|diff|diff_b)")  # from trainers that write PEFT's names
 _LEAVES = {
     "lora_A": LOCON.b,
     "lora_B": LOCON.a,
@@ -59,13 +59,13 @@ class ComponentConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 def parse_diffusers_key(key: str) -> ParsedFileKey | None:
     """What a key says; None where it is no part of an update."""
-    if found := _OLD.fullmatch(key):
-        return ParsedFileKey(found["module"], _LEAVES[found["half"]])
-    if found := _OLDEST.fullmatch(key):
-        name = found["name"] + (".0" if found["name"] == "to_out" else "")
-        return ParsedFileKey(f"{found['module']}.{name}", _LEAVES[found["half"]])
-    if found := _OWN.fullmatch(key):
-        return ParsedFileKey(found["module"], found["leaf"])
+    if match := _OLD.fullmatch(key):
+        return ParsedFileKey(match["module"], _LEAVES[match["half"]])
+    if match := _OLDEST.fullmatch(key):
+        name = match["name"] + (".0" if match["name"] == "to_out" else "")
+        return ParsedFileKey(f"{match['module']}.{name}", _LEAVES[match["half"]])
+    if match := _OWN.fullmatch(key):
+        return ParsedFileKey(match["module"], match["leaf"])
     parsed = parse_key(key)
     if parsed is None or parsed.part not in _LEAVES or parsed.leaf not in ("weight", "bias", ""):
         return None
@@ -88,8 +88,8 @@ def is_diffusers(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
 
 def split_component(name: str) -> tuple[str, str]:
     """(component, path within it) of a layer's name; the component is "" where the name has none."""
-    found = COMPONENTS.fullmatch(name)
-    return (found["component"], found["module"]) if found else ("", name)
+    match = COMPONENTS.fullmatch(name)
+    return (match["component"], match["module"]) if match else ("", name)
 
 
 class DiffusersStore(FileStore):
@@ -122,9 +122,9 @@ class DiffusersStore(FileStore):
         return next((name for name in names if isinstance(name, str) and name), None)
 
     def magnitude(self, name: str) -> Tensor | None:
-        """As of every file; (out,) also of a convolution, where PEFT stores (1, out, 1, 1)."""
-        found = super().magnitude(name)
-        return None if found is None else found.flatten()
+        """DoRA's magnitude of a layer, (out,); that of a convolution is stored as (1, out, 1, 1). None without one."""
+        magnitude = super().magnitude(name)
+        return None if magnitude is None else magnitude.flatten()
 
     def _note_oddities(self) -> None:
         own = ALPHA_LEAF in {leaf for layer in self.layers.values() for leaf in layer.keys}
@@ -156,7 +156,13 @@ def read_component_config(metadata: Mapping[str, str], component: str) -> Compon
 
 
 def component_config(metadata: Mapping[str, str], component: str) -> dict[str, Any]:
-    """PEFT's configuration of a component: its keys behind the component's name, in an object of that name, or bare."""
+    """PEFT's configuration of a component.
+
+    Its keys stand behind the component's name, in an object of that name, or without the name.
+
+    Raises:
+        FormatError: the metadata is no JSON object.
+    """
     try:
         raw = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
     except (ValueError, RecursionError) as error:
@@ -165,5 +171,7 @@ def component_config(metadata: Mapping[str, str], component: str) -> dict[str, A
         raise FormatError(f"its metadata {LORA_ADAPTER_METADATA_KEY} is no JSON object")
     if isinstance(raw.get(component), dict):
         return dict(raw[component])
-    behind = {key.removeprefix(f"{component}."): value for key, value in raw.items() if key.startswith(f"{component}.")}
-    return behind or raw
+    prefixed = {
+        key.removeprefix(f"{component}."): value for key, value in raw.items() if key.startswith(f"{component}.")
+    }
+    return prefixed or raw

@@ -1,4 +1,4 @@
-"""The table of file formats: how each is told, opened and written. A new format is one file and one row here.
+"""The table of file formats: how each is recognised, opened and written. A new format is one file and one row here.
 
 Readers and writers are imported when they are used: help texts name the formats, and load neither torch nor scipy.
 """
@@ -50,9 +50,9 @@ class FileFormat:
     Attributes:
         kind: the ``Store.kind`` of its sources, and its name in ``convert --to``.
         title: what ``inspect`` calls a source of it.
-        open: makes the store of a path; the tensors are None where the path alone told the format.
+        open: makes the store of a path; the tensors are None where the path alone identifies the format.
         tools: tools that write it, as help texts name them; none for formats that are no adapter's.
-        paths: where in a folder it lies; the first that is there tells the format.
+        paths: where in a folder it lies; the first that exists identifies the format.
         matches: whether a file of tensors is of this format, by its keys and metadata.
         is_part: whether a file that was given by its own path belongs to a folder of this format.
         writer: how ``convert`` writes it; None where it is only read.
@@ -69,26 +69,26 @@ class FileFormat:
 
 
 def _open_peft(path: Path, _: OpenTensors | None, opening: Opening) -> Store:
-    """A PEFT adapter, with the base that its configuration names where none was given and it lies on disk."""
+    """Open a PEFT adapter. Where no base was given, the base that its configuration names is used if it is on disk."""
     from rankscope.formats.file_io import read_json
 
     folder = path.parent
     config = read_json(folder / CONFIG_NAME)
     named = config.get("base_model_name_or_path")
     own = Path(named).expanduser() if isinstance(named, str) and named else None
-    ours = (folder.parent / RUN_NAME).is_file()  # a run's base is its study's, wherever this is called
+    ours = (folder.parent / RUN_NAME).is_file()  # the study of a run says which base it has
     if opening.base_path is not None or own is None or ours or not _is_folder(own):
-        return _peft_store(folder, config, opening)
+        return _make_peft_store(folder, config, opening)
     try:
-        store = _peft_store(folder, config, replace(opening, base=own))
+        store = _make_peft_store(folder, config, replace(opening, base=own))
         store.notes.append(f"its base was found where its configuration says: {own}")
     except RankscopeError as error:
-        store = _peft_store(folder, config, opening)
+        store = _make_peft_store(folder, config, opening)
         store.notes.append(f"its base, {own}, could not be used ({error})")
     return store
 
 
-def _peft_store(folder: Path, config: Mapping[str, Any], opening: Opening) -> Store:
+def _make_peft_store(folder: Path, config: Mapping[str, Any], opening: Opening) -> Store:
     from rankscope.formats.peft_config import peft_type
     from rankscope.formats.peft_lora import PeftStore
     from rankscope.formats.peft_methods import PeftMethodStore
@@ -114,7 +114,8 @@ def _arrange_peft(
 ) -> AdapterContents:
     from rankscope.formats.layouts import to_peft
 
-    part = None if base is None else os.path.join(base, layers[0].component)  # a pipeline's folder has its parts
+    # A pipeline's folder has one folder for each component.
+    part = None if base is None else os.path.join(base, layers[0].component)
     named = part if part is not None and os.path.isdir(part) else base
     return to_peft(layers, None if named is None else str(named).rstrip(os.sep), paths)
 
@@ -245,7 +246,7 @@ FORMATS: tuple[FileFormat, ...] = (
     ),
 )
 CHECKPOINT = FileFormat("checkpoint", "full weights", _open_checkpoint)
-"""What a file of tensors is that is none of the others."""
+"""The format of a file of tensors that no other format matches."""
 
 
 def all_formats() -> tuple[FileFormat, ...]:

@@ -1,7 +1,7 @@
 """Reading and writing single files: JSON and safetensors, with one clear error each.
 
-Reading takes the header first and a tensor only when asked for it. Writing goes to a
-neighbour of the target that is then renamed, so a file is either the old or the new one.
+A file's header is read first, and a tensor only when it is asked for. A file is written beside its target and then
+renamed, so that the target is either the old file or the new one.
 """
 
 from __future__ import annotations
@@ -28,10 +28,15 @@ MAX_JSON_BYTES = 256 * 2**20  # an index of a 10 000-shard checkpoint is a few M
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header tells of one tensor: its shape and its stored dtype."""
+    """Shape and stored dtype of one tensor, as in a file's header."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorInfo:
+        """Shape and dtype of a tensor of any shape."""
+        return cls(tuple(tensor.shape), tensor.dtype)
 
 
 DTYPES = {
@@ -78,15 +83,15 @@ class TensorFile:
         return TensorInfo(tuple(part.get_shape()), DTYPES[stored])
 
     def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype, backed by the mapped file."""
+        """The tensor as stored, in its shape and dtype, backed by the mapped file."""
         with wrap_read_errors(self.path):
             tensor: Tensor = self._file.get_tensor(name)
             return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor in its stored dtype, read into memory of their own.
+        """Rows of a tensor as stored, (stop − start, …), read into memory of their own.
 
-        What a mapping has touched is counted as the process's memory until the file is closed; this is not.
+        The pages of a mapped file count as memory of the process until the file is closed; these rows do not.
         """
         info = self.infos[name]
         tensor = torch.empty(stop - start, *info.shape[1:], dtype=info.dtype)
@@ -95,10 +100,10 @@ class TensorFile:
             file.seek(self._offsets[name] + start * size)
             buffer = memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
             while len(buffer):
-                got = file.readinto(buffer)
-                if not got:
+                count = file.readinto(buffer)
+                if not count:
                     raise FormatError("ends within a tensor; copy or download it again")
-                buffer = buffer[got:]
+                buffer = buffer[count:]
         return tensor
 
     @cached_property
@@ -107,10 +112,10 @@ class TensorFile:
         with self.path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-        found = {name: 8 + length + part["data_offsets"][0] for name, part in header.items() if name in self.infos}
-        if found.keys() != self.infos.keys():
-            raise FormatError("has changed since it was opened")
-        return found
+        offsets = {name: 8 + length + part["data_offsets"][0] for name, part in header.items() if name in self.infos}
+        if offsets.keys() != self.infos.keys():
+            raise FormatError("has changed since it was opened; open it again")
+        return offsets
 
 
 @contextmanager
@@ -156,7 +161,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` on a neighbour of ``path``, then put it in place; nothing half-written is left."""
+    """Call ``write`` with a new path beside ``path``, then rename that file; an error leaves no half-written file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -174,6 +179,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def umask() -> int:
+    """The process's umask, which the system only tells when it is set."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -193,7 +199,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def as_text(text: str) -> str:
-    """A path or a command line as text: what is no UTF-8 in it (surrogates to Python) is written ``\\udcff``."""
+    """A path or a command line as text: bytes that are no UTF-8 (surrogates in Python) are written as ``\\udcff``."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -12,24 +12,24 @@ from rankscope.errors import FormatError
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 WEIGHT_SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".pth")
-SAFETENSORS_PATTERNS = ("*.safetensors", "*.json")  # what is fetched, and, where it holds no weights, what instead
+SAFETENSORS_PATTERNS = ("*.safetensors", "*.json")  # fetched first; the pickles only where these hold no weights
 PICKLE_PATTERNS = ("*.bin", "*.json")
 IGNORED_PATTERNS = ("original/*", "consolidated*")  # the same weights once more, in their authors' format
 
 
 def local_path(name: str | os.PathLike[str]) -> Path:
-    """The path itself, with ``~`` resolved; or, where nothing is there and it can be one, the folder of a hub id.
+    """The path with ``~`` resolved; where nothing exists there and it can be an id of the hub, that model's folder.
 
     ``./org/name`` is never an id, nor is ``org/name`` where there is a folder ``org``.
 
     Raises:
-        FormatError: neither: it is not in the cache and cannot be fetched.
+        FormatError: the hub's model is not in the cache and cannot be fetched.
     """
-    text, place = os.fspath(name), Path(name).expanduser()
+    text, path = os.fspath(name), Path(name).expanduser()
     if text.startswith("."):
-        return Path(os.path.abspath(place)) if not _exists(place) else place
-    if not HUB_ID.fullmatch(text) or text.endswith(WEIGHT_SUFFIXES) or _exists(place) or _exists(place.parent):
-        return place
+        return Path(os.path.abspath(path)) if not _exists(path) else path
+    if not HUB_ID.fullmatch(text) or text.endswith(WEIGHT_SUFFIXES) or _exists(path) or _exists(path.parent):
+        return path
     try:
         hub = importlib.import_module("huggingface_hub")
     except ImportError as error:
@@ -42,7 +42,7 @@ def local_path(name: str | os.PathLike[str]) -> Path:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name that no file can have: what opens it says so
+    except (OSError, ValueError):  # no file can have this name; opening it raises the error
         return True
 
 
@@ -67,8 +67,10 @@ def _download(hub: Any, name: str) -> Path:
                 return folder
     except Exception as error:  # no network, no such repository, a gated one: dozens of classes
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        why = " ".join(lines[0].split()).rstrip(".")
-        raise FormatError(f"{name}: no such file or folder, and it cannot be fetched from the hub ({why})") from error
+        reason = " ".join(lines[0].split()).rstrip(".")
+        raise FormatError(
+            f"{name}: no such file or folder, and it cannot be fetched from the hub ({reason})"
+        ) from error
     raise FormatError(f"{name}: the hub has it, without weights that are read (.safetensors, .bin)")
 
 

@@ -1,8 +1,8 @@
 """Files of kohya's scripts and of LyCORIS: names with underscores, ``lora_down``/``lora_up``, a scalar ``alpha``.
 
-``lora_unet_down_blocks_0_attn_to_q.lora_down.weight``: the way back to dots is ambiguous, so updates keep the raw
-name. A layer without α has the scale 1 (sd-scripts takes r for α). Layouts: github.com/kohya-ss/sd-scripts,
-networks/lora.py; LyCORIS's stand in ``lycoris.py``.
+``lora_unet_down_blocks_0_attn_to_q.lora_down.weight``: which underscores were dots is not known, so updates keep the
+raw name. A layer without α has the scale 1 (sd-scripts takes r for α). Layouts: github.com/kohya-ss/sd-scripts,
+networks/lora.py; LyCORIS's: see ``lycoris.py``.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ from rankscope.formats.lycoris import LEAF_NAMES
 from rankscope.formats.peft_keys import PEFT_PREFIX
 
 NAMES_KEY = "rankscope_names"
-"""Metadata of files that we wrote: a JSON object of [part of the pipeline or "", dotted path] by the raw names."""
+"""Metadata of files that rankscope wrote: a JSON object, raw name → [component of the pipeline or "", dotted path]."""
 RANK_KEY, ALPHA_KEY = "ss_network_dim", "ss_network_alpha"
 
 _LEAF = re.compile("|".join(re.escape(leaf) for leaf in sorted(LEAF_NAMES, key=len, reverse=True)))
 _KEY = re.compile(rf"(?P<module>.+?)\.(?P<leaf>{_LEAF.pattern})")
-# Parts that no other file has; the others (diff, alpha, rescale) tell only behind kohya's prefixes.
-_TELLING = re.compile(r"\.(?:lora_(?:up|down|mid)\.weight|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|oft_\w+)$")
+# Parts that only these files have; the others (diff, alpha, rescale) count only behind kohya's prefixes.
+_DISTINCTIVE = re.compile(
+    r"\.(?:lora_(?:up|down|mid)\.weight|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|oft_\w+)$"
+)
 _PREFIXED = re.compile(r"^(?:lora|lycoris)_[^.]+\.")
 
 
 def is_kohya(keys: Iterable[str]) -> bool:
     """Whether keys are those of kohya's scripts or LyCORIS."""
     own = [key for key in keys if not key.startswith(PEFT_PREFIX)]  # PEFT's LoHa and LoKr have the same parts
-    return any(_TELLING.search(key) or (_PREFIXED.match(key) and _KEY.fullmatch(key)) for key in own)
+    return any(_DISTINCTIVE.search(key) or (_PREFIXED.match(key) and _KEY.fullmatch(key)) for key in own)
 
 
 class KohyaStore(FileStore):
@@ -40,8 +42,8 @@ class KohyaStore(FileStore):
     kind: ClassVar[str] = "kohya"
 
     def _parse(self, key: str) -> ParsedFileKey | None:
-        found = _KEY.fullmatch(key)
-        return ParsedFileKey(found["module"], found["leaf"]) if found else None
+        match = _KEY.fullmatch(key)
+        return ParsedFileKey(match["module"], match["leaf"]) if match else None
 
     def _note_oddities(self) -> None:
         self._note_claim()
@@ -49,7 +51,7 @@ class KohyaStore(FileStore):
             self.notes.append(f"α is 0 in {len(zero)} layers (first {zero[0]}), so their update is zero")
 
     def _note_claim(self) -> None:
-        """Where the metadata gives another rank than the tensors; convolutions have one of their own."""
+        """Note where the metadata gives another rank than the tensors; convolutions have a rank of their own."""
         claimed = self.file.metadata.get(RANK_KEY, "")
         ranks = {name: layer.rank for name, layer in self.layers.items() if layer.rank and not layer.kernel}
         differ = {name: rank for name, rank in ranks.items() if claimed.isdecimal() and str(rank) != claimed}
@@ -62,7 +64,7 @@ class KohyaStore(FileStore):
 
 
 def read_dotted_names(metadata: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """(part of the pipeline, dotted path) by raw name as the metadata says it; empty where it says none."""
+    """(component of the pipeline, dotted path) by raw name, from the metadata; empty where it has none."""
     try:
         return msgspec.json.decode(metadata.get(NAMES_KEY, "{}"), type=dict[str, tuple[str, str]])
     except (msgspec.MsgspecError, ValueError, RecursionError):

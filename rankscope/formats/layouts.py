@@ -1,4 +1,4 @@
-"""Low-rank layers between two formats, and the tensors that each format has for them."""
+"""Low-rank layers apart from any file format, and the tensors that each format stores for them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class LayerFactors:
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """``tensors`` and ``metadata`` of a file, ``config`` of PEFT's folder, and what a reader makes of each layer."""
+    """``tensors`` and ``metadata`` of a file, ``config`` of PEFT's folder, and each layer's update as it is read."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -64,103 +64,103 @@ class AdapterContents:
     updates: list[LowRank]
 
 
-def to_peft(pieces: Sequence[LayerFactors], base: str | None, paths: Iterable[str] = ()) -> AdapterContents:
+def to_peft(layers: Sequence[LayerFactors], base: str | None, paths: Iterable[str] = ()) -> AdapterContents:
     """PEFT's folder: factors as they are, each layer's α in ``alpha_pattern`` where it is not the commonest.
 
     Args:
         base: what the configuration names as the base.
-        paths: modules of the base, where known, so that no other one is targeted.
+        paths: modules of the base, where known, so that no other module is targeted.
 
     Raises:
-        FormatError: some layers have a magnitude and some have none, which PEFT cannot say.
+        FormatError: some layers have a magnitude and some have none, for which PEFT has no configuration.
     """
-    _check_unique(piece.module for piece in pieces)
+    _check_unique(layer.module for layer in layers)
     tensors: dict[str, Tensor] = {}
-    for piece in pieces:
-        tensors |= factor_tensors(piece.module, LowRank(piece.update.B, piece.update.A), piece.place)
-        if piece.magnitude is not None:
-            tensors[magnitude_key(piece.module)] = _reshape_magnitude(piece)
-    dora = check_magnitudes(pieces)
-    targets = [piece.module for piece in pieces]
+    for layer in layers:
+        tensors |= factor_tensors(layer.module, LowRank(layer.update.B, layer.update.A), layer.place)
+        if layer.magnitude is not None:
+            tensors[magnitude_key(layer.module)] = _reshape_magnitude(layer)
+    dora = check_magnitudes(layers)
+    targets = [layer.module for layer in layers]
     config = lora_config(
         {
-            **alpha_settings({piece.module: (piece.rank, piece.alpha) for piece in pieces}),
+            **alpha_settings({layer.module: (layer.rank, layer.alpha) for layer in layers}),
             "lora_dropout": 0.0,
             "target_modules": exact_targets(targets, {*paths, *targets}),
         },
         base=base,
         dora=dora,
     )
-    return AdapterContents(tensors, {}, config, [piece.update for piece in pieces])
+    return AdapterContents(tensors, {}, config, [layer.update for layer in layers])
 
 
-def _reshape_magnitude(piece: LayerFactors) -> Tensor:
+def _reshape_magnitude(layer: LayerFactors) -> Tensor:
     """DoRA's magnitude as PEFT stores it: (out,), of a convolution (1, out, 1, …)."""
-    if piece.magnitude is None:
-        raise FormatError(f"layer {piece.name} has no magnitude")
-    ones = [1] * len(piece.place.kernel)
-    return piece.magnitude.reshape(1, -1, *ones) if ones else piece.magnitude
+    if layer.magnitude is None:
+        raise FormatError(f"layer {layer.name} has no magnitude")
+    ones = [1] * len(layer.place.kernel)
+    return layer.magnitude.reshape(1, -1, *ones) if ones else layer.magnitude
 
 
-def check_magnitudes(pieces: Sequence[LayerFactors]) -> bool:
+def check_magnitudes(layers: Sequence[LayerFactors]) -> bool:
     """Whether the adapter is DoRA.
 
     Raises:
-        FormatError: it is in some layers only: PEFT has one setting for all, and would rescale the others.
+        FormatError: only some layers are: PEFT has one setting for all, and would rescale the others.
     """
-    without = [piece.name for piece in pieces if piece.magnitude is None]
-    if 0 < len(without) < len(pieces):
+    without = [layer.name for layer in layers if layer.magnitude is None]
+    if 0 < len(without) < len(layers):
         raise FormatError(
-            f"{len(pieces) - len(without)} layers have DoRA's magnitude and {len(without)} have none (first "
+            f"{len(layers) - len(without)} layers have DoRA's magnitude and {len(without)} have none (first "
             f"{without[0]}); PEFT's configuration has it in all or in none, so no adapter there is the same"
         )
     return not without
 
 
-def to_kohya(pieces: Sequence[LayerFactors]) -> AdapterContents:
-    """kohya's file: factors as they are, α a tensor of its own; the dotted paths go along in the metadata.
+def to_kohya(layers: Sequence[LayerFactors]) -> AdapterContents:
+    """kohya's file: factors as they are, α in a tensor of its own, the dotted paths in the metadata.
 
     Raises:
-        FormatError: two layers get one name.
+        FormatError: two layers would get the same name.
     """
-    raw = kohya_names(pieces)
+    raw = kohya_names(layers)
     tensors: dict[str, Tensor] = {}
     updates = []
-    for piece, name in zip(pieces, raw, strict=True):
-        A, B = piece.update.A, piece.update.B
-        ones = [1] * len(piece.place.kernel)
-        tensors[f"{name}.{LOCON.b}"] = A.reshape(len(A), -1, *piece.place.kernel)
+    for layer, name in zip(layers, raw, strict=True):
+        A, B = layer.update.A, layer.update.B
+        ones = [1] * len(layer.place.kernel)
+        tensors[f"{name}.{LOCON.b}"] = A.reshape(len(A), -1, *layer.place.kernel)
         tensors[f"{name}.{LOCON.a}"] = B.reshape(*B.shape, *ones)
-        alpha = torch.tensor(piece.alpha, dtype=torch.float32)
+        alpha = torch.tensor(layer.alpha, dtype=torch.float32)
         tensors[f"{name}.{ALPHA_LEAF}"] = alpha
-        if piece.magnitude is not None:
-            tensors[f"{name}.{MAGNITUDE_LEAF}"] = piece.magnitude.reshape(-1, 1, *ones)
-        updates.append(LowRank(B, A, float(alpha) / piece.rank))
-    r, alpha_of_most = Counter((piece.rank, piece.alpha) for piece in pieces).most_common(1)[0][0]
+        if layer.magnitude is not None:
+            tensors[f"{name}.{MAGNITUDE_LEAF}"] = layer.magnitude.reshape(-1, 1, *ones)
+        updates.append(LowRank(B, A, float(alpha) / layer.rank))
+    r, alpha_of_most = Counter((layer.rank, layer.alpha) for layer in layers).most_common(1)[0][0]
     metadata = {
         MODULE_KEY: "networks.lora",
         RANK_KEY: str(r),
         ALPHA_KEY: str(whole_number(alpha_of_most)),
-        NAMES_KEY: json.dumps({name: [piece.component, piece.module] for name, piece in zip(raw, pieces, strict=True)}),
+        NAMES_KEY: json.dumps({name: [layer.component, layer.module] for name, layer in zip(raw, layers, strict=True)}),
     }
     return AdapterContents(tensors, metadata, None, updates)
 
 
-def kohya_names(pieces: Sequence[LayerFactors]) -> list[str]:
+def kohya_names(layers: Sequence[LayerFactors]) -> list[str]:
     """kohya's names: ``lora_unet_`` or ``lora_te_`` (``lora_te1_`` … of several), then the path with underscores."""
-    components = {pipeline_component(piece, pieces) for piece in pieces}
-    several = sum(_TEXT.fullmatch(one) is not None for one in components) > 1
+    components = {pipeline_component(layer, layers) for layer in layers}
+    several = sum(_TEXT.fullmatch(component) is not None for component in components) > 1
     names = []
-    for piece in pieces:
-        text = _TEXT.fullmatch(pipeline_component(piece, pieces))
+    for layer in layers:
+        text = _TEXT.fullmatch(pipeline_component(layer, layers))
         number = (text["number"] or ("1" if several else "")) if text else ""
         front = f"lora_te{number}" if text else "lora_unet"
-        names.append(f"{front}_{piece.module.replace('.', '_')}")
+        names.append(f"{front}_{layer.module.replace('.', '_')}")
     _check_unique(names)
     return names
 
 
-def to_diffusers(pieces: Sequence[LayerFactors]) -> AdapterContents:
+def to_diffusers(layers: Sequence[LayerFactors]) -> AdapterContents:
     """diffusers' file: PEFT's names behind the component, α = r, which its older versions assume, in the metadata too.
 
     The scale goes into B, which stays in its dtype where that is exact and becomes float32 where it is not.
@@ -168,48 +168,48 @@ def to_diffusers(pieces: Sequence[LayerFactors]) -> AdapterContents:
     Raises:
         FormatError: DoRA in some layers only.
     """
-    _check_unique(f"{pipeline_component(piece, pieces)}.{piece.module}" for piece in pieces)
+    _check_unique(f"{pipeline_component(layer, layers)}.{layer.module}" for layer in layers)
     tensors: dict[str, Tensor] = {}
-    told: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     updates = []
     by_component: dict[str, list[LayerFactors]] = {}
-    for piece in pieces:
-        by_component.setdefault(pipeline_component(piece, pieces), []).append(piece)
-        updates.append(LowRank(fold_scale(piece.update), piece.update.A))
-        own = factor_tensors(piece.module, updates[-1], piece.place)
-        if piece.magnitude is not None:
-            own[magnitude_key(piece.module)] = _reshape_magnitude(piece)
+    for layer in layers:
+        by_component.setdefault(pipeline_component(layer, layers), []).append(layer)
+        updates.append(LowRank(fold_scale(layer.update), layer.update.A))
+        own = factor_tensors(layer.module, updates[-1], layer.place)
+        if layer.magnitude is not None:
+            own[magnitude_key(layer.module)] = _reshape_magnitude(layer)
         tensors |= {
-            f"{pipeline_component(piece, pieces)}.{key.removeprefix(PEFT_PREFIX)}": tensor
+            f"{pipeline_component(layer, layers)}.{key.removeprefix(PEFT_PREFIX)}": tensor
             for key, tensor in own.items()
         }
-    for name, own_pieces in by_component.items():
+    for name, own_layers in by_component.items():
         config = {
-            **alpha_settings({piece.module: (piece.rank, float(piece.rank)) for piece in own_pieces}),
-            "target_modules": [piece.module for piece in own_pieces],
-            "use_dora": check_magnitudes(own_pieces),
+            **alpha_settings({layer.module: (layer.rank, float(layer.rank)) for layer in own_layers}),
+            "target_modules": [layer.module for layer in own_layers],
+            "use_dora": check_magnitudes(own_layers),
             "bias": "none",
         }
-        told |= {f"{name}.{key}": value for key, value in config.items()}
-    return AdapterContents(tensors, {LORA_ADAPTER_METADATA_KEY: json.dumps(told)}, None, updates)
+        settings |= {f"{name}.{key}": value for key, value in config.items()}
+    return AdapterContents(tensors, {LORA_ADAPTER_METADATA_KEY: json.dumps(settings)}, None, updates)
 
 
 def fold_scale(update: LowRank) -> Tensor:
-    """scale·B in B's dtype where nothing is lost by that, else in float32."""
+    """scale·B, (out, r), in B's dtype where that is exact, else in float32."""
     product = update.B.double() * update.scale
     same = product.to(update.B.dtype)
     return same if torch.equal(same.double(), product) else product.float()
 
 
-def pipeline_component(piece: LayerFactors, pieces: Sequence[LayerFactors]) -> str:
-    """The part of a pipeline that a layer is in; of a model that is none, the one that its paths look like."""
-    if piece.component:
-        return piece.component
-    if any(other.module.startswith("text_model.") for other in pieces if not other.component):
+def pipeline_component(layer: LayerFactors, layers: Sequence[LayerFactors]) -> str:
+    """The component of a pipeline that a layer is in; for a model alone, the component that its paths look like."""
+    if layer.component:
+        return layer.component
+    if any(other.module.startswith("text_model.") for other in layers if not other.component):
         return "text_encoder"
     return (
         "unet"
-        if any(denoiser_name(other.module) == "unet" for other in pieces if not other.component)
+        if any(denoiser_name(other.module) == "unet" for other in layers if not other.component)
         else "transformer"
     )
 

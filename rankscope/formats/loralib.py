@@ -1,8 +1,8 @@
 """Factors as microsoft/LoRA's loralib saves them: parameters ``lora_A`` and ``lora_B`` without ``.weight``, no α.
 
 A linear layer has A (r, in), B (out, r). ``MergedLinear`` packs n of the parts of a fused projection (q, k, v): A
-(r·n, in), B (rows·n, r), part i being B's i-th block of rows times A's i-th block. They are read as updates of their
-own, ``NAME:q`` … where all three are there and ``NAME:0`` … where not, since the file does not say which are.
+(r·n, in), B (rows·n, r), part i being B's i-th block of rows times A's i-th block. Each part is read as
+an update of its own, ``NAME:q`` … where all three are there, else ``NAME:0`` …, since the file does not name them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rankscope.formats.recipes import Recipe, Tensors
 from rankscope.updates import Update
 
 _LEAVES = {"lora_A": LOCON.b, "lora_B": LOCON.a}
-# Its embeddings have factors that look like a linear layer's; only the name tells.
+# The factors of its embeddings have shapes like a linear layer's; only the name shows what they are.
 _EMBEDDING = re.compile(r"(?:^|\.)(?:wte|wpe|shared|\w*embed\w*)$", re.IGNORECASE)
 
 
@@ -52,7 +52,7 @@ class LoralibStore(FileStore):
     def _add(self, module: str, keys: Mapping[str, str]) -> None:
         if self._alpha is None:
             raise NoAlphaError("holds LoRA's factors, but not their α, which decides the scale; give it (--alpha)")
-        packed = _parts(keys, self.file.infos)
+        packed = _packed_count(keys, self.file.infos)
         if packed < 2:
             super()._add(module, keys)
             return
@@ -77,23 +77,25 @@ class LoralibStore(FileStore):
                 f"{len(unnamed)} fused layers (first {unnamed[0].removesuffix(':0')}) have factors for some of q, k "
                 "and v; the file does not say which (the examples of loralib adapt q and v)"
             )
-        turned = [name for name in self.layers if _EMBEDDING.search(name)]
-        for name in turned:
-            self._turn(name)
-        if turned:
-            self.notes.append(f"{', '.join(turned)}: by the name an embedding, whose update is the transposed product")
+        embeddings = [name for name in self.layers if _EMBEDDING.search(name)]
+        for name in embeddings:
+            self._transpose(name)
+        if embeddings:
+            self.notes.append(
+                f"{', '.join(embeddings)}: by the name an embedding, whose update is the transposed product"
+            )
 
-    def _turn(self, name: str) -> None:
-        """An embedding: the (vocabulary, dim) weight changes by (BA)ᵀ."""
+    def _transpose(self, name: str) -> None:
+        """Read a layer as an embedding: the (vocabulary, dim) weight changes by (BA)ᵀ."""
         layer = self.layers[name]
         out, into = layer.recipe.info.shape
         info = replace(layer.recipe.info, shape=(into, out))
-        old = layer.recipe.build
-        recipe = Recipe(info, layer.recipe.reads, lambda tensors: old(tensors).T)
+        build = layer.recipe.build
+        recipe = Recipe(info, layer.recipe.reads, lambda tensors: build(tensors).T)
         self._put(name, replace(layer, recipe=recipe, embedding=True))
 
 
-def _parts(keys: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> int:
+def _packed_count(keys: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> int:
     """n of a ``MergedLinear``, 1 for any other layer."""
     shapes = [infos[keys[leaf]].shape for leaf in (LOCON.b, LOCON.a) if leaf in keys]
     if len(shapes) < 2 or any(len(shape) != 2 or 0 in shape for shape in shapes):

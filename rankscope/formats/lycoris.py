@@ -1,12 +1,12 @@
 """Factor layouts of LyCORIS: LoCon (with Tucker cores), LoHa, LoKr and whole differences.
 
-One module's tensors, by the last part of their names, to its update. Files of kohya's scripts and of LyCORIS hold such
-groups, and PEFT's LoHa and LoKr use the same names. Layouts: github.com/KohakuBlueleaf/LyCORIS, modules/*.py.
+It makes the update of one module from its tensors, by the last part of their names. Files of kohya's scripts and of
+LyCORIS hold such groups, and PEFT's LoHa and LoKr use the same names. Layouts: github.com/KohakuBlueleaf/LyCORIS,
+modules/*.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,6 @@ from rankscope.formats.recipes import (
     check_complete,
     check_floating,
     element_count,
-    tensor_info,
     upcast_float8,
 )
 from rankscope.structured import Hadamard, Kronecker
@@ -52,7 +51,7 @@ LOKR = (
 )
 FULL = FactorNames("diff")
 
-# Tensors that make no update of a matrix, or none by themselves: why.
+# Why a tensor makes no update of a matrix, or none by itself.
 UNSUPPORTED_LEAVES = {
     "diff_b": "a change of a bias: one-dimensional, no spectrum",
     "w_norm": "a change of a norm's weight: one-dimensional, no spectrum",
@@ -82,8 +81,8 @@ LEAF_NAMES: tuple[str, ...] = (
 """Every name that ends a key of LyCORIS."""
 
 
-def lycoris_update(tensors: Mapping[str, Tensor], alpha: float | None) -> Update:
-    """The update (out, in·kernel) that one module's tensors make, by leaf name (``LEAF_NAMES``).
+def lycoris_recipe(headers: Headers, alpha: float | None) -> Recipe:
+    """How the update (out, in·kernel) of one module is made, from its headers by leaf name (``LEAF_NAMES``).
 
     The scale is α/r, with α as stored (rsLoRA is in it already), 1 without α, and 1 for a LoKr of two whole factors and
     for a whole difference. A ``dora_scale`` is not applied: the result is what is added before the rescaling, and
@@ -91,16 +90,6 @@ def lycoris_update(tensors: Mapping[str, Tensor], alpha: float | None) -> Update
 
     Raises:
         FormatError: a part is missing, does not fit, or is of a method that has no update without the base.
-        NonFiniteError: a tensor holds NaN or infinity.
-    """
-    return lycoris_recipe({name: tensor_info(tensor) for name, tensor in tensors.items()}, alpha).build(tensors)
-
-
-def lycoris_recipe(headers: Headers, alpha: float | None) -> Recipe:
-    """The same from headers alone, with what they tell.
-
-    Raises:
-        FormatError: as ``lycoris_update``.
     """
     present = {name: info for name, info in headers.items() if name not in (ALPHA_LEAF, MAGNITUDE_LEAF)}
     for name in present:
@@ -110,12 +99,12 @@ def lycoris_recipe(headers: Headers, alpha: float | None) -> Recipe:
             raise FormatError(f"{name}: not a tensor that LyCORIS is known to write")
     family = _family(present)
     if family == (FULL,):
-        return _full(present)
+        return _full_recipe(present)
     if family == LOHA:
         return loha_recipe(present, lora_scale(alpha, loha_rank(present)))
     if family == LOKR:
         return lokr_recipe(present, lora_scale(alpha, lokr_rank(present)))
-    return _locon(present, lora_scale(alpha, _rank(LOCON, present)))
+    return _locon_recipe(present, lora_scale(alpha, _rank(LOCON, present)))
 
 
 def _family(present: Headers) -> tuple[FactorNames, ...]:
@@ -138,9 +127,10 @@ def _family(present: Headers) -> tuple[FactorNames, ...]:
 
 
 def lycoris_dora_update(update: Update, magnitude: Tensor, weight: Tensor) -> Dense:
-    """The whole update of a module with a ``dora_scale``: m·(W + ΔW)/‖W + ΔW‖ − W, weight (out, in·kernel).
+    """The whole update (out, in·kernel) of a module with a ``dora_scale``: m·(W + ΔW)/‖W + ΔW‖ − W.
 
-    The norm is per output where m is (out, 1, …), per input channel where it is (1, in, …).
+    W, ``weight``, is (out, in·kernel). The norm is per output where m is (out, 1, …), per input channel where it is
+    (1, in, …).
 
     Raises:
         FormatError: m fits neither.
@@ -177,10 +167,10 @@ def loha_recipe(headers: Headers, scale: float) -> Recipe:
 
 
 def lokr_recipe(headers: Headers, scale: float) -> Recipe:
-    """LoKr: scale · w1 ⊗ w2; a convolution's kernel goes along with the columns of w2."""
-    (one, r1), (two, r2) = (_geometry(leaves, headers) for leaves in LOKR)
-    shape = one[0] * two[0], one[1] * two[1]
-    rank = min(*one, r1 or min(one)) * min(*two, r2 or min(two))
+    """LoKr: scale · w1 ⊗ w2; a convolution's kernel belongs to the columns of w2."""
+    (shape1, r1), (shape2, r2) = (_geometry(leaves, headers) for leaves in LOKR)
+    shape = shape1[0] * shape2[0], shape1[1] * shape2[1]
+    rank = min(*shape1, r1 or min(shape1)) * min(*shape2, r2 or min(shape2))
     info = UpdateInfo(shape, rank, scale, next(iter(headers.values())).dtype, "lokr")
 
     def build(tensors: Tensors) -> Update:
@@ -201,19 +191,19 @@ def lokr_rank(headers: Headers) -> int | None:
     return next((rank for rank in ranks if rank is not None), None)
 
 
-def _locon(headers: Headers, scale: float) -> Recipe:
+def _locon_recipe(headers: Headers, scale: float) -> Recipe:
     shape, rank = _geometry(LOCON, headers)
     info = UpdateInfo(shape, rank, scale, headers[LOCON.b].dtype, "lora")
     return Recipe(info, tuple(headers), lambda tensors: _low_rank(LOCON, tensors) * scale)
 
 
-def _full(headers: Headers) -> Recipe:
+def _full_recipe(headers: Headers) -> Recipe:
     shape, _ = _geometry(FULL, headers)
     info = UpdateInfo(shape, None, 1.0, headers[FULL.whole].dtype, "full")
 
     def build(tensors: Tensors) -> Update:
         difference = upcast_float8(tensors[FULL.whole]).flatten(1)
-        return Dense.difference(difference, torch.zeros_like(difference))  # which knows how coarsely it was stored
+        return Dense.difference(difference, torch.zeros_like(difference))  # keeps the rounding of the stored dtype
 
     return Recipe(info, (FULL.whole,), build)
 
@@ -261,7 +251,7 @@ def _geometry(leaves: FactorNames, headers: Headers) -> tuple[tuple[int, int], i
 
 
 def build_matrix(leaves: FactorNames, tensors: Tensors) -> LowRank | Dense:
-    """One matrix (out, in·kernel), whole or as factors."""
+    """One matrix (out, in·kernel), whole or as factors, from tensors in the shapes of ``FactorNames``."""
     return (
         Dense(upcast_float8(tensors[leaves.whole]).flatten(1))
         if leaves.whole in tensors

@@ -1,4 +1,4 @@
-"""Names of weights: their order, and which name of one file means which name of another."""
+"""Names of weights: their order, and the pairing of the names in two files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rankscope.formats.aliases import pair_aliases
 
 WEIGHT_SUFFIX = ".weight"
 QKV_PARTS = ("q", "k", "v")
-"""What the parts of a fused projection are called: ``NAME:q`` …"""
+"""Names of the parts of a fused projection: ``NAME:q`` …"""
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -43,10 +43,10 @@ class Pairing(NamedTuple):
 def pair_names(names_a: Iterable[str], names_b: Iterable[str]) -> Pairing:
     """Partners among two lists of dotted names.
 
-    Equal names are partners. Among the rest, one wrapper in front of one side (``bert.``,
-    ``transformer.``, ``base_model.model.``) is found: the prefix that pairs most names. Where two prefixes
-    pair equally many, as ``encoder.`` and ``decoder.`` would, nothing says which is meant and neither is used.
-    What is left is paired across the conventions of tools (``aliases.py``) where that is unambiguous.
+    Equal names are partners. Among the rest, one side may have one wrapper in front (``bert.``, ``transformer.``,
+    ``base_model.model.``): the prefix that pairs most names is taken. Where two prefixes pair equally many, as
+    ``encoder.`` and ``decoder.`` would, neither is used. What is left is paired across the conventions of tools
+    (``aliases.py``) where that is unambiguous.
     """
     a, b = set(names_a), set(names_b)
     pairs = [(name, name) for name in a & b]
@@ -58,16 +58,15 @@ def pair_names(names_a: Iterable[str], names_b: Iterable[str]) -> Pairing:
     if best is not None:
         side, prefix = best
         if side == 0:
-            found = [(prefix + name, name) for name in rest_b if prefix + name in rest_a]
+            pairs += [(prefix + name, name) for name in rest_b if prefix + name in rest_a]
         else:
-            found = [(name, prefix + name) for name in rest_a if prefix + name in rest_b]
-        pairs += found
-    rest_a -= {one for one, _ in pairs}
-    rest_b -= {other for _, other in pairs}
-    known = pair_aliases(rest_a, rest_b)
-    pairs += known
-    rest_a -= {one for one, _ in known}
-    rest_b -= {other for _, other in known}
+            pairs += [(name, prefix + name) for name in rest_a if prefix + name in rest_b]
+    rest_a -= {name for name, _ in pairs}
+    rest_b -= {name for _, name in pairs}
+    alias_pairs = pair_aliases(rest_a, rest_b)
+    pairs += alias_pairs
+    rest_a -= {name for name, _ in alias_pairs}
+    rest_b -= {name for _, name in alias_pairs}
     pairs.sort(key=lambda names: natural_key(names[0]))
     return Pairing(pairs, sorted(rest_a, key=natural_key), sorted(rest_b, key=natural_key))
 

@@ -43,11 +43,13 @@ class Opening:
         return None if self.initial is None else Path(self.initial).expanduser()
 
     def for_sources(self, initial: Sequence[str | os.PathLike[str] | None], count: int) -> list[Opening]:
-        """The same for each of ``count`` sources, the first with the first of the ``initial`` adapters, and so on.
+        """These settings for each of ``count`` sources; the i-th source gets the i-th of the ``initial`` adapters.
 
         Raises:
             ConfigError: more initial adapters than sources.
         """
         if len(initial) > count:
-            raise ConfigError(f"{len(initial)} initial adapters were given for {count} sources")
+            raise ConfigError(
+                f"{len(initial)} initial adapters were given for {count} sources; give one for each at most"
+            )
         return [replace(self, initial=start) for start in (*initial, *[None] * (count - len(initial)))]

@@ -1,4 +1,4 @@
-"""Methods of PEFT whose update is made of what the file holds; some need the base to tell its shape.
+"""Methods of PEFT whose update is made of what the file holds; some need the base for its shape.
 
 Each function takes one module's headers and gives the recipe of its update; formulas are those of ``get_delta_weight``
 in PEFT 0.21.2's tuners.
@@ -146,7 +146,7 @@ def gralora(module: AdaptedModule) -> Recipe:
 
 
 def c3a(module: AdaptedModule) -> Recipe:
-    """Blocks that are circulant (Chen et al. 2025): entry (j, t) of a block is w[(t − j) mod b]/in. Full rank."""
+    """Circulant blocks (Chen et al. 2025): entry (j, t) of a block is w[(t − j) mod b]/in. Full rank."""
     check_complete(module.headers, ("c3a_kernel",))
     check_floating(module.headers)
     if len(module.headers["c3a_kernel"].shape) != 3:
@@ -207,7 +207,7 @@ def _bat(module: AdaptedModule) -> Recipe:
 
 
 def fourierft(module: AdaptedModule) -> Recipe:
-    """Real part of the inverse FFT of a few entries at places that a seed tells (Gao et al. 2024)."""
+    """Real part of the inverse FFT of a few entries at places drawn with a seed (Gao et al. 2024)."""
     shape, config = module.base_shape(UNKNOWN_SHAPE_REASON), module.config
     check_complete(module.headers, ("fourierft_spectrum",))
     check_floating(module.headers)

@@ -1,4 +1,4 @@
-"""adapter_config.json: what decides the scale, and what makes a product not the update."""
+"""Reading adapter_config.json: what decides the scale, and with which settings B·A is not the update."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ UNSUPPORTED_SETTINGS = {
 
 
 class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The keys that matter; others are ignored, since each release of PEFT adds some."""
+    """The keys that are read; others are ignored, since each release of PEFT adds some."""
 
     peft_type: str
     lora_alpha: float
@@ -108,7 +108,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
 
 
 class MethodConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The keys that matter of every method but LoRA; each method has some of them."""
+    """The keys that are read for every method but LoRA; each method has some of them."""
 
     peft_type: str
     r: int | None = None
@@ -155,7 +155,7 @@ class MethodConfig(msgspec.Struct, frozen=True, kw_only=True):
         return rank
 
     def require(self, key: str) -> Any:
-        """The value of a key that the update cannot be told without.
+        """The value of a key that the update depends on.
 
         Raises:
             FormatError: it is missing.
@@ -182,7 +182,7 @@ def read_method_config(path: Path) -> MethodConfig:
 
 
 def peft_type(path: Path, raw: Mapping[str, Any]) -> str:
-    """The method's name, at most 40 letters of it.
+    """The method's name, cut to 40 characters.
 
     Raises:
         FormatError: there is none.
@@ -221,7 +221,7 @@ def _check_patterns(path: Path, *patterns: str) -> None:
 
 
 def resolve_pattern(patterns: Mapping[str, T] | None, module: str, default: T) -> T:
-    """PEFT's get_pattern_key: the first pattern that matches the end of the path wins; then the path itself."""
+    """As PEFT's get_pattern_key: the value of the first pattern that matches the end of the path, else of the path."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

@@ -1,7 +1,8 @@
 """LoRA on bare parameters (PEFT's ``target_parameters``): stacked experts, one update each.
 
 A has rows expert by expert, (E·r, in); B has columns expert by expert within each of the r, (out, r·E) (PEFT's
-ParamWrapper). Where several parameters of one module are adapted, wrappers are nested and the file names none of them.
+ParamWrapper). Where several parameters of one module are adapted, its wrappers are nested, and the file names no
+parameter.
 """
 
 from __future__ import annotations
@@ -50,12 +51,13 @@ class Experts:
             yield (f"{self.name}[{e}]" if self.stacked else self.name), info
 
     def update(self, A: Tensor, B: Tensor, name: str) -> LowRank:
-        """One expert's update from the whole of both factors."""
+        """One expert's update (out, in) from the factors of all experts, A (E·r, in) and B (out, r·E)."""
         e = self._number(name)
         return LowRank(B[:, e :: self.count], A[e * self.rank : (e + 1) * self.rank], self.scale)
 
     def weight(self, name: str, origin: BaseCheckpoint | None) -> Tensor | None:
-        """The expert's weight as (out, in), None where the base does not tell how a square one is stored."""
+        """The expert's weight as (out, in), None where the base lacks it, or where it is square and
+        nothing shows how it is stored."""
         info = origin.info(self.name) if origin is not None else None
         if origin is None or info is None or (self.stacked and self.shape[0] == self.shape[1]):
             return None
@@ -70,7 +72,7 @@ class Experts:
 def find_experts(
     owner: str, pairs: Mapping[str, tuple[TensorInfo, ...]], config: AdapterConfig, origin: BaseCheckpoint | None
 ) -> list[Experts] | str:
-    """The parameters behind the nested wrappers of a module, (A, B) by path; or the reason why nothing tells.
+    """The parameters behind the nested wrappers of a module, from (A, B) by path; or why they are not known.
 
     Raises:
         FormatError: factors that do not multiply or do not divide into experts.
@@ -81,17 +83,17 @@ def find_experts(
             raise FormatError(f"A {A.shape} and B {B.shape} do not multiply; expected (experts · r, in) and (out, …)")
         if not (A.dtype.is_floating_point and B.dtype.is_floating_point):
             raise FormatError(f"A {A.shape} and B {B.shape} are no floating-point numbers")
-    found = []
+    parameters = []
     for module, (A, B) in pairs.items():
         fitting = [name for name in names if origin is None or _fits(origin.info(name), A, B)]
         if not fitting:
             return "target_parameters: factors that fit no parameter of the base"
         if len(fitting) > 1:
             return AMBIGUOUS_FACTORS if origin is None else AMBIGUOUS_PARAMETERS
-        found.append(_experts(module, fitting[0], A, B, config, origin))
-    if len({experts.name for experts in found}) < len(found):
+        parameters.append(_make_experts(module, fitting[0], A, B, config, origin))
+    if len({parameter.name for parameter in parameters}) < len(parameters):
         return AMBIGUOUS_FACTORS if origin is None else AMBIGUOUS_PARAMETERS
-    return found
+    return parameters
 
 
 def _fits(parameter: TensorInfo | None, A: TensorInfo, B: TensorInfo) -> bool:
@@ -102,7 +104,7 @@ def _fits(parameter: TensorInfo | None, A: TensorInfo, B: TensorInfo) -> bool:
     return sorted((rows, columns)) == sorted((B.shape[0], A.shape[1])) and count > 0 and A.shape[0] % count == 0
 
 
-def _experts(
+def _make_experts(
     module: str, name: str, A: TensorInfo, B: TensorInfo, config: AdapterConfig, origin: BaseCheckpoint | None
 ) -> Experts:
     info = origin.info(name) if origin is not None else None

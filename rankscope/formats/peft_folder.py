@@ -1,4 +1,4 @@
-"""What one folder in PEFT's layout holds, by the names of the base model: the only place that sorts an adapter's keys.
+"""The tensors of one folder in PEFT's layout, by the names of the base model; only this module sorts an adapter's keys.
 
 A saved adapter has keys without its name; a state dict of a running model has them with it
 (``lora_A.mine.weight``, ``score.modules_to_save.mine.weight``), and its frozen weights besides. With ``bias="all"``
@@ -42,14 +42,14 @@ COPY_REASON = "the untrained copy of a whole module"
 
 
 class KeyRule(NamedTuple):
-    """Keys that ``pattern`` finds are of this kind; ``reason``: why they are no low-rank update."""
+    """A key that ``pattern`` is found in is of this ``kind``; ``reason``: why it is no low-rank update."""
 
     kind: TensorKind
     pattern: re.Pattern[str]
     reason: str
 
 
-# Keys that are no factors; the first rule whose pattern is in a key tells what it is.
+# Keys that are no factors; the first rule whose pattern is in a key gives its kind.
 KEY_RULES = (
     KeyRule(
         "factor bias",
@@ -74,7 +74,7 @@ _FACTOR_BIAS = re.compile(r"\.lora_B\.(?:.+\.)?bias$")
 
 
 class StoredTensor(NamedTuple):
-    """A tensor that is no factor: its ``key`` in the file, the key that PEFT ``saves`` it under, and what it is of.
+    """A tensor that is no factor: its ``key`` in the file, ``saved_key``, under which PEFT saves it, and its kind.
 
     ``name`` is that of the tensor in the base model; of token rows and of a factor's bias, the module's path.
     """
@@ -131,18 +131,13 @@ class PeftFolder:
             names = ", ".join(sorted(repr(name) for name in adapters))
             raise FormatError(f"{file.path}: holds the adapters {names}; save one adapter only")
         folder = cls(path, config, file, dict(factors), tuple(others))
-        folder._check_doubles()
+        folder._check_duplicates()
         return folder
 
     @property
     def whole(self) -> dict[str, StoredTensor]:
         """What was trained whole (weights, biases and buffers of heads), by its name in the base model."""
         return self._by_name(*WHOLE_KINDS)
-
-    @property
-    def biases(self) -> dict[str, StoredTensor]:
-        """Biases that were trained, by their name in the base model."""
-        return self._by_name("bias")
 
     @property
     def token_rows(self) -> dict[str, StoredTensor]:
@@ -170,18 +165,18 @@ class PeftFolder:
         return {module: keys[MAGNITUDE_PART] for module, keys in self.factors.items() if MAGNITUDE_PART in keys}
 
     def _by_name(self, *kinds: TensorKind) -> dict[str, StoredTensor]:
-        """The first key of each tensor; ``_check_doubles`` has seen that others hold the same."""
+        """The first key of each tensor; ``_check_duplicates`` has checked that others hold the same."""
         tensors: dict[str, StoredTensor] = {}
         for tensor in self.others:
             if tensor.kind in kinds:
                 tensors.setdefault(tensor.name, tensor)
         return tensors
 
-    def _check_doubles(self) -> None:
+    def _check_duplicates(self) -> None:
         """Refuse two keys of one tensor with different values.
 
         Raises:
-            FormatError: there are such.
+            FormatError: there are such keys.
         """
         seen: dict[str, str] = {}
         for tensor in self.others:

@@ -1,4 +1,4 @@
-"""How PEFT names the tensors of a LoRA adapter: one definition for whoever reads and whoever writes."""
+"""How PEFT names the tensors of a LoRA adapter: one definition for reading and writing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def factor_bias_key(module: str) -> str:
 
 
 class ParsedKey(NamedTuple):
-    """A factor's key taken apart: module path, part (``lora_A`` …), adapter name or "", leaf or ""."""
+    """The parts of a factor's key: module path, part (``lora_A`` …), adapter name or "", leaf or ""."""
 
     module: str
     part: str
@@ -72,7 +72,7 @@ def parse_key(key: str, pattern: re.Pattern[str] = _LORA_KEY) -> ParsedKey | Non
 
 
 def parse_factor_key(key: str) -> ParsedKey | None:
-    """What the key of a factor of LoRA, or of DoRA's magnitude, says; None for all else, the bias of B among it."""
+    """What the key of a factor of LoRA, or of DoRA's magnitude, says; None for any other key, as that of B's bias."""
     parsed = parse_key(key)
     if parsed is None:
         return None

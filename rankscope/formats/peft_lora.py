@@ -29,7 +29,7 @@ from rankscope.updates import Dense, LowRank, check_finite
 
 WHOLE_SUFFIX = ":whole"
 INITIAL_FOLDERS = (INITIAL_FOLDER, *(f"{init}_init" for init in BASE_MODIFYING_INITS))
-"""Folders, in the adapter's or beside it, that its initial factors are looked for in."""
+"""Folders, in the adapter's folder or beside it, in which its initial factors are looked for."""
 
 
 @dataclass
@@ -183,18 +183,18 @@ class PeftStore(AdapterStore):
         return self._initial.info(module).nominal_rank or 0
 
     def _add_experts(self, owner: str, wrappers: list[_LayerKeys], origin: BaseCheckpoint | None) -> None:
-        """One update for each expert of each parameter; what cannot be told apart is listed."""
+        """Add one update for each expert of each parameter; factors whose parameter is not known are skipped."""
         pairs = {layer.module: tuple(self._file.infos[key] for key in layer.pair()) for layer in wrappers}
         if self._initial is not None:
             self._skip(owner, "target_parameters: not read together with an initial adapter")
             return
-        found = find_experts(owner, pairs, self.config, origin)
-        if isinstance(found, str):
+        parameters = find_experts(owner, pairs, self.config, origin)
+        if isinstance(parameters, str):
             for module in pairs:
-                self._skip(module, found)
+                self._skip(module, parameters)
             return
         keys = {layer.module: layer.pair() for layer in wrappers}
-        for experts in found:
+        for experts in parameters:
             for name, info in experts.infos():
                 read = methodcaller("_expert", experts, keys[experts.module], name)
                 self._put(name, info, read, methodcaller("_expert_weight", experts, name, origin))
@@ -224,7 +224,7 @@ class PeftStore(AdapterStore):
             self.notes.append(f"{CONFIG_NAME} has use_dora {self.config.use_dora}, but {dora} layers have a magnitude")
 
     def _add_wholes(self) -> None:
-        """The whole update of every DoRA layer, or the reason why there is none."""
+        """Add the whole update of every DoRA layer, or skip it with the reason."""
         dora = [name for name, factors in self._factors.items() if factors.key_m is not None]
         for module in dora:
             if self._factors[module].groups > 1:
@@ -251,7 +251,7 @@ class PeftStore(AdapterStore):
         elif factors.kind == "conv":
             A, B = A.flatten(1), block_diagonal(B.flatten(1), factors.groups)
         product = LowRank(B, A, factors.scale)
-        return product if self._initial is None else _minus(product, self._initial._product(module))
+        return product if self._initial is None else _subtract(product, self._initial._product(module))
 
     def _whole(self, module: str) -> Dense:
         """m·(W0 + sBA)/‖W0 + sBA‖ − W0, the norm per output (per dimension of an embedding): DoRA, eq. 5."""
@@ -277,11 +277,11 @@ def _find_initial(folder: Path, init: str | None) -> Path | None:
     """The initial adapter of one whose initialisation moved the base, in its folder or beside it."""
     if init is None:
         return None
-    places = [home / name for home in (folder, folder.parent) for name in INITIAL_FOLDERS]
-    return next((place for place in places if (place / CONFIG_NAME).is_file() and place != folder), None)
+    candidates = [home / name for home in (folder, folder.parent) for name in INITIAL_FOLDERS]
+    return next((path for path in candidates if (path / CONFIG_NAME).is_file() and path != folder), None)
 
 
-def _minus(now: LowRank, start: LowRank) -> LowRank:
+def _subtract(now: LowRank, start: LowRank) -> LowRank:
     """now − start; in the stored dtype where the scales agree, as those of one adapter do."""
     if now.scale != start.scale or now.B.dtype != start.B.dtype:
         return now + start * -1.0

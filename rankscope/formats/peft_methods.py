@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rankscope.errors import FormatError, prefix_errors
 from rankscope.formats import peft_additive as additive
-from rankscope.formats import peft_multiplicative as multiplied
+from rankscope.formats import peft_multiplicative as multiplicative
 from rankscope.formats import peft_shared_tensors as shared
 from rankscope.formats.checkpoint import BaseWeights
 from rankscope.formats.lycoris import LOHA, LOKR
@@ -88,19 +88,19 @@ METHODS: Mapping[str, PeftMethod] = {
     "FOURIERFT": PeftMethod(additive.fourierft, ("fourierft_spectrum",), note=FULL_MATRIX_NOTE.format("FourierFT")),
     "SHIRA": PeftMethod(additive.shira, ("shira_weight", "shira_indices"), note=FULL_MATRIX_NOTE.format("SHiRA")),
     "HIRA": PeftMethod(
-        multiplied.hira,
+        multiplicative.hira,
         ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
         note=FULL_MATRIX_NOTE.format("HiRA"),
     ),
-    "IA3": PeftMethod(multiplied.ia3, ("ia3_l",), note=FULL_MATRIX_NOTE.format("(IA)³")),
-    "HRA": PeftMethod(multiplied.hra, ("hra_u",)),
-    "DEFT": PeftMethod(multiplied.deft, ("deft_P", "deft_R")),
+    "IA3": PeftMethod(multiplicative.ia3, ("ia3_l",), note=FULL_MATRIX_NOTE.format("(IA)³")),
+    "HRA": PeftMethod(multiplicative.hra, ("hra_u",)),
+    "DEFT": PeftMethod(multiplicative.deft, ("deft_P", "deft_R")),
     "GLORA": PeftMethod(
-        multiplied.glora,
+        multiplicative.glora,
         tuple(f"glora_{name}.{part}" for name in "ABCDE" for part in ("Xd", "Xu", "X", "zeros")),
         note=FULL_MATRIX_NOTE.format("GLoRA"),
     ),
-    "OFT": PeftMethod(multiplied.oft, ("oft_R",), note=FULL_MATRIX_NOTE.format("OFT")),
+    "OFT": PeftMethod(multiplicative.oft, ("oft_R",), note=FULL_MATRIX_NOTE.format("OFT")),
     "TRAINABLE_TOKENS": PeftMethod(_no_factors, ()),  # whole rows alone, which every adapter can have
 }
 PROMPT_REASON = "it trains inputs or prefixes, and changes no weight"
@@ -140,13 +140,13 @@ class PeftMethodStore(AdapterStore):
         self.config = read_method_config(path / CONFIG_NAME)
         kind = self.config.peft_type
         if kind not in METHODS:
-            why = UNSUPPORTED_METHODS.get(kind, "no method of that name is known")
-            raise FormatError(f"{path / CONFIG_NAME}: peft_type {kind} is not read: {why}")
+            reason = UNSUPPORTED_METHODS.get(kind, "no method of that name is known")
+            raise FormatError(f"{path / CONFIG_NAME}: peft_type {kind} is not read: {reason}")
         self.method = METHODS[kind]
         super().__init__(path, device, partial(_parse_method_key, key_pattern(self.method.parts)))
         self._shared: dict[str, str] = {}
         layers = self.folder.factors
-        self._take_shared()
+        self._separate_shared()
         fan = bool(self.config.fan_in_fan_out)
         origin = (
             BaseCheckpoint(base, tensor_names_in_base(self._others) | {name + WEIGHT_SUFFIX for name in layers})
@@ -167,8 +167,8 @@ class PeftMethodStore(AdapterStore):
         if recipes and self.method.note:
             self.notes.append(self.method.note)
 
-    def _take_shared(self) -> None:
-        """Find the tensors that all modules share, and the copies that some versions store beside each module."""
+    def _separate_shared(self) -> None:
+        """Take the tensors that all modules share, and the copies that some versions store, out of ``_others``."""
         for part in self.method.shared:
             pattern = key_pattern((part,))
             keys = [tensor.key for tensor in self._others if pattern.fullmatch(tensor.key)]
@@ -180,7 +180,7 @@ class PeftMethodStore(AdapterStore):
     def _recipes(
         self, layers: Mapping[str, Mapping[str, str]], origin: BaseCheckpoint | None, fan: bool
     ) -> dict[str, Recipe]:
-        """What can be read, by module; the rest is listed."""
+        """Recipes by module; a module that cannot be read is skipped."""
         recipes = {}
         for name, keys in layers.items():
             headers = {part: self._file.infos[key] for part, key in {**self._shared, **keys}.items()}
@@ -207,6 +207,6 @@ class PeftMethodStore(AdapterStore):
 
 
 def _parse_method_key(pattern: re.Pattern[str], key: str) -> ParsedKey | None:
-    """What the key of a part of this method says; None for all else."""
+    """What the key of a part of this method says; None for any other key."""
     parsed = parse_key(key, pattern)
     return parsed if parsed is not None and parsed.leaf != "bias" else None

@@ -1,4 +1,4 @@
-"""Methods of PEFT that act through the base weight W: their update is W' − W, and takes the base to be told.
+"""Methods of PEFT that act through the base weight W: their update W' − W cannot be computed without the base.
 
 Formulas are those of the merges in PEFT 0.21.2's tuners; W is (out, in), a convolution's kernel flattened.
 """
@@ -56,13 +56,13 @@ def ia3(module: AdaptedModule) -> Recipe:
     shape = module.base_shape(NEEDS_BASE_REASON)
     check_complete(module.headers, ("ia3_l",))
     check_floating(module.headers)
-    found = module.headers["ia3_l"].shape
-    if len(found) > 2 and (found[1] != shape[0] or _is_feedforward(module)):
+    stored = module.headers["ia3_l"].shape
+    if len(stored) > 2 and (stored[1] != shape[0] or _is_feedforward(module)):
         raise SkippedPartError("(IA)³ on the inputs of a convolution is not read")
-    vector = (shape[0], 1) if len(found) > 2 else found
+    vector = (shape[0], 1) if len(stored) > 2 else stored
     if vector not in ((shape[0], 1), (1, shape[1])):
         raise FormatError(
-            f"ia3_l is {found}, which fits no side of the weight {shape}; is this the base that was tuned?"
+            f"ia3_l is {stored}, which fits no side of the weight {shape}; is this the base that was tuned?"
         )
 
     def build(tensors: Tensors) -> Update:
@@ -110,7 +110,7 @@ def _reflection_columns(u: Tensor) -> Tensor:
 
 
 def deft(module: AdaptedModule) -> Recipe:
-    """Q·(s·R − Pᵀ·W): a part of W's output space taken out, and another put in; rank r."""
+    """Q·(s·R − Pᵀ·W): one part of W's output space is removed, and another added; rank r."""
     shape, config = module.base_shape(NEEDS_BASE_REASON), module.config
     parts = ("deft_P",) if config.para else ("deft_P", "deft_R")
     check_complete(module.headers, parts)
@@ -127,8 +127,8 @@ def deft(module: AdaptedModule) -> Recipe:
     def build(tensors: Tensors) -> Update:
         P, W = to_float64(tensors["deft_P"]), to_float64(tensors[BASE_WEIGHT])
         left, right = (P, P.relu()) if method == "relu" else (torch.linalg.qr(P)[0],) * 2
-        gone = right.T @ W
-        return LowRank(left, -gone if config.para else to_float64(tensors["deft_R"]) * scale - gone)
+        removed = right.T @ W
+        return LowRank(left, -removed if config.para else to_float64(tensors["deft_R"]) * scale - removed)
 
     return Recipe(UpdateInfo(shape, rank, 1.0, module.stored_dtype("deft_P"), "deft"), (*parts, BASE_WEIGHT), build)
 
@@ -150,7 +150,7 @@ def glora(module: AdaptedModule) -> Recipe:
         raise SkippedPartError("GLoRA of the bias alone")
 
     def build(tensors: Tensors) -> Update:
-        A, B = (_path(tensors, f"glora_{name}", shape) for name in "AB")
+        A, B = (_glora_matrix(tensors, f"glora_{name}", shape) for name in "AB")
         return Dense(to_float64(tensors[BASE_WEIGHT]) * A + B)
 
     return Recipe(UpdateInfo(shape, None, 1.0, module.stored_dtype(parts[0]), "glora"), (*parts, BASE_WEIGHT), build)
@@ -192,11 +192,11 @@ def _cayley(entries: Tensor, side: int, terms: int | None) -> Tensor:
     Q = entries.new_zeros(len(entries), side, side)
     Q[:, rows, columns] = entries
     Q = Q - Q.transpose(1, 2)
-    one = torch.eye(side, dtype=Q.dtype)
+    identity = torch.eye(side, dtype=Q.dtype)
     if terms is None:
-        rotation: Tensor = torch.linalg.solve(one + Q, one - Q, left=False)
+        rotation: Tensor = torch.linalg.solve(identity + Q, identity - Q, left=False)
         return rotation
-    R, power = one.expand_as(Q), one.expand_as(Q)
+    R, power = identity.expand_as(Q), identity.expand_as(Q)
     last = terms - 1 if terms < 3 else max(terms - 1, 3)
     for n in range(1, last + 1):
         power = power @ Q
@@ -204,7 +204,7 @@ def _cayley(entries: Tensor, side: int, terms: int | None) -> Tensor:
     return R
 
 
-def _path(tensors: Tensors, name: str, shape: tuple[int, int]) -> Tensor:
+def _glora_matrix(tensors: Tensors, name: str, shape: tuple[int, int]) -> Tensor:
     """One of GLoRA's matrices, or what broadcasts to it."""
     if f"{name}.Xd" in tensors:
         return to_float64(tensors[f"{name}.Xd"]) @ to_float64(tensors[f"{name}.Xu"])

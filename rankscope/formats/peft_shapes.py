@@ -38,7 +38,7 @@ def _is_convolution(A: tuple[int, ...], B: tuple[int, ...]) -> bool:
 
 
 def block_diagonal(B: Tensor, groups: int) -> Tensor:
-    """B (out, r/groups) spread to (out, r): the outputs of a group see the r/groups rows of A of that group."""
+    """B (out, r/groups) spread to (out, r): the outputs of a group use the r/groups rows of A of that group."""
     blocks = B.reshape(groups, -1, B.shape[1])
     spread = blocks.new_zeros(groups, blocks.shape[1], groups, blocks.shape[2])
     spread.diagonal(dim1=0, dim2=2).copy_(blocks.permute(1, 2, 0))
@@ -46,7 +46,7 @@ def block_diagonal(B: Tensor, groups: int) -> Tensor:
 
 
 def check_magnitude(info: TensorInfo, shape: tuple[int, int], kind: LayerType) -> None:
-    """Raise FormatError where DoRA's magnitude has not one number an output (a dimension of an embedding)."""
+    """Raise FormatError unless DoRA's magnitude has one number for each output (each dimension of an embedding)."""
     expected = shape[1] if kind == "embedding" else shape[0]
     if torch.Size(info.shape).numel() != expected or not info.dtype.is_floating_point:
         raise FormatError(f"its magnitude is {info.shape}, but the update {shape} needs {expected} numbers")

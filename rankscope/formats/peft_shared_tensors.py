@@ -79,8 +79,8 @@ def randlora(module: AdaptedModule) -> Recipe:
         module.headers, randlora_gamma=(bases, small), randlora_A=(rank, 1, None), randlora_B=(None, None, rank)
     )
     _, _, columns = module.headers["randlora_A"].shape
-    rows, there, _ = module.headers["randlora_B"].shape
-    if columns < small or rows < large or there < bases:
+    rows, stored_bases, _ = module.headers["randlora_B"].shape
+    if columns < small or rows < large or stored_bases < bases:
         raise FormatError(
             f"the shared projections are smaller than the weight {shape}; is this the base that was tuned?"
         )
@@ -107,13 +107,13 @@ def vblora(module: AdaptedModule) -> Recipe:
     parts = tuple(side + end for side in sides for end in ends)
     check_complete(headers, (*parts, bank))
     shapes = [headers[side + ends[0]].shape for side in sides]
-    if len(headers[bank].shape) != 2 or any(len(found) != 3 for found in shapes) or shapes[0][0] != shapes[1][1]:
+    if len(headers[bank].shape) != 2 or any(len(shape) != 3 for shape in shapes) or shapes[0][0] != shapes[1][1]:
         raise FormatError(f"{sides[0]} {shapes[0]} and {sides[1]} {shapes[1]} do not multiply")
     check_floating({part: headers[part] for part in (*parts, bank) if not part.endswith("_indices")})
     check_indices(headers, *(part for part in parts if part.endswith("_indices")))
-    for side, found in zip(sides, shapes, strict=True):
-        if stored_top and headers[f"{side}_topk_weights"].shape != (*found[:2], found[2] - 1):
-            raise FormatError(f"{side} has {found} places and {headers[f'{side}_topk_weights'].shape} weights")
+    for side, places in zip(sides, shapes, strict=True):
+        if stored_top and headers[f"{side}_topk_weights"].shape != (*places[:2], places[2] - 1):
+            raise FormatError(f"{side} has {places} places and {headers[f'{side}_topk_weights'].shape} weights")
     length, rank = headers[bank].shape[1], shapes[0][0]
     shape = shapes[1][0] * length, shapes[0][1] * length
     check_base_shape(module, shape)

@@ -1,4 +1,4 @@
-"""What the stores of all adapters in PEFT's layout share: what is beside the factors, read against the base."""
+"""What the stores of all adapters in PEFT's layout share: tensors beside the factors, as differences from the base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rankscope.updates import Dense, LowRank, Update
 
 
 class BaseCheckpoint:
-    """The base checkpoint as an adapter sees it: its tensors by the names that the adapter has for them.
+    """The tensors of the base checkpoint, by the names that the adapter has for them.
 
     Raises:
         FormatError: it cannot be read.
@@ -37,12 +37,12 @@ class BaseCheckpoint:
         return self.checkpoint.infos[self._tensors[name]] if name in self._tensors else None
 
     def shape(self, name: str, fan_in_fan_out: bool = False) -> tuple[int, int] | None:
-        """(out, in) of a matrix; ``fan_in_fan_out`` decides where the checkpoint does not tell how it is stored."""
+        """(out, in) of a matrix; ``fan_in_fan_out`` decides where the checkpoint does not show how it is stored."""
         info = self.info(name)
         if info is None or non_matrix_reason(info, stacks=True):
             return None
-        found = self.checkpoint.matrix_shape(self._tensors[name])
-        return found[::-1] if fan_in_fan_out and self.checkpoint.conv1d is None else found
+        shape = self.checkpoint.matrix_shape(self._tensors[name])
+        return shape[::-1] if fan_in_fan_out and self.checkpoint.conv1d is None else shape
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored."""
@@ -56,8 +56,8 @@ class BaseCheckpoint:
 class AdapterStore(Store):
     """The updates of one adapter; ``_put`` gives a name its info and the functions of a store that read it.
 
-    They are given the store when they are called: if they held it, it would keep its file mapped after its last use,
-    until Python looks for cycles.
+    The functions get the store as their argument. If they held it, the cycle of references would keep the file mapped
+    after the store's last use, until Python's garbage collector runs.
     """
 
     kind = "peft"
@@ -102,7 +102,7 @@ class AdapterStore(Store):
         return self._origins[name](self) if name in self._origins else None
 
     def _add_others(self, origin: BaseCheckpoint | None, indices: object) -> None:
-        """Whole weights and token rows as updates where the base has them; all else is listed."""
+        """Add whole weights and token rows as updates where the base has them; every other tensor is skipped."""
         weights = {tensor.key for tensor in self.folder.whole.values() if tensor.kind == "weight"}
         for tensor in self._others:
             reason: str | None = tensor.reason
@@ -116,7 +116,7 @@ class AdapterStore(Store):
                 self._skip(strip_peft_prefix(tensor.key), reason)
 
     def _add_whole(self, tensor: StoredTensor, origin: BaseCheckpoint) -> str | None:
-        """Tuned − base of a module that was trained whole, or the reason why there is none."""
+        """Add tuned − base of a module that was trained whole, or return why there is none."""
         key, name = tensor.key, tensor.name
         info, base_info = self._file.infos[key], origin.info(name)
         if base_info is None:
@@ -132,11 +132,11 @@ class AdapterStore(Store):
             self.notes.append(
                 f"{name}: {info.shape[0]} rows, {base_info.shape[0]} in the base; the first {rows} are compared"
             )
-        turned = bool(origin.checkpoint.conv1d) and len(info.shape) == 2 and CONV1D_NAME.search(name) is not None
+        transposed = bool(origin.checkpoint.conv1d) and len(info.shape) == 2 and CONV1D_NAME.search(name) is not None
 
         def read(store: AdapterStore) -> Dense:
             tuned = store._file.read(key).flatten(1)
-            return Dense.difference((tuned.T if turned else tuned)[:rows], origin.matrix(name)[:rows])
+            return Dense.difference((tuned.T if transposed else tuned)[:rows], origin.matrix(name)[:rows])
 
         out, into = origin.shape(name) or (0, 0)
         update_info = UpdateInfo((rows or out, into), None, 1.0, info.dtype, "full")
@@ -144,10 +144,10 @@ class AdapterStore(Store):
         return None
 
     def _add_tokens(self, tensor: StoredTensor, origin: BaseCheckpoint, indices: object) -> str | None:
-        """The changed rows of an embedding, as a product with their places, or the reason why there is none."""
+        """Add the changed rows of an embedding, as a product with their places, or return why there is none."""
         key, module = tensor.key, tensor.name
         info = self._file.infos[key]
-        shape, places = origin.shape(module + WEIGHT_SUFFIX), _indices(indices, module)
+        shape, places = origin.shape(module + WEIGHT_SUFFIX), _token_indices(indices, module)
         if shape is None or len(info.shape) != 2 or info.shape[1] != shape[1]:
             return f"{TOKEN_ROWS_REASON}; the base has no embedding that they fit"
         if len(places) != info.shape[0] or not places or len({*places}) < len(places):
@@ -168,12 +168,12 @@ class AdapterStore(Store):
 
 
 def tensor_names_in_base(tensors: Iterable[StoredTensor]) -> set[str]:
-    """Names in the base of what is read against it: tensors that were trained whole, embeddings with trained rows."""
+    """Names in the base of tensors that were trained whole and of embeddings with trained rows."""
     return {tensor.name + (WEIGHT_SUFFIX if tensor.kind == "token rows" else "") for tensor in tensors}
 
 
-def _indices(indices: object, module: str) -> list[int]:
-    """Rows of a module's embedding that were trained; a plain list is the input embedding's. Empty if not told."""
+def _token_indices(indices: object, module: str) -> list[int]:
+    """Rows of a module's embedding that were trained; a plain list is the input embedding's. Empty if unknown."""
     if isinstance(indices, dict):
         indices = next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), None)
     if isinstance(indices, list) and all(isinstance(row, int) for row in indices):

@@ -1,4 +1,4 @@
-"""The only writer of PEFT's folder layout: what adapter_config.json and adapter_model.safetensors hold."""
+"""The only writer of PEFT's folder layout: the contents of adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rankscope.formats.peft_keys import CONFIG_NAME, WEIGHTS_NAME, LayerType, fa
 from rankscope.formats.streaming import LazyTensor, write_streamed
 from rankscope.updates import LowRank
 
-# Settings of ways to start, which mean nothing beside finished factors (PEFT warns of some).
+# Settings of initialisations, which mean nothing for finished factors (PEFT warns about some).
 INIT_CONFIG_KEYS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
 
 
@@ -35,10 +35,12 @@ class FactorLayout(NamedTuple):
 
 
 def factor_tensors(module: str, update: LowRank, place: FactorLayout = FactorLayout()) -> dict[str, Tensor]:  # noqa: B008 (frozen)
-    """A and B under PEFT's keys, in the dtype of the update's factors; its scale must be 1 (α = r).
+    """A and B under PEFT's keys, in the dtype of the update's factors and in the shapes that ``factor_keys`` gives.
+
+    The update's scale must be 1 (α = r).
 
     Raises:
-        ShapeError: the update has another scale, which no tensor could say.
+        ShapeError: the update has another scale, which the factors do not hold.
     """
     if update.scale != 1.0:
         raise ShapeError(f"{module}: a scale of {update.scale:g} belongs into the configuration or into B")
@@ -61,15 +63,15 @@ def _diagonal_blocks(B: Tensor, groups: int) -> Tensor:
 
 
 def whole_number(value: float) -> float | int:
-    """PEFT and vLLM declare α a whole number, and take others."""
+    """α as an int where it is whole: PEFT and vLLM declare it an int, and accept floats."""
     return int(value) if float(value).is_integer() else value
 
 
 def rank_settings(ranks: Mapping[str, int]) -> dict[str, Any]:
     """r, lora_alpha and their patterns for layers of these ranks, each with the scale 1 (α = r).
 
-    The commonest rank is r; each other layer has a pattern of its whole path. A reader that knows no patterns
-    still finds the right scale.
+    The commonest rank is r; each other layer has a pattern of its whole path. A reader that ignores patterns
+    still gets the right scale.
     """
     common = Counter(ranks.values()).most_common(1)[0][0]
     # ^ keeps a path from matching another path's end.
@@ -84,7 +86,7 @@ def rank_settings(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def alpha_settings(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """r, lora_alpha and their patterns for layers of these (r, α); nothing is baked into the factors."""
+    """r, lora_alpha and their patterns for layers of these (r, α); the factors stay as they are."""
     r, alpha = Counter(layers.values()).most_common(1)[0][0]
     # ^ keeps a path from matching another path's end.
     ranks = {f"^{re.escape(name)}": own for name, (own, _) in layers.items() if own != r}
@@ -126,13 +128,13 @@ def lora_config(
 
 
 def config_with_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], **settings: Any) -> dict[str, Any]:
-    """``adapter_config.json`` of an adapter made from another: α = r everywhere; keys not known here go along."""
+    """``adapter_config.json`` of an adapter made from another: α = r everywhere; keys not known here are copied."""
     kept = {key: value for key, value in config.items() if key not in INIT_CONFIG_KEYS}
     return {**kept, "init_lora_weights": True, "inference_mode": True, **rank_settings(ranks), **settings}
 
 
 def exact_targets(targets: Sequence[str], paths: Iterable[str]) -> str | list[str]:
-    """The paths; or a regular expression of them where PEFT, which compares ends, would find more in the model."""
+    """The paths; or a regular expression of them where PEFT, which compares ends, would match more modules."""
     more = any(matches_path_end(target, path) for path in {*paths}.difference(targets) for target in targets)
     return "|".join(re.escape(target) for target in targets) if more else list(targets)
 

@@ -1,4 +1,4 @@
-"""Tensors in files of torch.save (.bin, .pt): read without running what they hold."""
+"""Tensors in files of torch.save (.bin, .pt): read without running code that they hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rankscope.errors import FormatError
 from rankscope.formats.file_io import TensorFile, TensorInfo
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
-STATE_DICT_KEYS = ("state_dict", "model_state_dict")  # what training scripts keep a state dict under
+STATE_DICT_KEYS = ("state_dict", "model_state_dict")  # under which training scripts save a state dict
 
 
 class PickledFile:
@@ -35,10 +35,10 @@ class PickledFile:
         if not isinstance(state, dict) or not all(_is_plain_tensor(value) for value in state.values()):
             raise FormatError(f"{path}: not a flat dictionary of tensors; save the model's state_dict as safetensors")
         self._tensors: dict[str, Tensor] = {str(name): value.detach() for name, value in state.items()}
-        self.infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in self._tensors.items()}
+        self.infos = {name: TensorInfo.of(value) for name, value in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        """The tensor in its stored dtype, backed by the mapped file."""
+        """The tensor as stored, in its shape and dtype, backed by the mapped file."""
         return self._tensors[name]
 
 
@@ -60,7 +60,7 @@ def _load(path: Path) -> Any:
         raise FormatError(f"{path}: no such file") from error
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # damaged bytes drive the unpickler into almost any exception
+    except Exception as error:  # damaged bytes can make the unpickler raise almost anything
         raise FormatError(
             f"{path}: damaged, or holds more than tensors, which is refused because a pickle can run code; "
             "save it as safetensors"

@@ -1,4 +1,4 @@
-"""From headers to an update: what the tensors of one module will make, before any of them is read."""
+"""From headers to an update: what the tensors of one module make is known before any of them is read."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from rankscope.updates import Update
 Headers = Mapping[str, TensorInfo]
 Tensors = Mapping[str, Tensor]
 BASE_WEIGHT = "the base weight"
-"""The name that a recipe reads the module's weight (out, in) in the base by."""
+"""The name under which a recipe reads the module's weight (out, in) in the base."""
 
 UNKNOWN_SHAPE_REASON = "its file does not tell the shape of the weight"
 WRONG_BASE_HINT = "is this the base that was tuned?"
 
 
 class SkippedPartError(FormatError):
-    """A part of an adapter that is listed instead of read; the message is the reason."""
+    """A part of an adapter that is skipped; the message is the reason."""
 
 
 class AdaptedModule(NamedTuple):
@@ -40,7 +40,7 @@ class AdaptedModule(NamedTuple):
         """(out, in) of the weight in the base.
 
         Raises:
-            ListedError: it is not known, and ``why`` it is needed.
+            SkippedPartError: it is not known; ``why`` says what it is needed for.
         """
         if self.shape is None:
             raise SkippedPartError(f"{why}; give its base model (--base), which must hold this weight")
@@ -52,25 +52,20 @@ class AdaptedModule(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """``build`` makes the update that ``info`` tells of, from the tensors by the names that ``reads`` lists."""
+    """``build`` makes the update that ``info`` describes, from the tensors by the names that ``reads`` lists."""
 
     info: UpdateInfo
     reads: tuple[str, ...]
     build: Callable[[Tensors], Update]
 
 
-def tensor_info(tensor: Tensor) -> TensorInfo:
-    """What a file's header would tell of a tensor."""
-    return TensorInfo(tuple(tensor.shape), tensor.dtype)
-
-
 def float_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for eight-bit floats, which no other dtype is promoted with; all else as it is."""
+    """float32 for eight-bit floats, which torch promotes with no other dtype; any other dtype as it is."""
     return torch.float32 if dtype.is_floating_point and dtype.itemsize == 1 else dtype
 
 
 def upcast_float8(tensor: Tensor) -> Tensor:
-    """Eight-bit floats, which torch can hardly compute with, to float32; all else as stored."""
+    """A tensor of any shape, in float32 where it holds eight-bit floats, which torch can hardly compute with."""
     return tensor.float() if tensor.dtype.itemsize == 1 else tensor
 
 
@@ -85,7 +80,7 @@ def check_floating(headers: Headers) -> None:
 
 
 def check_indices(headers: Headers, *names: str) -> None:
-    """Raise FormatError where what must be indices holds no whole numbers."""
+    """Raise FormatError where a tensor of indices does not hold whole numbers."""
     for name in names:
         dtype = headers[name].dtype
         if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
@@ -105,10 +100,10 @@ def check_complete(headers: Headers, needed: Iterable[str]) -> None:
 def check_shapes(headers: Headers, **expected: tuple[int | None, ...]) -> None:
     """Raise FormatError where a tensor has another shape than expected; None stands for any size."""
     for name, shape in expected.items():
-        found = headers[name].shape
-        if len(found) != len(shape) or any(want not in (None, size) for want, size in zip(shape, found, strict=True)):
+        stored = headers[name].shape
+        if len(stored) != len(shape) or any(want not in (None, size) for want, size in zip(shape, stored, strict=True)):
             wanted = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
-            raise FormatError(f"{name} is {found}, which does not fit its neighbours; expected {wanted}")
+            raise FormatError(f"{name} is {stored}, which does not fit its neighbours; expected {wanted}")
 
 
 def check_base_shape(module: AdaptedModule, shape: tuple[int, int]) -> None:
@@ -118,7 +113,7 @@ def check_base_shape(module: AdaptedModule, shape: tuple[int, int]) -> None:
 
 
 def to_float64(tensor: Tensor) -> Tensor:
-    """float64, which small factors are multiplied in."""
+    """A tensor of any shape in float64, in which small factors are multiplied."""
     return tensor.double()
 
 

@@ -46,20 +46,20 @@ def open(
     """Open a source of updates by what is in it; reads headers, no tensors.
 
     An adapter (a folder of PEFT's, of any method; a file of kohya's scripts, LyCORIS, diffusers or loralib), a run of
-    ours, a file of updates, or full weights (file, folder or shards), which become the tuned weights minus ``base``.
+    a study, a file of updates, or full weights (file, folder or shards), which become the tuned weights minus ``base``.
 
     Args:
         path: file or folder; or an id of the hub (``org/name``), where nothing lies at that path.
-        base: checkpoint of the pre-trained model, alike; by default the folder that a PEFT adapter's configuration
-            names, where there is one. It is required for full weights and for methods that act through it, used
-            for DoRA, for modules that an adapter holds whole, and for ``Store.weight``.
+        base: checkpoint of the pre-trained model, a path or an id; by default the folder that a PEFT adapter's
+            configuration names, where there is one. It is required for full weights and for methods that act through
+            it, used for DoRA, for modules that an adapter holds whole, and for ``Store.weight``.
         device: where updates are put.
         initial: a LoRA adapter as it was before training, where its initialisation moved the base (PiSSA and others)
             and it is not beside the adapter.
         alpha: α where the file has none: loralib's never do.
 
     Raises:
-        FormatError: nothing there, nothing that is known, damaged, or full weights without a base.
+        FormatError: there is nothing, the format is not known, a file is damaged, or full weights have no base.
         ConfigError: the device cannot be used, α is not finite, or ``initial`` for something else than a LoRA adapter.
     """
     return open_source(path, Opening(base, alpha, initial, device))
@@ -71,16 +71,16 @@ def open_source(path: str | os.PathLike[str], opening: Opening) -> Store:
     Raises:
         FormatError, ConfigError: as for ``open``.
     """
-    place, alpha = local_path(path), opening.alpha
+    local, alpha = local_path(path), opening.alpha
     if alpha is not None and not math.isfinite(alpha):
         raise ConfigError(f"alpha = {alpha}: α is a finite number")
     try:
-        store = _open_folder(place, opening) if place.is_dir() else _open_file(place, opening)
+        store = _open_folder(local, opening) if local.is_dir() else _open_file(local, opening)
     except OSError as error:  # no permission to look; a name too long
-        raise FormatError(f"{place}: cannot be read ({error.strerror or error})") from error
+        raise FormatError(f"{local}: cannot be read ({error.strerror or error})") from error
     if opening.initial is not None and not isinstance(store, PeftStore):
         raise ConfigError(
-            f"{place}: is no LoRA adapter, so an initial adapter ({opening.initial_path}) means nothing for it"
+            f"{local}: is no LoRA adapter, so an initial adapter ({opening.initial_path}) means nothing for it"
         )
     if alpha is not None and not (isinstance(store, FileStore) and store.given):
         store.notes.append(f"its scale is known from the file; the given α = {alpha:g} is not used")
@@ -120,7 +120,7 @@ def _open_file(file: Path, opening: Opening) -> Store:
 
 
 def _open_weights(path: Path, file: Path, opening: Opening) -> Store:
-    """A file of tensors, by its contents."""
+    """Open a file of tensors by its contents."""
     if file.name.endswith(INDEX_SUFFIX):
         return CHECKPOINT.open(path, None, opening)
     tensors = open_tensors(file)

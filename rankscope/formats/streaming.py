@@ -21,19 +21,19 @@ ALIGNMENT = 8  # bytes; readers map the tensors in place
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is still to be made: its shape and dtype now, its numbers when its turn comes."""
+    """A tensor that is read or computed when it is written; its shape and dtype are known before."""
 
     info: TensorInfo
     read: Callable[[], Tensor]
 
     @classmethod
     def of(cls, tensor: Tensor) -> LazyTensor:
-        """A tensor that is there already."""
-        return cls(TensorInfo(tuple(tensor.shape), tensor.dtype), lambda: tensor)
+        """A tensor of any shape that is in memory already."""
+        return cls(TensorInfo.of(tensor), lambda: tensor)
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Its size in bytes."""
         return torch.Size(self.info.shape).numel() * self.info.dtype.itemsize
 
 
@@ -66,18 +66,18 @@ def write_streamed(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapp
             file.write(struct.pack("<Q", len(text)) + text)
             for name in ordered:
                 with prefix_errors(f"{path.name}: {name}"):
-                    _write_one(file, tensors[name])
+                    _write_tensor(file, tensors[name])
 
     write_atomic(path, write)
 
 
-def _write_one(file: BinaryIO, pending: LazyTensor) -> None:
+def _write_tensor(file: BinaryIO, pending: LazyTensor) -> None:
     try:
         tensor = pending.read().detach().to("cpu").contiguous()
-    except (OSError, RuntimeError, ValueError, MemoryError) as error:  # not the fault of the place it is written to
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:  # its source is at fault, not the written file
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise FormatError(f"cannot be computed ({reason})") from error
-    found = TensorInfo(tuple(tensor.shape), tensor.dtype)
-    if found != pending.info:
-        raise FormatError(f"is {found}, where {pending.info} was announced; has the file changed meanwhile?")
+    info = TensorInfo.of(tensor)
+    if info != pending.info:
+        raise FormatError(f"is {info}, where {pending.info} was announced; has the file changed meanwhile?")
     file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,4 +1,4 @@
-"""The layout of a study's folder: the names of its files and folders, for who writes them and who looks for them."""
+"""The layout of a study's folder: the names of its files and folders, for writers and readers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RUNS_FOLDER = "runs"
 RUN_NAME = "run.json"
 """The run, its status, cost and metrics; written when it has ended."""
 METRICS_NAME = "metrics.jsonl"
-"""One line an evaluation."""
+"""One line for each evaluation."""
 ADAPTER_FOLDER = "adapter"
 """LoRA: the adapter in PEFT's layout."""
 INITIAL_FOLDER = "initial"

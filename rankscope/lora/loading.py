@@ -1,4 +1,4 @@
-"""Stored adapters, back on a model."""
+"""Attaching stored adapters to a model."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def load(
         ShapeError: a tensor that does not fit its place.
         ConfigError: as for ``Bank.attach``.
     """
-    places = [Path(folders)] if isinstance(folders, Path | str) else [Path(folder) for folder in folders]
-    stored = [_read_fitting_adapter(model, folder) for folder in places]
+    paths = [Path(folders)] if isinstance(folders, Path | str) else [Path(folder) for folder in folders]
+    stored = [_read_fitting_adapter(model, folder) for folder in paths]
     if generators is None:
         generators = [Generator().manual_seed(i) for i in range(len(stored))]
     sources = [generators] if isinstance(generators, Generator) else list(generators)
@@ -47,7 +47,7 @@ def load(
     plans = [{name: adapter.spec.slot(name) for name in adapter.factors} for adapter in stored]
     bank = Bank(model, specs, plans, sources, dtype)
     try:
-        for i, (folder, adapter) in enumerate(zip(places, stored, strict=True)):
+        for i, (folder, adapter) in enumerate(zip(paths, stored, strict=True)):
             with prefix_errors(folder):
                 _fill(bank, i, adapter)
     except RankscopeError:
@@ -74,30 +74,30 @@ def _check_fit(model: nn.Module, name: str, slot: Slot, A: Tensor, B: Tensor) ->
     check_target(model, name, slot)
     module = model.get_submodule(name)
     kind = layer_class(module)
-    wanted = kind.shapes(module, slot.rank) if kind else None
-    if wanted != (tuple(A.shape), tuple(B.shape)):
+    expected = kind.shapes(module, slot.rank) if kind else None
+    if expected != (tuple(A.shape), tuple(B.shape)):
         raise ShapeError(
             f"factors of {name!r}, A {tuple(A.shape)} and B {tuple(B.shape)}, do not fit the model's {module}; "
-            f"expected {wanted}"
+            f"expected {expected}"
         )
 
 
 def _fill(bank: Bank, i: int, stored: StoredAdapter) -> None:
-    """Overwrite adapter i, and what is trained whole, by what the file holds."""
+    """Overwrite adapter i, and the tensors that are trained whole, with those of the file."""
     for name, (A, B) in stored.factors.items():
         bank.layers[name].set_factors(i, A, B)
-    places = {f"{name}.bias": bias.data for name, bias in bank.biases.items()}
+    targets = {f"{name}.bias": bias.data for name, bias in bank.biases.items()}
     for path in bank.heads:
-        places |= {f"{path}.{key}": tensor for key, tensor in bank.head(i, path).state_dict().items()}
+        targets |= {f"{path}.{key}": tensor for key, tensor in bank.head(i, path).state_dict().items()}
     base = {key.replace(".base_layer.", "."): tensor for key, tensor in bank.model.state_dict().items()}
     for key, tensor in stored.whole.items():
-        place = places.get(key, base.get(key))
-        if place is None:
+        target = targets.get(key, base.get(key))
+        if target is None:
             raise FormatError(f"{key!r} is neither a factor of a module nor a weight of the model")
-        if place.shape != tensor.shape:
-            raise ShapeError(f"{key!r} is {tuple(tensor.shape)} in the file and {tuple(place.shape)} in the model")
-        if key in places:
-            place.copy_(tensor)
-        elif not torch.equal(place, tensor.to(place)):
-            # PEFT stores the base weight of an adapted embedding along; only the same one can be passed over.
+        if target.shape != tensor.shape:
+            raise ShapeError(f"{key!r} is {tuple(tensor.shape)} in the file and {tuple(target.shape)} in the model")
+        if key in targets:
+            target.copy_(tensor)
+        elif not torch.equal(target, tensor.to(target)):
+            # PEFT also stores the base weight of an adapted embedding, which must be that of the model.
             raise FormatError(f"the file has another base weight {key!r} than the model; load the base that it fits")

@@ -20,7 +20,7 @@ def peft_tensors(
     biases: Mapping[str, Tensor],
     heads: Mapping[str, nn.Module],
 ) -> dict[str, Tensor]:
-    """Factors, biases and heads, each by module path, under PEFT's keys."""
+    """Factors A (r, in) and B (out, r), biases (out,) and heads, each by module path, under PEFT's keys."""
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in factors.items():
         keys = factor_keys(name, layers[name].kind)

@@ -38,7 +38,7 @@ class AdapterTrainingConfig(msgspec.Struct, frozen=True):
 
 
 class StoredAdapter(NamedTuple):
-    """What a folder holds: the spec, (A, B) by module path, and tensors trained whole, by their path in the model."""
+    """An adapter's spec, (A, B) by module path, and tensors trained whole by their path in the model, as stored."""
 
     spec: AdapterSpec
     factors: dict[str, tuple[Tensor, Tensor]]
@@ -66,7 +66,7 @@ def read_adapter(folder: Path) -> StoredAdapter:
 def _read_tensors(folder: PeftFolder) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Pairs of factors by module, and all other tensors by their path in the model.
 
-    What plain LoRA lacks (magnitudes, biases of factors) is among the others; no model has a place for it.
+    What plain LoRA lacks (magnitudes, biases of factors) is among the other tensors; no model has a tensor for it.
     """
     halves: dict[str, dict[str, Tensor]] = {}
     names = {tensor.key: tensor.name for tensor in (*folder.whole.values(), *folder.base_weights.values())}

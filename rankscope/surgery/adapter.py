@@ -1,4 +1,4 @@
-"""A LoRA adapter as surgery sees it: its updates, how PEFT stores them, and all that lies beside the factors."""
+"""A LoRA adapter for surgery: its updates, how PEFT stores them, and the tensors beside the factors."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Adapter:
         initial: str | os.PathLike[str] | None = None,
     ) -> Adapter:
         """Open an adapter in PEFT's layout (``base`` is needed for DoRA's whole updates only; ``initial`` is the
-        adapter before training, where that moved the base and it does not lie beside).
+        adapter before training, where its initialisation moved the base and it is not beside the adapter).
 
         Raises:
             FormatError: not such an adapter, or one that means more than base + scale·B·A where it is attached.
@@ -84,7 +84,7 @@ class Adapter:
     def _add_tensors(self, folder: PeftFolder) -> None:
         if folder.unknown:
             raise FormatError(
-                f"holds {folder.unknown[0].key}, which is not known; nothing is changed that is not understood"
+                f"holds {folder.unknown[0].key}, which is not known; an adapter with unknown tensors is not changed"
             )
         reasons = {item.name: item.reason for item in self.store.skipped}
         for module in [*folder.factors, *folder.factor_biases]:
@@ -92,8 +92,8 @@ class Adapter:
                 raise FormatError(f"layer {module} cannot be handled: {reasons.get(module, 'not read')}")
         for module, keys in folder.factors.items():
             shapes = {part: self.file.infos[key].shape for part, key in keys.items()}
-            self.places[module] = _place(shapes)
-            self.ranks[module] = _halves(shapes)[0][0]
+            self.places[module] = _factor_layout(shapes)
+            self.ranks[module] = _factor_shapes(shapes)[0][0]
         self.magnitudes = self._in_file_order(folder.magnitudes)
         self.factor_biases = self._in_file_order({name: bias.key for name, bias in folder.factor_biases.items()})
         tensors = [*folder.whole.values(), *folder.base_weights.values(), *folder.token_rows.values()]
@@ -119,19 +119,19 @@ class Adapter:
         return self.places[name].parameters(self.info(name).shape, self.ranks[name])
 
     def update(self, name: str) -> LowRank:
-        """scale·B·A of a layer; s(BA − B₀A₀) where the start moved the base and the store knows it.
+        """scale·B·A of a layer; s(BA − B₀A₀) where the initialisation moved the base and the store has it.
 
         Raises:
             NonFiniteError: a factor holds NaN or infinity.
             FormatError: the file cannot be read.
         """
-        found = self.store[name]
-        if not isinstance(found, LowRank):
+        update = self.store[name]
+        if not isinstance(update, LowRank):
             raise FormatError(f"{self.label}: layer {name} is no product of two factors")
-        return found
+        return update
 
     def dtype(self, name: str) -> torch.dtype:
-        """What a layer's factors are stored in; float32 for eight-bit ones, which only hold what was rounded."""
+        """What a layer's factors are stored in; float32 for eight-bit ones."""
         return float_dtype(self.info(name).dtype)
 
     def factor_bias(self, name: str) -> Tensor:
@@ -151,9 +151,9 @@ class Adapter:
         return LazyTensor(self.file.infos[key], lambda: self.file.read(key))
 
     def unchanged_tensors(self) -> dict[str, LazyTensor]:
-        """What goes along unchanged when every layer stays: magnitudes, and what was trained whole."""
-        found = {magnitude_key(name): self.lazy_tensor(key) for name, key in self.magnitudes.items()}
-        return found | {key: self.lazy_tensor(stored) for key, stored in self.whole.items()}
+        """What is copied unchanged when every layer stays: magnitudes, and what was trained whole."""
+        magnitudes = {magnitude_key(name): self.lazy_tensor(key) for name, key in self.magnitudes.items()}
+        return magnitudes | {key: self.lazy_tensor(stored) for key, stored in self.whole.items()}
 
     def biases(self) -> dict[str, LazyTensor]:
         """``lora_B.bias`` of each layer, with the scale in it."""
@@ -166,15 +166,15 @@ def _check_factor_bias(key: str, info: TensorInfo, out: int) -> None:
         raise FormatError(f"{key} is {info.shape} of {stored}, where floating-point numbers ({out},) are needed")
 
 
-def _halves(shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _factor_shapes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of A and B as stored."""
     stem = "lora_embedding_" if "lora_embedding_A" in shapes else "lora_"
     return shapes[stem + "A"], shapes[stem + "B"]
 
 
-def _place(shapes: Mapping[str, tuple[int, ...]]) -> FactorLayout:
+def _factor_layout(shapes: Mapping[str, tuple[int, ...]]) -> FactorLayout:
     """How a layer's factors are stored, from their shapes by part."""
-    A, B = _halves(shapes)
+    A, B = _factor_shapes(shapes)
     if "lora_embedding_A" in shapes:
         return FactorLayout("embedding")
     return FactorLayout("conv", A[2:], A[0] // B[1]) if len(A) > 2 else FactorLayout()
@@ -197,12 +197,12 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise FormatError("monteclora_config is set: B·A is then the mean of a random update; merge it with PEFT")
 
 
-def _check_start(config: Mapping[str, Any], learned: bool) -> None:
-    """Refuse factors that contain their start, unless the store took it off again."""
+def _check_start(config: Mapping[str, Any], subtracted: bool) -> None:
+    """Refuse factors that contain their initial values, unless the store has subtracted those."""
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(BASE_MODIFYING_INITS) and not learned:
+    if isinstance(init, str) and init.lower().startswith(BASE_MODIFYING_INITS) and not subtracted:
         raise FormatError(
-            f"{init} took a start of the adapter's rank off the base weights, so no other adapter fits them; put the "
-            "initial adapter beside it (in a subfolder called initial), name it with --initial (resize), or convert it "
-            "to plain LoRA with PEFT"
+            f"{init} subtracted an initial product of the adapter's rank from the base weights, so no other adapter "
+            "fits them; put the initial adapter beside it (in a subfolder called initial), name it with --initial "
+            "(resize), or convert it to plain LoRA with PEFT"
         )
