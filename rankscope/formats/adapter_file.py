@@ -138,6 +138,7 @@ class FileStore(Store):
         shapes = {name: self._infos[name].shape for name in self.layers if ":" not in name}
         if base is not None and shapes:
             self._weights = BaseWeights(base, shapes)
+            self.notes += self._weights.notes
         self._add_wholes()
 
     def stored_tensors(self) -> StoredTensors:

@@ -7,15 +7,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
-from rankscope.errors import FormatError
+from rankscope.errors import FormatError, prefix_errors
 from rankscope.formats.abstract_store import examples
 from rankscope.formats.file_io import TensorFile, TensorInfo, read_json
 from rankscope.formats.hub import local_path
 from rankscope.formats.names import WEIGHT_SUFFIX, pair_names
 from rankscope.formats.peft_keys import OLD_WEIGHTS_NAME, WEIGHTS_NAME
 from rankscope.formats.pickle_file import PickledFile, open_tensors
+from rankscope.formats.quantized import QUANTIZATION_CONFIG, QuantizedWeight, find_quantized, find_unread_layout
 from rankscope.formats.study_layout import UPDATES_NAME
 
 INDEX_SUFFIX = ".index.json"
@@ -40,7 +42,9 @@ CONV1D_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"
 class Checkpoint:
     """Every tensor of a model on disk: ``infos`` now, tensors one at a time.
 
-    ``conv1d`` says whether GPT-2's projections are stored (in, out); None where that is not known.
+    ``conv1d`` says whether GPT-2's projections are stored (in, out); None where that is not known. ``quantized`` has
+    the weights that are stored as codes and scales: ``infos`` has their own shape, as bfloat16, and no scales; ``read``
+    gives them dequantised in float32.
 
     Raises:
         FormatError: there is no checkpoint, a file is damaged, or the index names tensors that its shards do not hold.
@@ -57,7 +61,45 @@ class Checkpoint:
             self._files.update(dict.fromkeys(file.infos, file))
         if not self.infos:
             raise FormatError(f"{path}: holds no tensors")
+        self.unread_layout = find_unread_layout(self.infos)
+        self.quantized = self._find_quantized(source.parent)
+        self._scales = {part for weight in self.quantized.values() for part in weight.parts}
+        logical = {name: TensorInfo(weight.shape, torch.bfloat16) for name, weight in self.quantized.items()}
+        self.infos = {name: info for name, info in (self.infos | logical).items() if name not in self._scales}
         self.conv1d = _stores_conv1d(self.infos, source.parent)
+
+    def _find_quantized(self, folder: Path) -> dict[str, QuantizedWeight]:
+        """The weights that are stored as codes and scales."""
+        if all(info.dtype.itemsize > 1 for info in self.infos.values()):
+            return {}
+        config = read_model_config(folder).get(QUANTIZATION_CONFIG)
+        with prefix_errors(self.path):
+            return find_quantized(self.infos, config if isinstance(config, dict) else {}, self._read_stored)
+
+    @property
+    def quantization_note(self) -> str | None:
+        """How the quantised weights are read, in one sentence; None where there are none."""
+        schemes = sorted({weight.scheme for weight in self.quantized.values()})
+        if not schemes:
+            return None
+        return f"{self.path}: {len(self.quantized)} weights are dequantised from {' and '.join(schemes)}"
+
+    def check_readable(self) -> None:
+        """Raise FormatError, with the name of the layout, where weights are quantised in one that is not read."""
+        if self.unread_layout:
+            raise FormatError(
+                f"{self.path}: is quantised as {self.unread_layout}, which is not read; dequantize it first"
+            )
+
+    @property
+    def scales(self) -> frozenset[str]:
+        """The stored tensors that belong to quantised weights and are not in ``infos``."""
+        return frozenset(self._scales)
+
+    def rounding(self, name: str) -> float:
+        """Root mean square of the error per entry that quantising this weight can have left; 0 if it is not."""
+        with prefix_errors(f"{self.path}: {name}"):
+            return self.quantized[name].read(self._read_stored).rounding() if name in self.quantized else 0.0
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -65,7 +107,13 @@ class Checkpoint:
         return tuple(sorted({file.path for file in self._files.values()}))
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored: (rows, columns, …), stored dtype."""
+        """The tensor as stored: (rows, columns, …), stored dtype; float32 where it is dequantised."""
+        if name not in self.quantized:
+            return self._read_stored(name)
+        with prefix_errors(f"{self.path}: {name}"):
+            return self.quantized[name].read(self._read_stored).dequantize()
+
+    def _read_stored(self, name: str) -> Tensor:
         return self._files[name].read(name)
 
     def read_blocks(self, name: str, rows: int, step: int) -> Iterator[Tensor]:
@@ -74,12 +122,11 @@ class Checkpoint:
         Those of a safetensors file are read into memory of their own, not mapped.
         """
         file = self._files[name]
-        whole = None if isinstance(file, TensorFile) else file.read(name)
+        by_rows = isinstance(file, TensorFile) and name not in self.quantized
+        whole = None if by_rows else self.read(name)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            part = (
-                file.read_rows(name, start, stop) if isinstance(file, TensorFile) else cast(Tensor, whole)[start:stop]
-            )
+            part = cast(TensorFile, file).read_rows(name, start, stop) if whole is None else whole[start:stop]
             yield part.reshape(len(part), -1)
 
     def matrix_shape(self, name: str) -> tuple[int, int]:
@@ -113,6 +160,7 @@ class BaseWeights:
 
     def __init__(self, base: Path, shapes: Mapping[str, tuple[int, int]], fan_in_fan_out: bool = False) -> None:
         self._checkpoint = Checkpoint(base)
+        self._checkpoint.check_readable()
         wanted = {module + WEIGHT_SUFFIX: module for module in shapes}
         pairing = pair_names(wanted, self._checkpoint.infos)
         if wanted and not pairing.pairs:
@@ -143,6 +191,12 @@ class BaseWeights:
 
     def __contains__(self, module: str) -> bool:
         return module in self._tensors
+
+    @property
+    def notes(self) -> list[str]:
+        """How quantised weights are read, where there are any."""
+        note = self._checkpoint.quantization_note
+        return [note] if note else []
 
     def matrix(self, module: str) -> Tensor | None:
         """The weight (out, in) in its stored dtype; None where the base has none."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +37,9 @@ class CheckpointStore(Store):
     def __init__(self, path: Path, base: Path, device: torch.device | str = "cpu") -> None:
         super().__init__(path, device)
         self._tuned, self._base = tuned, origin = Checkpoint(path), Checkpoint(base)
+        for checkpoint in (tuned, origin):
+            checkpoint.check_readable()
+            self.notes += [checkpoint.quantization_note] if checkpoint.quantization_note else []
         if tuned.conv1d is None or origin.conv1d is None:  # both have one layout, which one may show alone
             tuned.conv1d = origin.conv1d = tuned.conv1d if tuned.conv1d is not None else origin.conv1d
         self._pairs: dict[str, tuple[str, str]] = {}
@@ -78,6 +83,20 @@ class CheckpointStore(Store):
 
     def _read(self, name: str) -> Dense:
         ours, theirs = self._pairs[name]
+        update = self._subtract(name)
+        schemes = [part.quantized[key].scheme if key in part.quantized else None for part, key in self._sides(name)]
+        if schemes == [None, None]:
+            return update
+        # A base in the format of the tuned weight is exactly what was tuned; one in another format was rounded to it.
+        base = self._base.rounding(theirs) if schemes[0] != schemes[1] else 0.0
+        return replace(update, rounding=math.hypot(update.rounding, self._tuned.rounding(ours), base))
+
+    def _sides(self, name: str) -> tuple[tuple[Checkpoint, str], tuple[Checkpoint, str]]:
+        ours, theirs = self._pairs[name]
+        return (self._tuned, ours), (self._base, theirs)
+
+    def _subtract(self, name: str) -> Dense:
+        ours, theirs = self._pairs[name]
         shape, transposed = self._infos[name].shape, self._tuned.is_transposed(ours)
         if transposed != self._base.is_transposed(theirs) or (transposed and shape != self._tuned.matrix_shape(ours)):
             tuned, base = self._tuned.matrix(ours)[: shape[0]], self._base.matrix(theirs)[: shape[0]]
@@ -120,6 +139,7 @@ class UpdateStore(Store):
             raise FormatError(f"{path}: holds no update; an update is a matrix of floating-point numbers")
         shapes = {name: info.shape for name, info in self._infos.items()}
         self._weights = BaseWeights(base, shapes) if base is not None else None
+        self.notes += self._weights.notes if self._weights else []
 
     def stored_tensors(self) -> StoredTensors:
         return StoredTensors(self._file.infos, (self._file.path,))

@@ -111,6 +111,7 @@ class PeftStore(AdapterStore):
         if base is not None and self._factors:
             shapes = {name: self._infos[name].shape for name, factors in self._factors.items() if factors.groups == 1}
             self._weights = BaseWeights(base, shapes, bool(self.config.fan_in_fan_out))
+            self.notes += self._weights.notes
         self._add_wholes()
         self._add_others(origin, self.config.trainable_token_indices)
 

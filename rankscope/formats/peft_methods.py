@@ -157,6 +157,7 @@ class PeftMethodStore(AdapterStore):
         self._weights: BaseWeights | None = None
         if base is not None and recipes:
             self._weights = BaseWeights(base, {name: recipe.info.shape for name, recipe in recipes.items()}, fan)
+            self.notes += self._weights.notes
         for name, recipe in recipes.items():
             read = methodcaller("_build", name, layers[name], recipe)
             self._put(name, recipe.info, read, methodcaller("_weight", name))

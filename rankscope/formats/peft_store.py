@@ -30,6 +30,7 @@ class BaseCheckpoint:
 
     def __init__(self, base: Path, names: Iterable[str]) -> None:
         self.checkpoint = Checkpoint(base)
+        self.checkpoint.check_readable()
         self._tensors = dict(pair_names(set(names), self.checkpoint.infos).pairs)
 
     def info(self, name: str) -> TensorInfo | None:

@@ -146,7 +146,7 @@ class FullFinetune:
 
     def _read(self, name: str) -> Tensor:
         if self.base is None or not isinstance(self._tuned, TensorFile):
-            return self._tuned.read(name)
+            return self._tuned.read(name).to(self.infos[name].dtype)
         stored, key = self.base.read(self._partners[name]), self._update_key(name)
         if key is None:
             return stored

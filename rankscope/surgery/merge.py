@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,11 +15,12 @@ from rankscope.formats.file_io import write_json
 from rankscope.formats.hub import local_path
 from rankscope.formats.peft_keys import CONFIG_NAME, strip_peft_prefix
 from rankscope.formats.peft_lora import WHOLE_SUFFIX
+from rankscope.formats.quantized import QUANTIZATION_CONFIG, QUANTIZATION_FILES
 from rankscope.surgery.adapter import Adapter, AdapterSource
 from rankscope.surgery.algebra import check_weights
 from rankscope.surgery.merge_plan import MergePlan
 from rankscope.surgery.operation import Operation
-from rankscope.surgery.output_folder import copy_files, copy_tokenizer
+from rankscope.surgery.output_folder import EXCLUDED_PATTERNS, copy_files, copy_tokenizer
 from rankscope.surgery.shards import Shards
 from rankscope.surgery.surgery_result import SurgeryResult
 from rankscope.track import Track
@@ -113,19 +115,20 @@ def _write_checkpoint(
     with operation.create_folder() as folder:
         checkpoint = Checkpoint(path)
         adapters = [_open_adapter(source, path, operation) for source in sources]
-        config = read_model_config(path)
+        config = _plain_config(checkpoint, read_model_config(path))
         signed_weights = [-weight for weight in weights] if unmerges else weights
         plan = MergePlan(checkpoint, config, adapters, signed_weights, operation.track)
         if unmerges and plan.added:
             raise FormatError(f"{base}: has no {next(iter(plan.added))}, which the adapter would be subtracted from")
         metadata = operation.file_metadata()
-        Shards(path).write(folder, plan.replacement_tensors(), plan.new_tensors(), metadata)
+        tensors = plan.replacement_tensors(), plan.new_tensors()
+        Shards(path).write(folder, *tensors, metadata, checkpoint.scales)
         layers = plan.layers(unmerges)
         if path.is_dir():
-            copy_files(path, folder)
+            copy_files(path, folder, but=(*EXCLUDED_PATTERNS, *QUANTIZATION_FILES))
             if len(adapters) == 1:
                 copy_tokenizer(adapters[0].store.path, folder)
-            if config != plan.config:
+            if plan.config != read_model_config(path):
                 write_json(folder / MODEL_CONFIG, plan.config)
         return operation.write_record(
             folder,
@@ -134,8 +137,34 @@ def _write_checkpoint(
             weights=tuple(weights),
             base=str(base),
             carried=tuple(dict.fromkeys(key for adapter in adapters for key in adapter.whole)),
-            notes=(*(f"{a.label}: {note}" for a in adapters for note in a.store.notes), *plan.notes),
+            notes=(
+                *(f"{a.label}: {note}" for a in adapters for note in a.store.notes),
+                *plan.notes,
+                *_notes(checkpoint),
+            ),
         )
+
+
+def _plain_config(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without that of the quantisation: the output is not quantised.
+
+    Raises:
+        FormatError: the weights are quantised in a layout that is not read, or the configuration does not say so, with
+            which every loader takes the codes for the weights.
+    """
+    checkpoint.check_readable()
+    if checkpoint.quantized and config and QUANTIZATION_CONFIG not in config:
+        schemes = sorted({weight.scheme for weight in checkpoint.quantized.values()})
+        raise FormatError(
+            f"{checkpoint.path}: holds weights in {' and '.join(schemes)}, but its {MODEL_CONFIG} has no "
+            f"{QUANTIZATION_CONFIG}, so it is not the model's own; take that, or dequantize it first"
+        )
+    return {key: value for key, value in config.items() if not (checkpoint.quantized and key == QUANTIZATION_CONFIG)}
+
+
+def _notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    note = checkpoint.quantization_note
+    return (f"{note} and written as bfloat16",) if note else ()
 
 
 def _open_adapter(source: AdapterSource, base: Path, operation: Operation) -> Adapter:

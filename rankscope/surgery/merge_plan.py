@@ -245,7 +245,13 @@ class MergePlan:
 
     def replacement_tensors(self) -> dict[str, LazyTensor]:
         """The tensors that replace those of the checkpoint, by name."""
-        return {name: self._lazy_tensor(name, change) for name, change in self.changed.items()}
+        changed = {name: self._lazy_tensor(name, change) for name, change in self.changed.items()}
+        names = [name for name in self.checkpoint.quantized if name not in changed]
+        return changed | {name: self._dequantized_tensor(name) for name in names}
+
+    def _dequantized_tensor(self, name: str) -> LazyTensor:
+        info = self.checkpoint.infos[name]
+        return LazyTensor(info, lambda: self.checkpoint.read(name).to(info.dtype))
 
     def new_tensors(self) -> dict[str, LazyTensor]:
         """The tensors that the checkpoint does not have, by name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from rankscope.errors import FormatError
 from rankscope.formats.checkpoint import INDEX_SUFFIX, checkpoint_file
 from rankscope.formats.file_io import TensorFile, read_json, write_json
 from rankscope.formats.pickle_file import PickledFile, open_tensors
+from rankscope.formats.quantized import QUANTIZATION_METADATA
 from rankscope.formats.streaming import LazyTensor, write_streamed
 
 
@@ -41,7 +42,12 @@ class Shards:
             self.files = {self.name: open_tensors(source)}
 
     def write(
-        self, folder: Path, changed: Mapping[str, LazyTensor], added: Mapping[str, LazyTensor], tags: Mapping[str, str]
+        self,
+        folder: Path,
+        changed: Mapping[str, LazyTensor],
+        added: Mapping[str, LazyTensor],
+        tags: Mapping[str, str],
+        removed: Collection[str] = (),
     ) -> None:
         """Write every file, one tensor in memory at a time.
 
@@ -50,6 +56,7 @@ class Shards:
             changed: tensors that replace the stored ones of the same names.
             added: new tensors, which are written to the last file.
             tags: metadata that is added to that of the files.
+            removed: stored tensors that are left out.
 
         Raises:
             FormatError: a file cannot be read or written.
@@ -57,10 +64,10 @@ class Shards:
         weight_map: dict[str, str] = {}
         total = 0
         for number, (name, file) in enumerate(self.files.items(), 1):
-            tensors = {key: changed.get(key) or _lazy_tensor(file, key) for key in file.infos}
+            tensors = {key: changed.get(key) or _lazy_tensor(file, key) for key in file.infos if key not in removed}
             if number == len(self.files):
                 tensors |= added
-            write_streamed(folder / name, tensors, {**file.metadata, **tags})
+            write_streamed(folder / name, tensors, {**_plain_metadata(file.metadata), **tags})
             weight_map |= dict.fromkeys(tensors, name)
             total += sum(tensor.size for tensor in tensors.values())
         if self.index is not None:
@@ -68,6 +75,11 @@ class Shards:
             metadata = {**(known if isinstance(known, dict) else {}), "total_size": total}
             index = {**self.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
             write_json(folder / (self.name + INDEX_SUFFIX), index)
+
+
+def _plain_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of a file without that of its quantised weights, which are written as plain ones."""
+    return {key: value for key, value in metadata.items() if key != QUANTIZATION_METADATA}
 
 
 def _lazy_tensor(file: TensorFile | PickledFile, key: str) -> LazyTensor:
