@@ -2,8 +2,8 @@
 
 The commands of the program are functions: ``spectrum``, ``compare`` (``compare_all`` for more than two), ``resize``,
 ``extract``, ``merge`` (``merge_adapters`` for ``merge --as-adapter``), ``unmerge``, ``convert``, ``average``,
-``subtract``, ``inspect``, ``bench``, ``calibrate``, ``run_study`` for ``train`` and ``hypothesis`` for ``report`` (both
-words are names of subpackages). Each is loaded when it is first used.
+``subtract``, ``inspect``, ``check``, ``bench``, ``calibrate``, ``run_study`` for ``train`` and ``hypothesis`` for
+``report`` (both words are names of subpackages). Each is loaded when it is first used.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rankscope.analysis.matrix import compare_all as compare_all
     from rankscope.analysis.matrix_result import MatrixResult as MatrixResult
     from rankscope.analysis.process_sharing import processes as processes
+    from rankscope.checks.check import CheckResult as CheckResult
+    from rankscope.checks.check import check as check
     from rankscope.errors import RankscopeError as RankscopeError
     from rankscope.evidence.calibration import Calibration as Calibration
     from rankscope.evidence.calibration import calibrate as calibrate
@@ -63,6 +65,7 @@ _HOME = {
     "Budget": "surgery.truncate",
     "Calibration": "evidence.calibration",
     "BenchResult": "analysis.benchmark",
+    "CheckResult": "checks.check",
     "CompareResult": "analysis.comparison",
     "Dense": "updates",
     "Energy": "surgery.truncate",
@@ -83,6 +86,7 @@ _HOME = {
     "average": "surgery.algebra",
     "calibrate": "evidence.calibration",
     "bench": "analysis.benchmark",
+    "check": "checks.check",
     "compare": "analysis.comparison",
     "compare_all": "analysis.matrix",
     "convert": "surgery.convert",

@@ -32,6 +32,7 @@ LAYERS: list[set[str]] = [
     {"haar", "verdict"},
     {"formats"},
     {"analysis", "surgery", "lora"},
+    {"checks"},
     {"train"},
     {"plots"},
     {"report"},
@@ -59,6 +60,7 @@ WITHOUT_HUB = {
     "formats",
     "analysis",
     "surgery",
+    "checks",
 }
 SEEDING = {"manual_seed", "manual_seed_all", "seed", "seed_all"}
 PRINTING = {"print", "breakpoint"}

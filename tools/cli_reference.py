@@ -19,7 +19,7 @@ HEAD = """# Commands
 Written by `python tools/cli_reference.py` from the commands' own help.
 
 stdout is data, stderr is talk. Exit codes: 0 done; 1 the data or the run failed, in one sentence (`--debug` shows the
-traceback); 2 wrong usage; 130 interrupted, state saved.
+traceback); 2 wrong usage; 3 `check` found an error in what it was given; 130 interrupted, state saved.
 """
 
 

@@ -35,6 +35,9 @@ COMMANDS = {
         "rankscope.cli.inspect_command",
         "What a file or folder is: format, method, ranks, targets, what cannot be read.",
     ),
+    "check": CommandEntry(
+        "rankscope.cli.check_command", "What is wrong with an adapter; whether a merged checkpoint contains it."
+    ),
     "report": CommandEntry(
         "rankscope.cli.report_command",
         "The hypothesis tested on a study, along several lines of evidence, as one page.",
@@ -85,6 +88,7 @@ def cli(context: click.Context) -> None:
       rankscope spectrum study                  what rank each run's update really has
       rankscope compare adapterA adapterB       do two adapters learn the same directions?
       rankscope inspect lora.safetensors        what is in this file?
+      rankscope check adapter --base base       did it learn anything, is it applied, is it too strong?
       rankscope report study                    how much rank does the task need? one page
     """
     if not is_first_process() and context.invoked_subcommand not in SHARED_COMMANDS:
@@ -92,7 +96,8 @@ def cli(context: click.Context) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line. Exit codes: 0 done, 1 the data or the run failed, 2 wrong usage, 130 interrupted."""
+    """Run the command line. Exit codes: 0 done, 1 the data or the run failed, 2 wrong usage, 3 ``check`` found an
+    error, 130 interrupted."""
     try:
         code = cli.main(args=args, prog_name="rankscope", standalone_mode=False)
     except click.ClickException as error:

@@ -114,6 +114,11 @@ class PeftStore(AdapterStore):
         self._add_wholes()
         self._add_others(origin, self.config.trainable_token_indices)
 
+    @property
+    def has_initial(self) -> bool:
+        """Whether the factors before training are known and subtracted."""
+        return self._initial is not None
+
     def layer_alpha(self, name: str) -> float | None:
         return self.config.alpha(name) if self.info(name).method in ("lora", "dora-product") else None
 
