@@ -29,12 +29,6 @@ HALVES = (
     ("lora_down", "lora_up"),
     ("down", "up"),
 )
-    ("lora_A", "lora_B"),
-    ("lora_a", "lora_b"),
-    ("lora_embedding_A", "lora_embedding_B"),
-    ("lora_down", "lora_up"),
-    ("down", "up"),
-)
 _HALF = {half: (other, first) for first, second in HALVES for half, other in ((first, second), (second, first))}
 _HALF_KEY = re.compile(rf"(?<=[._])(?:{'|'.join(_HALF)})(?=\.|$)")
 UNREAD_REASONS = (UNKNOWN_REASON, "a DoRA magnitude without factors", "no factors are beside it")
