@@ -42,7 +42,7 @@ def _find_wrong(model: torch.nn.Module, folder: Path, names: ModelNames) -> list
         actual = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         if expected is None or not torch.equal(actual, expected if number is None else expected[number]):
             wrong.append(name)
-    return wrong + [name for name in left if not any(name in group for group in names.tied)]
+    return wrong + [name for name in left if not any(name in group for group in names.tied_weights)]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -106,7 +106,7 @@ def test_incomplete_experts_keep_their_stored_names(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_tied_weights_are_those_of_the_model(kind: str, config: str, tied: set[str]) -> None:
     settings = json.loads(getattr(transformers, config)(tie_word_embeddings=True, num_hidden_layers=1).to_json_string())
-    assert frozenset(tied) in ModelNames({**settings, "architectures": [kind]}).tied
+    assert frozenset(tied) in ModelNames({**settings, "architectures": [kind]}).tied_weights
 
 
 def test_full_name_has_that_of_the_inner_model() -> None:

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from rankscope.formats.file_io import TensorInfo
-from rankscope.formats.model_outline import ModelOutline, outline_model
+from rankscope.formats.model_outline import ModelOutline, TransformersRules, outline_model
 from rankscope.formats.name_rules import (
     INPUTS_FIRST_TYPES,
     PLAIN_TYPES,
@@ -23,7 +23,6 @@ from rankscope.formats.name_rules import (
     PlainRules,
     RenamedKey,
     TableRules,
-    TransformersRules,
 )
 from rankscope.formats.names import natural_key, strip_wrappers
 
@@ -78,9 +77,9 @@ class ModelNames:
         return frozenset(self.outline.modules) if self.outline is not None else None
 
     @property
-    def tied(self) -> tuple[frozenset[str], ...]:
+    def tied_weights(self) -> tuple[frozenset[str], ...]:
         """Groups of names in memory that share one weight; none where they are not known."""
-        return self.outline.tied if self.outline is not None else ()
+        return self.outline.tied_weights if self.outline is not None else ()
 
     def find_parameter(self, name: str) -> str | None:
         """The full name in memory of a tensor whose name may lack that of the inner model (``transformer.``, …)."""

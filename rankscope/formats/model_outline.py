@@ -1,7 +1,7 @@
 """What transformers knows about a model without its weights: parameters, tied weights, and the table of its names.
 
 The model is built from its configuration on the meta device, where no weight takes memory. Code that comes with a
-checkpoint is never run.
+checkpoint is never run. Only this module imports transformers below the training, and only when it is called.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from rankscope.formats.name_rules import Conversion, RenamedKey, Step
+
 # Numbers of a configuration beyond these belong to a damaged one, and building its model would take for ever.
 MOST_LAYERS = 2048
 LARGEST_SIZE = 2**26
@@ -32,7 +34,7 @@ class ModelOutline:
         class_name: the class of the model.
         parameters: shapes of parameters and buffers that are saved, by their names in memory.
         modules: class names of all modules by their paths.
-        tied: groups of parameters that share one weight.
+        tied_weights: groups of parameters that share one weight.
         stacks_inputs_first: stacked experts that are stored (experts, in, out).
         prefix: name of the inner model, which checkpoints of it alone lack.
         transforms: transformers' rules from names on disk to those in memory, in their order.
@@ -41,7 +43,7 @@ class ModelOutline:
     class_name: str
     parameters: Mapping[str, tuple[int, ...]]
     modules: Mapping[str, str]
-    tied: tuple[frozenset[str], ...]
+    tied_weights: tuple[frozenset[str], ...]
     stacks_inputs_first: frozenset[str]
     prefix: str
     transforms: tuple[Any, ...] = field(repr=False)
@@ -139,7 +141,7 @@ def _describe_model(model: Any) -> ModelOutline:
         class_name=type(model).__name__,
         parameters=parameters,
         modules={path: type(module).__name__ for path, module in modules.items()},
-        tied=_group_tied(getattr(model, "all_tied_weights_keys", None) or {}),
+        tied_weights=_group_tied(getattr(model, "all_tied_weights_keys", None) or {}),
         stacks_inputs_first=frozenset(inputs_first),
         prefix=str(model.base_model_prefix or ""),
         transforms=_find_transforms(model),
@@ -161,3 +163,47 @@ def _group_tied(pairs: Mapping[str, str]) -> tuple[frozenset[str], ...]:
         joined = set(pair).union(*(group for group in groups if group & set(pair)))
         groups = [group for group in groups if not group & joined] + [joined]
     return tuple(frozenset(group) for group in groups)
+
+
+class TransformersRules:
+    """The rules of transformers for a model of its own."""
+
+    def __init__(self, outline: ModelOutline) -> None:
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        transforms = outline.fresh_transforms()
+        self._outline = outline
+        self._renamings = [rule for rule in transforms if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in transforms if isinstance(rule, WeightConverter)]
+
+    def rename(self, stored: str) -> RenamedKey:
+        from transformers.core_model_loading import rename_source_key
+
+        name, pattern = rename_source_key(stored, self._renamings, self._converters)
+        if self._outline.find_parameter(name) is None:  # the loader then tries the name as it is stored
+            return RenamedKey(stored)
+        if pattern is None:
+            return RenamedKey(name)
+        rule = next(rule for rule in self._converters if pattern in rule.source_patterns)
+        conversion = Conversion(tuple(rule.source_patterns), tuple(rule.target_patterns), _describe_operations(rule))
+        return RenamedKey(name, conversion, rule.source_patterns.index(pattern))
+
+
+def _describe_operations(rule: Any) -> Step:
+    operations = [(type(step).__name__, getattr(step, "dim", None)) for step in rule.operations]
+    if any(getattr(step, "num_shards_attribute", None) for step in rule.operations):
+        return "unknown"
+    match operations:
+        case [("MergeModulelist", 0)]:
+            return "stack"
+        case [("MergeModulelist", 0), ("Concatenate", 1)]:
+            return "stack and concatenate"
+        case [("Concatenate", 0)]:
+            return "concatenate"
+        case [("Chunk", 0)]:
+            return "chunk"
+        case [("Split", 0)]:
+            return "split"
+        case [("Transpose", _)] if {rule.operations[0].dim0 % 3, rule.operations[0].dim1 % 3} == {1, 2}:
+            return "transpose to fit" if rule.operations[0].check_dims else "transpose"
+    return "unknown"

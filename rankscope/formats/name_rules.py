@@ -1,7 +1,7 @@
-"""From names on disk to names in memory: transformers' own rules, or a small table where it is not installed.
+"""Rules from names on disk to names in memory, and a small table of them for machines without transformers.
 
-transformers renames tensors on loading, stacks the experts of a mixture, and splits fused projections. Its rules are
-in ``conversion_mapping.py``; what an operation on tensors does to their layout is told here by a ``Step``.
+transformers renames tensors on loading, stacks the experts of a mixture, and splits fused projections. Its own rules
+are read in ``model_outline.py``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
-
-from rankscope.formats.model_outline import ModelOutline
 
 Step = Literal[
     "stack", "stack and concatenate", "concatenate", "chunk", "split", "transpose", "transpose to fit", "unknown"
@@ -42,50 +40,6 @@ class NameRules(Protocol):
 
     def rename(self, stored: str) -> RenamedKey:
         """The name in memory of a stored tensor; of the first tensor, where a conversion makes several."""
-
-
-class TransformersRules:
-    """The rules of transformers for a model of its own."""
-
-    def __init__(self, outline: ModelOutline) -> None:
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        transforms = outline.fresh_transforms()
-        self._outline = outline
-        self._renamings = [rule for rule in transforms if isinstance(rule, WeightRenaming)]
-        self._converters = [rule for rule in transforms if isinstance(rule, WeightConverter)]
-
-    def rename(self, stored: str) -> RenamedKey:
-        from transformers.core_model_loading import rename_source_key
-
-        name, pattern = rename_source_key(stored, self._renamings, self._converters)
-        if self._outline.find_parameter(name) is None:  # the loader then tries the name as it is stored
-            return RenamedKey(stored)
-        if pattern is None:
-            return RenamedKey(name)
-        rule = next(rule for rule in self._converters if pattern in rule.source_patterns)
-        conversion = Conversion(tuple(rule.source_patterns), tuple(rule.target_patterns), _describe_operations(rule))
-        return RenamedKey(name, conversion, rule.source_patterns.index(pattern))
-
-
-def _describe_operations(rule: Any) -> Step:
-    operations = [(type(step).__name__, getattr(step, "dim", None)) for step in rule.operations]
-    if any(getattr(step, "num_shards_attribute", None) for step in rule.operations):
-        return "unknown"
-    match operations:
-        case [("MergeModulelist", 0)]:
-            return "stack"
-        case [("MergeModulelist", 0), ("Concatenate", 1)]:
-            return "stack and concatenate"
-        case [("Concatenate", 0)]:
-            return "concatenate"
-        case [("Chunk", 0)]:
-            return "chunk"
-        case [("Split", 0)]:
-            return "split"
-        case [("Transpose", _)] if {rule.operations[0].dim0 % 3, rule.operations[0].dim1 % 3} == {1, 2}:
-            return "transpose to fit" if rule.operations[0].check_dims else "transpose"
-    return "unknown"
 
 
 class PlainRules:
