@@ -98,7 +98,16 @@ def test_every_store_has_a_row_and_every_row_is_whole() -> None:
         assert row.title
         assert row.tools or row.kind == "update"
     assert list(file_formats.writers()) == ["peft", "kohya", "diffusers"]
-    assert file_formats.adapter_tools() == ["PEFT", "kohya", "LyCORIS", "diffusers", "loralib"]
+    assert file_formats.adapter_tools() == [
+        "PEFT",
+        "kohya",
+        "LyCORIS",
+        "diffusers",
+        "loralib",
+        "mlx-lm",
+        "torchtune",
+        "XLabs",
+    ]
 
 
 def test_a_format_of_the_table_is_opened_by_its_contents(tablet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +152,7 @@ def test_a_format_of_the_table_is_converted_both_ways(tablet: Path, tmp_path: Pa
 @pytest.mark.parametrize("command", ["spectrum", "compare", "inspect"])
 def test_help_names_the_formats_of_the_table(tablet: Path, command: str) -> None:
     text = " ".join(run(command, "--help").split())
-    assert "PEFT, kohya, LyCORIS, diffusers, loralib, Runesmith" in text
+    assert "PEFT, kohya, LyCORIS, diffusers, loralib, mlx-lm, torchtune, XLabs, Runesmith" in text
     assert "peft|kohya|diffusers|runic" in " ".join(run("convert", "--help").split())
 
 

@@ -314,7 +314,7 @@ def test_refusals(tmp_path):
     with pytest.raises(FormatError, match=r"is a kohya file; convert it first: rankscope convert .* --to peft"):
         resize(tmp_path / "k.safetensors", Rank(1), tmp_path / "z")
     save_file({"q.lora_A": normal(2, 4), "q.lora_B": normal(6, 2)}, tmp_path / "l.safetensors")
-    with pytest.raises(FormatError, match=r"loralib file; convert it first: .* --to peft -o NEW --alpha"):
+    with pytest.raises(FormatError, match=r"no α of its own; convert it first: .* --to peft -o NEW --alpha"):
         resize(tmp_path / "l.safetensors", Rank(1), tmp_path / "z")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clash", "k.safetensors", "l.safetensors", "peft"]
 

@@ -13,11 +13,11 @@ import msgspec
 import torch
 
 from rankscope.formats.abstract_store import SkippedItem, Store, StoredTensors, UpdateInfo
+from rankscope.formats.adapter_file import NoAlphaError
 from rankscope.formats.checkpoint import Checkpoint
 from rankscope.formats.file_formats import CHECKPOINT, NoBaseError, format_title
 from rankscope.formats.file_io import as_text, read_json
 from rankscope.formats.hub import local_path
-from rankscope.formats.loralib import NoAlphaError
 from rankscope.formats.names import layer_kind
 from rankscope.formats.opening import Opening
 from rankscope.formats.recipes import element_count

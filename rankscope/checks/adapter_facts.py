@@ -15,11 +15,11 @@ import torch
 from rankscope.checks.base_match import BaseMatch, match_base
 from rankscope.errors import ConfigError, FormatError, NonFiniteError, RankscopeError
 from rankscope.formats.abstract_store import Store
+from rankscope.formats.adapter_file import NoAlphaError
 from rankscope.formats.checkpoint import checkpoint_file
 from rankscope.formats.file_formats import CHECKPOINT, NoBaseError
 from rankscope.formats.file_io import TensorInfo, read_json
 from rankscope.formats.hub import local_path
-from rankscope.formats.loralib import NoAlphaError
 from rankscope.formats.opening import Opening
 from rankscope.formats.peft_folder import PeftFolder, weights_file
 from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME, parse_key

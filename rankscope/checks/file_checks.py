@@ -16,13 +16,19 @@ from rankscope.checks.finding import (
 )
 from rankscope.checks.thresholds import Limits
 from rankscope.formats.file_formats import format_title
-from rankscope.formats.names import matches_path_end
+from rankscope.formats.names import matches_path_end, strip_wrappers
 from rankscope.formats.peft_config import resolve_pattern
 from rankscope.formats.peft_folder import UNKNOWN_REASON
 from rankscope.formats.peft_keys import PEFT_PREFIX, parse_key
 
 # The halves of a pair, as the tools spell them.
-HALVES = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"), ("lora_down", "lora_up"), ("down", "up"))
+HALVES = (
+    ("lora_A", "lora_B"),
+    ("lora_a", "lora_b"),
+    ("lora_embedding_A", "lora_embedding_B"),
+    ("lora_down", "lora_up"),
+    ("down", "up"),
+)
 _HALF = {half: (other, first) for first, second in HALVES for half, other in ((first, second), (second, first))}
 _HALF_KEY = re.compile(rf"(?<=[._])(?:{'|'.join(_HALF)})(?=\.|$)")
 OWN_LIMITS = ("(--base)", "with --base", "target_parameters:", "is not read")
@@ -309,9 +315,11 @@ def check_names(facts: AdapterFacts, _: Limits) -> Finding | None:
     modules = facts.modules
     if not modules or (facts.store is None and facts.config.get("target_parameters")):
         return None
-    wrapped = [name for name in modules if _WRAPPER.search(name)]
+    # Readers leave torch's wrappers out of the names, loaders do not.
+    stored = [key.rpartition(".lora_")[0] or key for key in facts.ranges if strip_wrappers(key) != key]
+    wrapped = list(dict.fromkeys(stored)) or [name for name in modules if _WRAPPER.search(name)]
     if wrapped:
-        match = _WRAPPER.search(wrapped[0])
+        match = _WRAPPER.search(wrapped[0].removeprefix(PEFT_PREFIX))
         return report_error(
             f"{format_share(len(wrapped), len(modules), 'name')} contain {match[0] if match else ''!r}, which the "
             f"training put there (first {wrapped[0]}): no model has such a layer, and loaders ignore it without an "

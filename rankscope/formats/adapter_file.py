@@ -6,6 +6,7 @@ The tools differ in how a key names module and part, and in where α is stored (
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from abc import abstractmethod
@@ -30,16 +31,21 @@ from rankscope.formats.lycoris import (
     lycoris_dora_update,
     lycoris_recipe,
 )
-from rankscope.formats.names import natural_key
+from rankscope.formats.names import natural_key, strip_wrappers
 from rankscope.formats.peft_write import FactorLayout
 from rankscope.formats.pickle_file import PickledFile
 from rankscope.formats.recipes import Recipe
 from rankscope.updates import Update
 
 WHOLE_SUFFIX = ":whole"
+# Metadata in which trainers write LoRA's α, where no tensor has it.
+ALPHA_TAGS = ("ss_network_alpha", "lora_alpha", "network_alpha", "alpha")
+CONV_ALPHA_TAG, NETWORK_ARGS_TAG = "conv_alpha", "ss_network_args"
 MODULE_KEY = "ss_network_module"  # where kohya's scripts name the script that trained
 # Metadata in which kohya's scripts and model hubs name the base model, the most specific first.
 BASE_TAGS = ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
+# Where the factors of an embedding have shapes like a linear layer's, only the name shows what they are.
+EMBEDDING_NAME = re.compile(r"(?:^|\.)(?:wte|wpe|shared|\w*embed\w*)$", re.IGNORECASE)
 FACTOR_BIAS_PART = "bias of B"  # the name that a parser gives to the bias of B
 # Why a key that names no part of an update is skipped: the reason of the first pattern that matches it.
 SKIP_REASONS = (
@@ -48,9 +54,17 @@ SKIP_REASONS = (
         "an embedding bundled with the adapter (textual inversion), no change of a weight",
     ),
     (re.compile(r"lora_embedding_[AB]"), "factors of an embedding, which are read in PEFT's layout only"),
+    (
+        re.compile(r"\.processor\.proj_lora\."),
+        "XLabs applies it to the output of linear2, so it changes no weight by a fixed amount",
+    ),
     (re.compile(r"\.bias$"), "a bias: one-dimensional, no spectrum"),
     (re.compile(r"\.weight$"), "a full weight, no low-rank update"),
 )
+
+
+class NoAlphaError(FormatError):
+    """Factors without their α, which the caller has to give."""
 
 
 class ParsedFileKey(NamedTuple):
@@ -123,6 +137,7 @@ class FileStore(Store):
         self.file = file
         self.layers: dict[str, FileLayer] = {}
         self.given = 0
+        self._has_alphas: bool | None = None
         self._alpha = alpha
         self._weights: BaseWeights | None = None
         for module, keys in self._gather().items():
@@ -133,6 +148,12 @@ class FileStore(Store):
             raise FormatError(f"{file.path}: holds no layer that can be read{seen}")
         if self.given:
             self.notes.append(f"α = {alpha:g}, as given, in {self.given} of {len(self.layers)} layers")
+        found = self._metadata_alpha()
+        if found is not None and any(layer.alpha == found for layer in self.layers.values()):
+            self.notes.append(
+                f"α = {found:g} from the file's metadata, since no tensor has it; tools that read tensors alone take "
+                "α = r and see another scale"
+            )
         self._note_oddities()
         # A part of a fused layer ("NAME:q") has only some rows of its weight.
         shapes = {name: self._infos[name].shape for name in self.layers if ":" not in name}
@@ -156,15 +177,22 @@ class FileStore(Store):
     def _parse(self, key: str) -> ParsedFileKey | None:
         """What a key says; None where it is no part of an update."""
 
-    def _scale_alpha(self, module: str, rank: int | None) -> float | None:
+    def _scale_alpha(self, module: str, rank: int | None, kernel: tuple[int, ...]) -> float | None:
         """α of a layer that has no tensor of its own for it; None makes the scale 1."""
         return None
+
+    def _metadata_alpha(self, kernel: tuple[int, ...] = ()) -> float | None:
+        """α from the file's metadata, where no tensor of the file is one; None where there is none."""
+        if self._has_alphas is None:
+            parts = (self._parse(strip_wrappers(key)) for key in self.file.infos)
+            self._has_alphas = any(part is not None and part.leaf == ALPHA_LEAF for part in parts)
+        return None if self._has_alphas else metadata_alpha(self.file.metadata, kernel)
 
     def _gather(self) -> dict[str, dict[str, str]]:
         """Keys by module and part; every other key goes to ``skipped``."""
         modules: dict[str, dict[str, str]] = {}
         for key in sorted(self.file.infos, key=natural_key):
-            part = self._parse(key)
+            part = self._parse(strip_wrappers(key))
             reason = _reason(key) if part is None else UNSUPPORTED_LEAVES.get(part.leaf)
             if part is None or reason is not None:
                 self._skip(key, reason or "unknown key")
@@ -185,14 +213,14 @@ class FileStore(Store):
             self._skip(keys[FULL.whole], "a change of a vector: one-dimensional, no spectrum")
             return
         rank = next((info.shape[0] for leaf, info in parts.items() if leaf == LOCON.b and info.shape), None)
-        alpha = self._read_alpha(keys[ALPHA_LEAF]) if ALPHA_LEAF in keys else self._scale_alpha(module, rank)
+        kernels = [parts[leaf].shape[2:] for leaf in (LOCON.core, LOCON.b) if leaf in parts]
+        kernel = kernels[0] if kernels else ()
+        alpha = self._read_alpha(keys[ALPHA_LEAF]) if ALPHA_LEAF in keys else self._scale_alpha(module, rank, kernel)
         if alpha is None and self._alpha is not None:
             alpha = self._alpha
             self.given += 1
         recipe = lycoris_recipe(parts, alpha)
-        kernels = [parts[leaf].shape[2:] for leaf in (LOCON.core, LOCON.b) if leaf in parts]
-        layer = FileLayer(keys, alpha, recipe, kernels[0] if kernels else ())
-        self._put(module, layer)
+        self._put(module, FileLayer(keys, alpha, recipe, kernel))
 
     def _put(self, name: str, layer: FileLayer) -> None:
         info = layer.recipe.info
@@ -201,6 +229,15 @@ class FileStore(Store):
                 raise FormatError(f"{layer.magnitude} is no floating-point tensor")
             info = replace(info, method="dora-product")
         self.layers[name], self._infos[name] = layer, info
+
+    def _read_as_embedding(self, name: str) -> None:
+        """Read a layer as an embedding: the (vocabulary, dim) weight changes by (BA)ᵀ."""
+        layer = self.layers[name]
+        out, into = layer.recipe.info.shape
+        info = replace(layer.recipe.info, shape=(into, out))
+        build = layer.recipe.build
+        recipe = Recipe(info, layer.recipe.reads, lambda tensors: build(tensors).T)
+        self._put(name, replace(layer, recipe=recipe, embedding=True))
 
     def _read_alpha(self, key: str) -> float:
         """α from its tensor, which is read on opening, because no header holds the scale."""
@@ -247,6 +284,28 @@ class FileStore(Store):
     def _read_weight(self, name: str) -> Tensor | None:
         module = name.removesuffix(WHOLE_SUFFIX) if name not in self.layers else name
         return self._weights.matrix(module) if self._weights else None
+
+
+def metadata_alpha(metadata: Mapping[str, str], kernel: tuple[int, ...] = ()) -> float | None:
+    """α that a file's metadata gives for all layers; for a convolution of a ``kernel`` other than 1 × 1, kohya's own
+    for those. None where it gives none that is a finite number."""
+    texts = [metadata.get(tag, "") for tag in ALPHA_TAGS]
+    if math.prod(kernel) > 1:
+        try:
+            arguments = json.loads(metadata.get(NETWORK_ARGS_TAG, "{}"))
+        except (ValueError, RecursionError):
+            arguments = {}
+        own = arguments.get(CONV_ALPHA_TAG) if isinstance(arguments, dict) else None
+        texts = [str(own), *texts] if own is not None else texts
+    return next((alpha for text in texts if (alpha := _finite_number(text)) is not None), None)
+
+
+def _finite_number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _reason(key: str) -> str:

@@ -16,6 +16,7 @@ _DOTTED = re.compile(
     r"(?P<front>base_model\.model|unet|transformer|prior|diffusion_model|model\.diffusion_model"
     r"|text_encoder(?:_(?P<te>\d))?)\.(?P<path>.+)"
 )
+# kohya's prefixes; some tools leave the dots of the path behind them.
 _RAW = re.compile(r"(?P<front>lora_unet|lora_transformer|lora_prior|lora_te(?P<te>\d)?|lycoris)_(?P<path>.+)")
 _STEM = re.compile(r"(?P<stem>.+?)(?P<leaf>\.weight|\.bias)?")
 _TEXT = re.compile(r"(?:lora_te|text_encoder)")
@@ -38,7 +39,7 @@ def aliases(name: str) -> list[Alias]:
     stem, leaf = (match["stem"], match["leaf"] or "") if match else (name, "")
     raw = "." not in stem
     readings = [Alias(None, stem + leaf, raw)]
-    front = (_RAW if raw else _DOTTED).fullmatch(stem)
+    front = _RAW.fullmatch(stem) or (None if raw else _DOTTED.fullmatch(stem))
     if front:
         readings.append(Alias(_component(front["front"], front["te"]), front["path"] + leaf, raw))
     return readings

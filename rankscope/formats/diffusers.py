@@ -1,8 +1,10 @@
 """Files of diffusers: PEFT's names, or its own older ones, behind ``unet.``, ``transformer.``, ``text_encoder.``.
 
-``unet.….to_q.lora_A.weight``, older ``….to_q.lora.down.weight`` and ``….processor.to_q_lora.down.weight``. α is in the
-metadata (``lora_adapter_metadata``: PEFT's configuration, keys behind the component's name), or in ``.alpha`` tensors,
-or nowhere, and is then r. Layouts: github.com/huggingface/diffusers, loaders/lora_base.py, utils/state_dict_utils.py.
+``unet.….to_q.lora_A.weight``, older ``….to_q.lora.down.weight``, ``….q_proj.lora_linear_layer.down.weight`` and
+``….processor.to_q_lora.down.weight``. α is in the metadata (``lora_adapter_metadata``: PEFT's configuration, keys
+behind the component's name; or one number), or in ``.alpha`` tensors, or nowhere, and is then r. Trainers of diffusion
+models (DiffSynth, ai-toolkit, ModelScope) also leave out the component, write PEFT's adapter name, and call DoRA's
+magnitude ``.magnitude``. Layouts: github.com/huggingface/diffusers, loaders/lora_base.py, utils/state_dict_utils.py.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import msgspec
 from torch import Tensor
 
 from rankscope.errors import FormatError
-from rankscope.formats.adapter_file import FACTOR_BIAS_PART, FileStore, ParsedFileKey
+from rankscope.formats.adapter_file import FACTOR_BIAS_PART, FileStore, ParsedFileKey, metadata_alpha
 from rankscope.formats.file_io import TensorFile
 from rankscope.formats.lycoris import ALPHA_LEAF, LOCON, MAGNITUDE_LEAF
 from rankscope.formats.peft_config import resolve_pattern
@@ -30,17 +32,26 @@ COMPONENTS = re.compile(
     r"(?P<component>unet|transformer(?:_\d)?|text_encoder(?:_\d)?|prior|controlnet|diffusion_model|model\.diffusion_model)"
     r"\.(?P<module>.+)"
 )
-_OLD = re.compile(r"(?P<module>.+)\.lora\.(?P<half>down|up)\.weight")
+_OLD = re.compile(r"(?P<module>.+)\.(?:lora|lora_linear_layer)\.(?P<half>down|up)\.weight")
 _OLDEST = re.compile(
     r"(?P<module>.+?)(?:\.processor)?\.(?P<name>to_q|to_k|to_v|to_out)_lora\.(?P<half>down|up)\.weight"
 )
-_OWN = re.compile(r"(?P<module>.+)\.(?P<leaf>alpha|diff|diff_b)")  # from trainers that write PEFT's names
+_OWN = re.compile(r"(?P<module>.+)\.(?P<leaf>alpha|diff|diff_b|dora_scale|magnitude)")  # trainers' own additions
+# Old text encoders had the attention's names of the denoiser, without a processor.
+_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+# Paths of modules that only denoising models have. A file whose names have no component is one of these tools' where
+# it has such paths or its own α; in other models a missing α is not r.
+_DENOISER = re.compile(
+    r"(?:^|\.)(?:\w*blocks\.\d+|mid_block|double_layers\.\d+|single_layers\.\d+|(?:noise|context)_refiner\.\d+"
+    r"|to_(?:q|k|v|qkv|out|add_out)|(?:x|context|time_text)_embed(?:der)?|(?:img|txt)_in)(?:\.|$)"
+)
 _LEAVES = {
     "lora_A": LOCON.b,
     "lora_B": LOCON.a,
     "down": LOCON.b,
     "up": LOCON.a,
     "lora_magnitude_vector": MAGNITUDE_LEAF,
+    "magnitude": MAGNITUDE_LEAF,
 }
 
 
@@ -62,10 +73,11 @@ def parse_diffusers_key(key: str) -> ParsedFileKey | None:
     if match := _OLD.fullmatch(key):
         return ParsedFileKey(match["module"], _LEAVES[match["half"]])
     if match := _OLDEST.fullmatch(key):
-        name = match["name"] + (".0" if match["name"] == "to_out" else "")
+        text = ".self_attn" in match["module"]
+        name = _TEXT_NAMES[match["name"]] if text else match["name"] + (".0" if match["name"] == "to_out" else "")
         return ParsedFileKey(f"{match['module']}.{name}", _LEAVES[match["half"]])
     if match := _OWN.fullmatch(key):
-        return ParsedFileKey(match["module"], match["leaf"])
+        return ParsedFileKey(match["module"], _LEAVES.get(match["leaf"], match["leaf"]))
     parsed = parse_key(key)
     if parsed is None or parsed.part not in _LEAVES or parsed.leaf not in ("weight", "bias", ""):
         return None
@@ -77,13 +89,26 @@ def parse_diffusers_key(key: str) -> ParsedFileKey | None:
 
 
 def is_diffusers(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
-    """Whether keys are those of diffusers: its older names, or PEFT's behind a component or with its metadata."""
-    factors = [
-        key for key in keys if (part := parse_diffusers_key(key)) is not None and part.leaf in (LOCON.a, LOCON.b)
-    ]
-    plain = [key for key in factors if not key.startswith(PEFT_PREFIX)]
-    old = any(_OLD.fullmatch(key) or _OLDEST.fullmatch(key) for key in plain)
-    return bool(plain) and (old or LORA_ADAPTER_METADATA_KEY in metadata or any(COMPONENTS.match(key) for key in plain))
+    """Whether keys are those of diffusers: its older names, or PEFT's behind a component, in a denoising model, or
+    with an α of their own."""
+    own = [key for key in keys if not key.startswith(PEFT_PREFIX)]
+    parsed = {key: part for key in own if (part := parse_diffusers_key(key)) is not None}
+    plain = {key: part for key, part in parsed.items() if part.leaf in (LOCON.a, LOCON.b)}
+    if not plain:
+        return False
+    alphas = {part.module for part in parsed.values() if part.leaf == ALPHA_LEAF}
+    return (
+        LORA_ADAPTER_METADATA_KEY in metadata
+        or metadata_alpha(metadata) is not None
+        or any(part.module in alphas or _is_diffusers_factor(key, part.module) for key, part in plain.items())
+    )
+
+
+def _is_diffusers_factor(key: str, module: str) -> bool:
+    return any(
+        match is not None
+        for match in (_OLD.fullmatch(key), _OLDEST.fullmatch(key), COMPONENTS.match(key), _DENOISER.search(module))
+    )
 
 
 def split_component(name: str) -> tuple[str, str]:
@@ -104,7 +129,7 @@ class DiffusersStore(FileStore):
     def _parse(self, key: str) -> ParsedFileKey | None:
         return parse_diffusers_key(key)
 
-    def _scale_alpha(self, module: str, rank: int | None) -> float | None:
+    def _scale_alpha(self, module: str, rank: int | None, kernel: tuple[int, ...]) -> float | None:
         component, inner = split_component(module)
         if component not in self._configs:
             self._configs[component] = read_component_config(self.file.metadata, component)
@@ -113,6 +138,8 @@ class DiffusersStore(FileStore):
             return None
         if config is not None:
             return config.alpha(inner, rank)
+        if (alpha := self._metadata_alpha()) is not None:
+            return alpha
         return None if self._alpha is not None else float(rank)
 
     def base_name(self) -> str | None:
@@ -128,7 +155,8 @@ class DiffusersStore(FileStore):
 
     def _note_oddities(self) -> None:
         own = ALPHA_LEAF in {leaf for layer in self.layers.values() for leaf in layer.keys}
-        if not own and not self.given and not any(self._configs.values()):
+        told = any(self._configs.values()) or self._metadata_alpha() is not None
+        if not own and not self.given and not told:
             self.notes.append("the file gives no α; diffusers then takes α = r, so the scale is 1")
 
 

@@ -6,12 +6,14 @@ Readers and writers are imported when they are used: help texts name the formats
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankscope.errors import FormatError, RankscopeError
+from rankscope.formats.names import strip_wrappers
 from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, PEFT_PREFIX, WEIGHTS_NAME, parse_key
 from rankscope.formats.study_layout import ADAPTER_FOLDER, RUN_NAME, UPDATES_NAME
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from rankscope.formats.pickle_file import PickledFile
 
     OpenTensors = TensorFile | PickledFile
+
+
+MLX_WEIGHTS_NAME = "adapters.safetensors"
 
 
 class NoBaseError(FormatError):
@@ -74,6 +79,8 @@ def _open_peft(path: Path, _: OpenTensors | None, opening: Opening) -> Store:
 
     folder = path.parent
     config = read_json(folder / CONFIG_NAME)
+    if "peft_type" not in config and (folder / MLX_WEIGHTS_NAME).is_file():  # mlx-lm's configuration has this name too
+        return _open_mlx(folder / MLX_WEIGHTS_NAME, None, opening)
     named = config.get("base_model_name_or_path")
     own = Path(named).expanduser() if isinstance(named, str) and named else None
     ours = (folder.parent / RUN_NAME).is_file()  # the study of a run says which base it has
@@ -141,7 +148,12 @@ def _open_kohya(path: Path, tensors: OpenTensors | None, opening: Opening) -> St
 def _match_kohya(tensors: OpenTensors) -> bool:
     from rankscope.formats.kohya import is_kohya
 
-    return is_kohya(tensors.infos)
+    return is_kohya(_bare_keys(tensors))
+
+
+def _bare_keys(tensors: OpenTensors) -> list[str]:
+    """Keys without what torch's wrappers put into them."""
+    return [strip_wrappers(key) for key in tensors.infos]
 
 
 def _arrange_kohya(layers: Sequence[LayerFactors], _: object, __: object) -> AdapterContents:
@@ -159,7 +171,7 @@ def _open_diffusers(path: Path, tensors: OpenTensors | None, opening: Opening) -
 def _match_diffusers(tensors: OpenTensors) -> bool:
     from rankscope.formats.diffusers import is_diffusers
 
-    return is_diffusers(tensors.infos, tensors.metadata)
+    return is_diffusers(_bare_keys(tensors), tensors.metadata)
 
 
 def _arrange_diffusers(layers: Sequence[LayerFactors], _: object, __: object) -> AdapterContents:
@@ -177,7 +189,48 @@ def _open_loralib(path: Path, tensors: OpenTensors | None, opening: Opening) -> 
 def _match_loralib(tensors: OpenTensors) -> bool:
     from rankscope.formats.loralib import is_loralib
 
-    return is_loralib(tensors.infos)
+    return is_loralib(_bare_keys(tensors))
+
+
+def _open_mlx(path: Path, tensors: OpenTensors | None, opening: Opening) -> Store:
+    from rankscope.formats.mlx import MlxStore
+    from rankscope.formats.pickle_file import open_tensors
+
+    if tensors is not None:
+        return open_adapter_file(MlxStore, path, tensors, opening)
+    tensors = open_tensors(path)
+    row = format_of(tensors)  # mlx-lm calls fully tuned weights by the same name
+    return row.open(path.parent if row.kind == "mlx" else path, tensors, opening)
+
+
+def _match_mlx(tensors: OpenTensors) -> bool:
+    from rankscope.formats.mlx import is_mlx
+
+    return is_mlx(_bare_keys(tensors))
+
+
+def _open_torchtune(path: Path, tensors: OpenTensors | None, opening: Opening) -> Store:
+    from rankscope.formats.torchtune import TorchtuneStore
+
+    return open_adapter_file(TorchtuneStore, path, tensors, opening)
+
+
+def _match_torchtune(tensors: OpenTensors) -> bool:
+    from rankscope.formats.torchtune import is_torchtune
+
+    return is_torchtune(_bare_keys(tensors))
+
+
+def _open_xlabs(path: Path, tensors: OpenTensors | None, opening: Opening) -> Store:
+    from rankscope.formats.xlabs import XLabsStore
+
+    return open_adapter_file(XLabsStore, path, tensors, opening)
+
+
+def _match_xlabs(tensors: OpenTensors) -> bool:
+    from rankscope.formats.xlabs import is_xlabs
+
+    return is_xlabs(_bare_keys(tensors))
 
 
 def open_adapter_file(store: type[FileStore], path: Path, tensors: OpenTensors | None, opening: Opening) -> Store:
@@ -192,17 +245,34 @@ def open_adapter_file(store: type[FileStore], path: Path, tensors: OpenTensors |
 
 
 def _open_checkpoint(path: Path, tensors: OpenTensors | None, opening: Opening) -> Store:
-    if tensors is not None and any(key.startswith(PEFT_PREFIX) or parse_key(key) for key in tensors.infos):
-        raise FormatError(
-            f"{tensors.path}: holds the factors of an adapter, but not its scale; name it {WEIGHTS_NAME} and put its "
-            f"{CONFIG_NAME} beside it"
-        )
+    if tensors is not None:
+        keys = _bare_keys(tensors)
+        if any(parse_key(key) for key in keys) and opening.alpha is not None:
+            return _open_diffusers(path, tensors, opening)  # PEFT's names, and α is given
+        if any(key.startswith(PEFT_PREFIX) or parse_key(key) for key in keys):
+            raise FormatError(
+                f"{tensors.path}: holds the factors of an adapter, but not its scale; name it {WEIGHTS_NAME} and put "
+                f"its {CONFIG_NAME} beside it, or give α (--alpha)"
+            )
+        _check_foreign(tensors.path, keys)
     if opening.base_path is None:
         raise NoBaseError(f"{path}: holds full weights; say with --base which model they were tuned from")
     from rankscope.formats.checkpoint_store import CheckpointStore
 
     return CheckpointStore(path, opening.base_path, opening.device)
 
+
+def _check_foreign(path: Path, keys: Sequence[str]) -> None:
+    """Refuse a file most of whose tensors are called after a method of adapters, in names that no reader knows."""
+    named = [key for key in keys if _ADAPTER_WORD.search(key)]
+    if 2 * len(named) > len(keys):
+        raise FormatError(
+            f"{path}: is an adapter by the names of its tensors ({named[0]}), in a layout that is not read; load it "
+            "with the tool that made it and save it as PEFT, kohya or diffusers do"
+        )
+
+
+_ADAPTER_WORD = re.compile(r"lora|loha|lokr|hada_|adapter|dora_", re.IGNORECASE)
 
 FORMATS: tuple[FileFormat, ...] = (
     FileFormat(
@@ -243,6 +313,28 @@ FORMATS: tuple[FileFormat, ...] = (
         _open_loralib,
         tools=("loralib",),
         matches=_match_loralib,
+    ),
+    FileFormat(
+        "mlx",
+        "mlx-lm adapter",
+        _open_mlx,
+        tools=("mlx-lm",),
+        paths=(MLX_WEIGHTS_NAME,),
+        matches=_match_mlx,
+    ),
+    FileFormat(
+        "torchtune",
+        "torchtune adapter",
+        _open_torchtune,
+        tools=("torchtune",),
+        matches=_match_torchtune,
+    ),
+    FileFormat(
+        "xlabs",
+        "XLabs FLUX file",
+        _open_xlabs,
+        tools=("XLabs",),
+        matches=_match_xlabs,
     ),
 )
 CHECKPOINT = FileFormat("checkpoint", "full weights", _open_checkpoint)

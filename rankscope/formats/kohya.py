@@ -1,7 +1,8 @@
 """Files of kohya's scripts and of LyCORIS: names with underscores, ``lora_down``/``lora_up``, a scalar ``alpha``.
 
 ``lora_unet_down_blocks_0_attn_to_q.lora_down.weight``: which underscores were dots is not known, so updates keep the
-raw name. A layer without α has the scale 1 (sd-scripts takes r for α). Layouts: github.com/kohya-ss/sd-scripts,
+raw name. Some tools leave the dots behind the prefix. α that no tensor has is taken from the metadata; without any, the
+scale is 1 (sd-scripts takes r for α). Layouts: github.com/kohya-ss/sd-scripts,
 networks/lora.py; LyCORIS's: see ``lycoris.py``.
 """
 
@@ -14,14 +15,16 @@ from typing import ClassVar
 import msgspec
 
 from rankscope.formats.adapter_file import FileStore, ParsedFileKey
-from rankscope.formats.lycoris import LEAF_NAMES
+from rankscope.formats.lycoris import LEAF_NAMES, LOCON, MAGNITUDE_LEAF
 from rankscope.formats.peft_keys import PEFT_PREFIX
 
 NAMES_KEY = "rankscope_names"
 """Metadata of files that rankscope wrote: a JSON object, raw name → [component of the pipeline or "", dotted path]."""
 RANK_KEY, ALPHA_KEY = "ss_network_dim", "ss_network_alpha"
 
-_LEAF = re.compile("|".join(re.escape(leaf) for leaf in sorted(LEAF_NAMES, key=len, reverse=True)))
+# ai-toolkit's name, and PEFT's names of the factors behind kohya's prefix.
+_LEAVES = {"magnitude": MAGNITUDE_LEAF, "lora_A.weight": LOCON.b, "lora_B.weight": LOCON.a}
+_LEAF = re.compile("|".join(re.escape(leaf) for leaf in sorted((*LEAF_NAMES, *_LEAVES), key=len, reverse=True)))
 _KEY = re.compile(rf"(?P<module>.+?)\.(?P<leaf>{_LEAF.pattern})")
 # Parts that only these files have; the others (diff, alpha, rescale) count only behind kohya's prefixes.
 _DISTINCTIVE = re.compile(
@@ -43,7 +46,10 @@ class KohyaStore(FileStore):
 
     def _parse(self, key: str) -> ParsedFileKey | None:
         match = _KEY.fullmatch(key)
-        return ParsedFileKey(match["module"], match["leaf"]) if match else None
+        return ParsedFileKey(match["module"], _LEAVES.get(match["leaf"], match["leaf"])) if match else None
+
+    def _scale_alpha(self, module: str, rank: int | None, kernel: tuple[int, ...]) -> float | None:
+        return self._metadata_alpha(kernel)
 
     def _note_oddities(self) -> None:
         self._note_claim()

@@ -7,15 +7,12 @@ an update of its own, ``NAME:q`` … where all three are there, else ``NAME:0`` 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor
 
-from rankscope.errors import FormatError
-from rankscope.formats.adapter_file import FileLayer, FileStore, ParsedFileKey
+from rankscope.formats.adapter_file import EMBEDDING_NAME, FileLayer, FileStore, NoAlphaError, ParsedFileKey
 from rankscope.formats.file_io import TensorInfo
 from rankscope.formats.lycoris import LOCON, lycoris_recipe
 from rankscope.formats.names import QKV_PARTS
@@ -23,12 +20,6 @@ from rankscope.formats.recipes import Recipe, Tensors
 from rankscope.updates import Update
 
 _LEAVES = {"lora_A": LOCON.b, "lora_B": LOCON.a}
-# The factors of its embeddings have shapes like a linear layer's; only the name shows what they are.
-_EMBEDDING = re.compile(r"(?:^|\.)(?:wte|wpe|shared|\w*embed\w*)$", re.IGNORECASE)
-
-
-class NoAlphaError(FormatError):
-    """Factors without their α, which the caller has to give."""
 
 
 def is_loralib(keys: Iterable[str]) -> bool:
@@ -77,22 +68,13 @@ class LoralibStore(FileStore):
                 f"{len(unnamed)} fused layers (first {unnamed[0].removesuffix(':0')}) have factors for some of q, k "
                 "and v; the file does not say which (the examples of loralib adapt q and v)"
             )
-        embeddings = [name for name in self.layers if _EMBEDDING.search(name)]
+        embeddings = [name for name in self.layers if EMBEDDING_NAME.search(name)]
         for name in embeddings:
-            self._transpose(name)
+            self._read_as_embedding(name)
         if embeddings:
             self.notes.append(
                 f"{', '.join(embeddings)}: by the name an embedding, whose update is the transposed product"
             )
-
-    def _transpose(self, name: str) -> None:
-        """Read a layer as an embedding: the (vocabulary, dim) weight changes by (BA)ᵀ."""
-        layer = self.layers[name]
-        out, into = layer.recipe.info.shape
-        info = replace(layer.recipe.info, shape=(into, out))
-        build = layer.recipe.build
-        recipe = Recipe(info, layer.recipe.reads, lambda tensors: build(tensors).T)
-        self._put(name, replace(layer, recipe=recipe, embedding=True))
 
 
 def _packed_count(keys: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> int:

@@ -10,6 +10,10 @@ from typing import NamedTuple
 from rankscope.formats.aliases import pair_aliases
 
 WEIGHT_SUFFIX = ".weight"
+# What torch's wrappers put into a path: compile, FSDP and its checkpointing; DDP before the wrapper of PEFT.
+_WRAPPERS = re.compile(
+    r"(?:(?<=[._])|^)(?:_orig_mod[._]|(?:_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)|^module\.(?=base_model\.)"
+)
 QKV_PARTS = ("q", "k", "v")
 """Names of the parts of a fused projection: ``NAME:q`` …"""
 
@@ -19,6 +23,11 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     # Of two numbers without leading zeros the longer is the larger; int() would refuse very long ones.
     parts = ((part.isdecimal(), part.lstrip("0"), part) for part in re.split(r"(\d+)", name))
     return tuple((0, len(bare), bare) if number else (1, 0, part) for number, bare, part in parts)
+
+
+def strip_wrappers(name: str) -> str:
+    """The name without what ``torch.compile`` (``_orig_mod.``) and FSDP put into the paths of modules."""
+    return _WRAPPERS.sub("", name) if "_" in name or name.startswith("module.") else name
 
 
 def matches_path_end(name: str, path: str) -> bool:
@@ -46,8 +55,25 @@ def pair_names(names_a: Iterable[str], names_b: Iterable[str]) -> Pairing:
     Equal names are partners. Among the rest, one side may have one wrapper in front (``bert.``, ``transformer.``,
     ``base_model.model.``): the prefix that pairs most names is taken. Where two prefixes pair equally many, as
     ``encoder.`` and ``decoder.`` would, neither is used. What is left is paired across the conventions of tools
-    (``aliases.py``) where that is unambiguous.
+    (``aliases.py``) where that is unambiguous. What torch's wrappers put into names does not count.
     """
+    bare_a, bare_b = _names_by_bare_name(names_a), _names_by_bare_name(names_b)
+    bare = _pair_bare_names(bare_a, bare_b)
+    return Pairing(
+        [(bare_a[ours], bare_b[theirs]) for ours, theirs in bare.pairs],
+        [bare_a[name] for name in bare.only_a],
+        [bare_b[name] for name in bare.only_b],
+    )
+
+
+def _names_by_bare_name(names: Iterable[str]) -> dict[str, str]:
+    """The names by what is left of them without wrappers; where two would be one, both stay whole."""
+    names = list(names)
+    counts = Counter(strip_wrappers(name) for name in set(names))
+    return {bare if counts[bare := strip_wrappers(name)] == 1 else name: name for name in names}
+
+
+def _pair_bare_names(names_a: Iterable[str], names_b: Iterable[str]) -> Pairing:
     a, b = set(names_a), set(names_b)
     pairs = [(name, name) for name in a & b]
     rest_a, rest_b = a - b, b - a

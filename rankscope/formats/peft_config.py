@@ -12,6 +12,7 @@ import msgspec
 
 from rankscope.errors import FormatError
 from rankscope.formats.file_io import read_json
+from rankscope.formats.names import strip_wrappers
 from rankscope.formats.peft_keys import CONFIG_NAME
 
 T = TypeVar("T")
@@ -20,6 +21,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 # Initialisations that move the base weight as well (PEFT's LoraLayer.*_init): B·A then contains the start.
 BASE_MODIFYING_INITS = ("pissa", "olora", "loftq", "corda", "lora_ga")
 LARGEST_RANK = 2**31
+_COMPILED = re.compile(r"_orig_mod\\?\.")  # of torch.compile, in a path or in a pattern of it
 # Variants of LoRA in which B·A is not the change of the weight at all.
 UNSUPPORTED_SETTINGS = {
     "use_qalora": "QA-LoRA averages the inputs before A",
@@ -64,7 +66,7 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def target_parameter_names(self, owner: str) -> list[str]:
         """Names of a module's bare parameters, such as stacked experts, that are adapted (``target_parameters``)."""
-        targets = (target.rpartition(".") for target in self.target_parameters or ())
+        targets = (strip_wrappers(target).rpartition(".") for target in self.target_parameters or ())
         return [name for parent, _, name in targets if owner == parent or owner.endswith("." + parent)]
 
     @property
@@ -188,6 +190,8 @@ def peft_type(path: Path, raw: Mapping[str, Any]) -> str:
         FormatError: there is none.
     """
     kind = raw.get("peft_type")
+    if kind is None and ("lora_parameters" in raw or "fine_tune_type" in raw):
+        raise FormatError(f"{path}: is the configuration of an adapter of mlx-lm; give its adapters.safetensors")
     if kind is None:
         raise FormatError(f"{path}: has no peft_type; is it the configuration of a PEFT adapter?")
     return str(kind)[:40]
@@ -223,6 +227,7 @@ def _check_patterns(path: Path, *patterns: str) -> None:
 def resolve_pattern(patterns: Mapping[str, T] | None, module: str, default: T) -> T:
     """As PEFT's get_pattern_key: the value of the first pattern that matches the end of the path, else of the path."""
     for pattern, value in (patterns or {}).items():
+        pattern = _COMPILED.sub("", pattern)  # modules have their paths without it
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return (patterns or {}).get(module, default)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
+from rankscope.formats.names import strip_wrappers
+
 PEFT_PREFIX = "base_model.model."
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -83,5 +85,5 @@ def parse_factor_key(key: str) -> ParsedKey | None:
 
 
 def strip_peft_prefix(name: str) -> str:
-    """The path within the model: without the wrapper that PEFT puts in front."""
-    return name.removeprefix(PEFT_PREFIX)
+    """The path within the model: without the wrappers of PEFT, which stand in front, and of torch."""
+    return strip_wrappers(name).removeprefix(PEFT_PREFIX)

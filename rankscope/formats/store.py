@@ -21,6 +21,12 @@ from rankscope.formats.peft_lora import PeftStore
 from rankscope.formats.pickle_file import PICKLE_SUFFIXES, open_tensors
 from rankscope.formats.study_layout import ADAPTER_FOLDER, RUNS_FOLDER, STUDY_NAME, UPDATES_NAME
 
+# Files of other tools that are not read, by their ending.
+FOREIGN_FILES = {
+    ".gguf": "is a GGUF file of llama.cpp, which is not read; give the adapter or model that it was made from",
+    ".npz": "is a numpy archive, as mlx-lm once saved adapters; save its arrays as adapters.safetensors",
+}
+
 __all__ = [
     "CheckpointStore",
     "Opening",
@@ -116,6 +122,8 @@ def _open_file(file: Path, opening: Opening) -> Store:
             return row.open(file, None, opening)
     if file.suffix in (".safetensors", *PICKLE_SUFFIXES) or file.name.endswith(INDEX_SUFFIX):
         return _open_weights(file, file, opening)
+    if file.suffix in FOREIGN_FILES:
+        raise FormatError(f"{file}: {FOREIGN_FILES[file.suffix]}")
     raise FormatError(f"{file}: not a kind of file that is read; give an adapter's folder or .safetensors weights")
 
 

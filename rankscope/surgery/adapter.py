@@ -12,9 +12,8 @@ from torch import Tensor
 
 from rankscope.errors import FormatError, prefix_errors
 from rankscope.formats.abstract_store import Store, UpdateInfo
-from rankscope.formats.adapter_file import FileStore
+from rankscope.formats.adapter_file import FileStore, NoAlphaError
 from rankscope.formats.file_io import TensorFile, TensorInfo
-from rankscope.formats.loralib import NoAlphaError
 from rankscope.formats.peft_config import BASE_MODIFYING_INITS
 from rankscope.formats.peft_folder import PeftFolder
 from rankscope.formats.peft_keys import CONFIG_NAME, factor_bias_key, magnitude_key
@@ -68,7 +67,7 @@ class Adapter:
         try:
             store = source if isinstance(source, Store) else open_store(source, base, device, initial)
         except NoAlphaError as error:
-            raise FormatError(f"{source}: is a loralib file; {CONVERT_HINT.format(source)} --alpha α") from error
+            raise FormatError(f"{source}: has no α of its own; {CONVERT_HINT.format(source)} --alpha α") from error
         if isinstance(store, FileStore):
             raise FormatError(f"{store.path}: is a {store.kind} file; {CONVERT_HINT.format(store.path)}")
         if not isinstance(store, AdapterStore):

@@ -176,6 +176,8 @@ def _from_file(store: FileStore, names: Sequence[ComponentPath]) -> ConvertibleA
     for name in store.layers:
         if name in paths:
             adapter.pending.append(PendingLayer(name, *paths[name], _make_file_reader(store, name)))
+        elif name.endswith("]"):
+            adapter.skipped.append(SkippedItem(name, "one of stacked experts, which no other format holds like this"))
         elif ":" in name and name not in fused:
             adapter.skipped.append(SkippedItem(name, "a part of a fused layer; the file does not say which"))
         elif name not in fused:
@@ -200,6 +202,8 @@ def _make_file_reader(store: FileStore, name: str) -> Callable[[str, str], Layer
         magnitude = store.magnitude(name)
         if magnitude is not None and not magnitude.shape[:1] == (magnitude.numel(),) == update.shape[:1]:
             raise SkippedLayerError("its dora_scale scales the inputs, which only LyCORIS does")
+        if magnitude is not None and layer.embedding:
+            raise SkippedLayerError("DoRA of an embedding, whose magnitude is of other vectors in PEFT")
         update = _to_stored_dtype(thin, store.info(name).dtype)
         flat = None if magnitude is None else magnitude.flatten()
         return LayerFactors(name, component, module, update, layer.place, flat)
@@ -236,7 +240,7 @@ def _paths_by_name(store: FileStore, names: Sequence[str], known: Sequence[Compo
     if isinstance(store, DiffusersStore):
         return {name: split_component(name) for name in names}
     if not isinstance(store, KohyaStore):
-        return {name: ("", name) for name in names if ":" not in name}
+        return {name: ("", name) for name in names if ":" not in name and not name.endswith("]")}
     dotted = read_dotted_names(store.file.metadata)
     paths = {name: dotted[name] for name in names if name in dotted}
     unresolved = [name for name in names if name not in paths and "." not in name]
