@@ -158,15 +158,19 @@ def _answer(path: str, adapter: str | os.PathLike[str] | None, findings: Sequenc
         first = ", first" if counts["error"] + counts["warning"] > 1 else ""
         return f"{path}: {_count(counts)}{first}: {worst.says}"
     known = {finding.check: finding for finding in findings}
+    if known["readable"].level == "unchecked":
+        return f"{path}: nothing can be said about its updates: {known['readable'].says}"
     parts = [known[name].says for name in ("readable", "size") if name in known and known[name].level == "ok"]
-    open_questions = f"; {_plural(counts['unchecked'], 'check')} could not be made" if counts["unchecked"] else ""
+    unknown = [finding.check for finding in findings if finding.level == "unchecked"]
+    open_questions = f"; not known: {', '.join(unknown)}" if unknown else ""
     return f"{path}: nothing is wrong in {_plural(counts['ok'], 'check')} ({'; '.join(parts)}){open_questions}"
 
 
 def _merge_answer(path: str, adapter: str, findings: Mapping[str, Finding]) -> str:
     scale, residual = findings.get("merge-scale"), findings.get("merge-residual")
     if scale is None or residual is None or scale.value is None or residual.value is None:
-        return f"{path}: whether it contains {adapter} cannot be said; {next(iter(findings.values())).says}"
+        reason = next(iter(findings.values())) if scale is None else scale
+        return f"{path}: whether it contains {adapter} cannot be said: {reason.says}"
     precision = f"to {_percent(residual.value)} of the update (rounding alone leaves {_percent(residual.limit or 0)})"
     if scale.level != "error" and residual.level != "ok":
         return f"{path} contains {scale.value:.3f} times {adapter} and more: {residual.says}"
@@ -197,7 +201,7 @@ def _next_command(
 ) -> str:
     if worst is None:
         return ("rankscope inspect {path}" if adapter else "rankscope spectrum {path}").format(**names)
-    if worst.level == "unchecked":
+    if worst.level == "unchecked" and adapter is None:
         return "rankscope check {path} --base BASE".format(**names)
     return rows[worst.check].command.format(**names)
 

@@ -31,6 +31,8 @@ HALVES = (
 )
 _HALF = {half: (other, first) for first, second in HALVES for half, other in ((first, second), (second, first))}
 _HALF_KEY = re.compile(rf"(?<=[._])(?:{'|'.join(_HALF)})(?=\.|$)")
+OWN_LIMITS = ("(--base)", "with --base", "target_parameters:", "is not read")
+"""In a refusal: that rankscope lacks the base, or does not know this kind; the adapter may be whole."""
 UNREAD_REASONS = (UNKNOWN_REASON, "a DoRA magnitude without factors", "no factors are beside it")
 DEFAULT_ADAPTER = "default"  # the name that PEFT gives an adapter
 # Heads that PEFT lists for every classifier, of which a model has one.
@@ -39,6 +41,8 @@ ALTERNATIVE_HEADS = {"classifier", "score"}
 
 def check_reading(facts: AdapterFacts, _: Limits) -> Finding:
     """Whether rankscope's reader takes it; what it refuses, others refuse or misread."""
+    if facts.store is None and any(reason in facts.refusal for reason in OWN_LIMITS):
+        return report_unchecked(facts.refusal, "give the base with --base, or look at the sentence")
     if facts.store is None:
         return report_error(
             f"it cannot be opened: {facts.refusal}",
@@ -144,6 +148,14 @@ def check_unread(facts: AdapterFacts, _: Limits) -> Finding | None:
     if facts.store is None:
         return None
     unread = [item for item in facts.store.skipped if item.reason in UNREAD_REASONS]
+    factors = facts.peft.factors if facts.peft is not None else {}
+    skipped = [item for item in facts.store.skipped if item.name in factors and item not in unread]
+    if skipped and not unread:
+        return report_unchecked(
+            f"{len(skipped)} of {len(factors)} adapted modules could not be examined, first {skipped[0].name}: "
+            f"{skipped[0].reason}",
+            "nothing here is said about these",
+        )
     if not unread:
         return report_ok("every tensor in the file has a known meaning", 0)
     return report_warning(
@@ -298,9 +310,11 @@ def check_magnitudes(facts: AdapterFacts, _: Limits) -> Finding | None:
     )
 
 
-def check_names(facts: AdapterFacts, _: Limits) -> Finding:
+def check_names(facts: AdapterFacts, _: Limits) -> Finding | None:
     """Whether the layers are layers of the base: a name that matches nothing is ignored without an error."""
     modules = facts.modules
+    if not modules or (facts.store is None and facts.config.get("target_parameters")):
+        return None
     # Readers leave torch's wrappers out of the names, loaders do not.
     stored = [key.rpartition(".lora_")[0] or key for key in facts.ranges if strip_wrappers(key) != key]
     wrapped = list(dict.fromkeys(stored)) or [name for name in modules if _WRAPPER.search(name)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from rankscope.checks.finding import (
     Finding,
@@ -18,7 +18,9 @@ from rankscope.checks.merge_facts import MergedLayer, MergeFacts
 from rankscope.checks.thresholds import Limits
 
 DEVIATIONS = 4.0
-"""How many standard deviations of rounding are allowed for in the scale of a layer."""
+"""How many standard deviations of noise are allowed for in the scale of a layer."""
+UNCLEAR = 0.5
+"""With a larger tolerance a scale of 0 is not told from a scale of 1."""
 
 
 def check_merged_names(facts: MergeFacts, _: Limits) -> Finding:
@@ -50,6 +52,11 @@ def check_merged_scale(facts: MergeFacts, limits: Limits) -> Finding | None:
     layers = facts.nonzero_layers
     if not layers:
         return None if facts.missing else report_unchecked("the adapter changes nothing, so nothing can be missing")
+    if all(_tolerance(layer, limits) >= UNCLEAR for layer in layers):
+        return report_unchecked(
+            "what changed in these layers is so large beside the update that it cannot be seen among it",
+            "compare with the checkpoint as it was before the adapter was merged: give that with --base",
+        )
     scale, expected = scale_in_checkpoint(layers), scale_after_rounding(layers)
     off = [layer for layer in layers if abs(layer.scale - layer.expected_scale) > _tolerance(layer, limits)]
     absent = [layer for layer in off if abs(layer.scale) <= _tolerance(layer, limits)]
@@ -83,26 +90,25 @@ def check_merged_scale(facts: MergeFacts, limits: Limits) -> Finding | None:
     return report_ok(says, scale, expected)
 
 
-def scale_in_checkpoint(layers: Iterable[MergedLayer]) -> float:
+def scale_in_checkpoint(layers: Sequence[MergedLayer]) -> float:
     """Σ⟨M − W, U⟩/Σ‖U‖² over layers."""
-    known = list(layers)
-    return math.fsum(layer.inner for layer in known) / math.fsum(layer.update**2 for layer in known)
+    return math.fsum(layer.inner for layer in layers) / math.fsum(layer.update**2 for layer in layers)
 
 
-def scale_after_rounding(layers: Iterable[MergedLayer]) -> float:
+def scale_after_rounding(layers: Sequence[MergedLayer]) -> float:
     """The same of a merge that is rounded to the checkpoint's dtype."""
-    known = list(layers)
-    return math.fsum(layer.expected_inner for layer in known) / math.fsum(layer.update**2 for layer in known)
+    return math.fsum(layer.expected_inner for layer in layers) / math.fsum(layer.update**2 for layer in layers)
 
 
-def relative_residual(layers: Iterable[MergedLayer]) -> tuple[float, float]:
-    """‖M − (W + scale·U)‖/‖U‖ over all layers, and what rounding leaves of it."""
-    known = list(layers)
-    update = math.hypot(*(layer.update for layer in known))
-    residual = math.hypot(
-        *(layer.residual if abs(layer.scale - 1) < 0.01 else layer.scaled_residual for layer in known)
-    )
-    return residual / update, math.hypot(*(layer.rounding for layer in known)) / update
+def relative_residual(layers: Sequence[MergedLayer], limits: Limits) -> tuple[float, float]:
+    """‖M − (W + U)‖/‖U‖ over all layers, and what rounding leaves of it.
+
+    Where the checkpoint has U another number of times than a merge would, that multiple of U is taken, layer by layer.
+    """
+    update = math.hypot(*(layer.update for layer in layers))
+    is_whole = abs(scale_in_checkpoint(layers) - scale_after_rounding(layers)) <= limits["merge_scale"]
+    residual = math.hypot(*(layer.residual if is_whole else layer.scaled_residual for layer in layers))
+    return residual / update, math.hypot(*(layer.rounding for layer in layers)) / update
 
 
 def _tolerance(layer: MergedLayer, limits: Limits) -> float:
@@ -114,7 +120,7 @@ def check_merged_residual(facts: MergeFacts, limits: Limits) -> Finding | None:
     layers = facts.nonzero_layers
     if not layers:
         return None
-    residual, rounding = relative_residual(layers)
+    residual, rounding = relative_residual(layers, limits)
     says = f"its layers differ from the merge by {residual:.2g} of ‖ΔW‖, where rounding alone leaves {rounding:.2g}"
     if residual <= max(limits["merge_precision"], limits["merge_residual"] * rounding):
         return report_ok(says, residual, rounding)

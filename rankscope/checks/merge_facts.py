@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankscope.checks.adapter_facts import DORA_PRODUCT, DORA_WHOLE
-from rankscope.checks.base_match import match_base
+from rankscope.checks.base_match import Shape, match_base
 from rankscope.errors import ConfigError, FormatError, RankscopeError
 from rankscope.formats.abstract_store import Store
 from rankscope.formats.checkpoint import Checkpoint
@@ -56,8 +56,9 @@ class MergedLayer:
 
     @property
     def deviation(self) -> float:
-        """Standard deviation that rounding gives ``scale``: ρ/‖U‖, where ρ is its root mean square per entry."""
-        return self.rounding / math.sqrt(self.entries) / self.update if self.update else 0.0
+        """Standard deviation of ``scale``: ρ/‖U‖, with ρ the root mean square per entry of what is not U, but noise."""
+        noise = max(self.rounding, self.scaled_residual)
+        return noise / math.sqrt(self.entries) / self.update if self.update else 0.0
 
     @property
     def scaled_residual(self) -> float:
@@ -98,27 +99,42 @@ def read_merge_facts(
     if opening.base_path is None:
         raise ConfigError(f"{path}: whether it contains {adapter} is seen beside their base; give it with --base")
     merged, base = Checkpoint(local_path(path)), Checkpoint(opening.base_path)
-    store = open_source(adapter, opening)
-    if store.kind == CHECKPOINT.kind:
+    store, target = _open_on(adapter, base, opening), _open_on(adapter, merged, opening)
+    known = store or target or open_source(adapter, replace(opening, base=None))
+    if known.kind == CHECKPOINT.kind:
         raise ConfigError(f"{adapter}: holds full weights, no adapter")
-    wholes = {name.rpartition(":")[0] for name in store.names() if store.info(name).method == DORA_WHOLE}
-    names = [name for name in store.names() if not (store.info(name).method == DORA_PRODUCT and name in wholes)]
-    shapes = {name.removesuffix(":whole"): store.info(name).shape for name in names}
+    names, shapes = _update_names(known)
     in_base, in_merged = match_base(base.path, shapes), match_base(merged.path, shapes)
-    missing = tuple(dict.fromkeys((*in_base.missing, *in_merged.missing, *in_merged.misfits)))
-    target = None if len(in_merged.partners) == len(in_merged.misfits) else _open_on(adapter, merged, opening)
+    missing = tuple(dict.fromkeys((*in_base.missing, *in_merged.missing, *in_base.misfits, *in_merged.misfits)))
+    there = [name for name in names if name.removesuffix(":whole") not in missing]
     layers = [
         _measure(store, target, name, in_merged.dtypes[name.removesuffix(":whole")])
-        for name in track([name for name in names if name.removesuffix(":whole") not in missing])
-        if target is not None
+        for name in track(there)
+        if store is not None and target is not None
     ]
     changed, others = _compare_others(merged, base, set(in_merged.partners.values()))
+    missing = tuple(shapes) if there and not layers else missing
     return MergeFacts(str(path), str(adapter), tuple(layers), missing, tuple(changed), others)
 
 
-def _open_on(adapter: str | os.PathLike[str], merged: Checkpoint, opening: Opening) -> Store:
-    """The adapter on the checkpoint as if that were its base, whose weights then come in the adapter's order."""
-    return open_source(adapter, replace(opening, base=merged.path))
+def _open_on(adapter: str | os.PathLike[str], base: Checkpoint, opening: Opening) -> Store | None:
+    """The adapter on a checkpoint, whose weights then come in the adapter's order; None where they do not fit.
+
+    Raises:
+        FormatError: the adapter cannot be read at all.
+    """
+    try:
+        return open_source(adapter, replace(opening, base=base.path))
+    except FormatError:
+        open_source(adapter, replace(opening, base=None))
+        return None
+
+
+def _update_names(store: Store) -> tuple[list[str], dict[str, Shape | None]]:
+    """The updates to be looked for, of DoRA the whole ones; and the shape (out, in) of each by the layer's name."""
+    wholes = {name.rpartition(":")[0] for name in store.names() if store.info(name).method == DORA_WHOLE}
+    names = [name for name in store.names() if not (store.info(name).method == DORA_PRODUCT and name in wholes)]
+    return names, {name.removesuffix(":whole"): store.info(name).shape for name in names}
 
 
 def _measure(store: Store, target: Store, name: str, dtype: torch.dtype) -> MergedLayer:

@@ -33,6 +33,14 @@ def check_vllm_rank(facts: AdapterFacts, _: Limits) -> Finding | None:
         return None
     claimed = facts.config.get("r")
     rank = max([*ranks, claimed if isinstance(claimed, int) else 0])
+    if isinstance(claimed, int) and claimed < rank:
+        return report_error(
+            f"the configuration says r = {claimed}, which is all that vLLM compares with max_lora_rank, and the "
+            f"tensors have a rank of up to {rank}",
+            f"rankscope resize --rank {rank} writes it with the largest rank as r",
+            claimed,
+            rank,
+        )
     needed = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
     if needed is None:
         return report_error(
@@ -100,6 +108,8 @@ def check_vllm_targets(facts: AdapterFacts, _: Limits) -> Finding | None:
     """vLLM puts LoRA on linear layers."""
     if facts.peft is None:
         return None
+    if "target_modules" not in facts.config:
+        return report_error("adapter_config.json has no target_modules, which vLLM requires", "add them to it")
     odd = {}
     for module, keys in facts.peft.factors.items():
         if "lora_embedding_A" in keys:
@@ -110,18 +120,17 @@ def check_vllm_targets(facts: AdapterFacts, _: Limits) -> Finding | None:
             odd[module] = "the output layer"
     stacked = facts.config.get("target_parameters")
     if stacked:
-        return report_error(
-            f"vLLM does not take target_parameters ({format_names(map(str, stacked))})",
-            "merge it into the base with rankscope merge, and serve the merged model",
+        return report_warning(
+            f"it adapts bare parameters ({format_names(map(str, stacked))}), which vLLM takes for few models",
+            "try it; or merge it into the base with rankscope merge, and serve the merged model",
         )
     if not odd:
         return report_ok(f"all {len(facts.peft.factors)} layers are linear layers within the model")
-    first = next(iter(odd))
-    is_certain = any(kind != "the output layer" for kind in odd.values())
-    report = report_error if is_certain else report_warning
+    first, share = next(iter(odd)), format_share(len(odd), len(facts.peft.factors), "layer")
+    report = report_error if "a convolution" in odd.values() else report_warning  # embeddings depend on the model
     return report(
-        f"vLLM puts LoRA on linear layers within the model; {format_share(len(odd), len(facts.peft.factors), 'layer')} "
-        f"are others ({first} is {odd[first]})",
+        f"vLLM puts LoRA on linear layers within the model, and on vocabularies of few models; {share} are others "
+        f"({first} is {odd[first]})",
         "merge it into the base with rankscope merge, and serve the merged model",
         len(odd),
         0,

@@ -148,13 +148,19 @@ def check_alpha(facts: AdapterFacts, _: Limits) -> Finding | None:
     return None
 
 
+def holds_initial_product(facts: AdapterFacts) -> bool:
+    """Whether B·A contains the product that an initialisation such as PiSSA's took out of the base."""
+    init = facts.config.get("init_lora_weights")
+    is_moved = isinstance(init, str) and init.lower().startswith(BASE_MODIFYING_INITS)
+    return is_moved and not (isinstance(facts.store, PeftStore) and facts.store.has_initial)
+
+
 def check_initialisation(facts: AdapterFacts, _: Limits) -> Finding | None:
     """Initialisations that moved the base: on the base as it was published the adapter is wrong."""
     init = facts.config.get("init_lora_weights")
-    if not isinstance(init, str) or not init.lower().startswith(BASE_MODIFYING_INITS):
-        return None
-    if isinstance(facts.store, PeftStore) and facts.store.has_initial:
-        return report_ok(f"initialised with {init}; its initial factors are there and are subtracted")
+    if not holds_initial_product(facts):
+        has_initial = isinstance(facts.store, PeftStore) and facts.store.has_initial
+        return report_ok("its initial factors are there and are subtracted") if has_initial else None
     return report_warning(
         f"initialised with {init}, which moved the base too: on the published base B·A is not what was learned",
         "save it with path_initial_model_for_weight_conversion, or give the initial adapter (subfolder initial)",
@@ -179,6 +185,11 @@ def check_size(facts: AdapterFacts, limits: Limits) -> Finding | None:
     layers = _layers_beside_weights(facts)
     if not facts.products:
         return None
+    if holds_initial_product(facts):
+        return report_unchecked(
+            "‖ΔW‖/‖W‖ is not known: B·A contains what the initialisation took out of the base",
+            "give the initial adapter (subfolder initial) to see what was learned",
+        )
     if not layers:
         return report_unchecked("‖ΔW‖/‖W‖ is not known without the weights of the base", "give the base with --base")
     ratio = math.hypot(*(layer.norm for layer in layers)) / math.hypot(*(layer.weight_norm or 0.0 for layer in layers))
@@ -207,7 +218,7 @@ def check_size(facts: AdapterFacts, limits: Limits) -> Finding | None:
 def check_layer_sizes(facts: AdapterFacts, limits: Limits) -> Finding | None:
     """‖ΔW‖/‖W‖ of single layers."""
     layers = _layers_beside_weights(facts)
-    if not layers:
+    if not layers or holds_initial_product(facts):
         return None
     ratios = {layer.name: layer.norm / (layer.weight_norm or 1.0) for layer in layers}
     worst = max(ratios, key=lambda name: ratios[name])
@@ -227,7 +238,7 @@ def check_layer_sizes(facts: AdapterFacts, limits: Limits) -> Finding | None:
 def check_spike(facts: AdapterFacts, limits: Limits) -> Finding | None:
     """A layer with one direction that is far above those of all other layers."""
     layers = [layer for layer in facts.products if layer.values and layer.norm > 0]
-    if len(layers) < FEWEST_FOR_MEDIAN:
+    if holds_initial_product(facts) or len(layers) < FEWEST_FOR_MEDIAN:
         return None
     median = statistics.median(layer.values[0] for layer in layers)
     spikes = [
