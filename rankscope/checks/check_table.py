@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from rankscope.checks import file_checks, merge_checks, server_checks, update_checks
+from rankscope.checks import base_checks, file_checks, merge_checks, server_checks, update_checks
 from rankscope.checks.adapter_facts import AdapterFacts
 from rankscope.checks.finding import Finding
 from rankscope.checks.merge_facts import MergeFacts
@@ -42,8 +42,8 @@ CHECKS: list[Check[AdapterFacts]] = [
     Check("shapes", "do the factors multiply?", file_checks.check_factor_shapes),
     Check("finite", "is there NaN or infinity?", file_checks.check_finite),
     Check("keys", "does PEFT's loader find the keys?", file_checks.check_keys, TO_PEFT),
-    Check("names", "are the layers in the base?", file_checks.check_names),
-    Check("base-shapes", "do the updates fit their weights?", file_checks.check_base_shapes),
+    Check("names", "are the layers in the base?", base_checks.check_names),
+    Check("base-shapes", "do the updates fit their weights?", base_checks.check_base_shapes),
     Check("targets", "does target_modules reach the layers?", file_checks.check_targets),
     Check("claimed-rank", "does the configuration give the right rank?", file_checks.check_claimed_ranks),
     Check("saved-modules", "are the modules trained whole in the file?", file_checks.check_saved_modules),

@@ -16,7 +16,7 @@ from rankscope.checks.finding import (
 )
 from rankscope.checks.thresholds import Limits
 from rankscope.formats.file_formats import format_title
-from rankscope.formats.names import matches_path_end, strip_wrappers
+from rankscope.formats.names import matches_path_end
 from rankscope.formats.peft_config import resolve_pattern
 from rankscope.formats.peft_folder import UNKNOWN_REASON
 from rankscope.formats.peft_keys import PEFT_PREFIX, parse_key
@@ -53,9 +53,7 @@ def check_reading(facts: AdapterFacts, _: Limits) -> Finding:
         return report_error(
             f"{format_share(len(unread), len(facts.layers), 'layer')} cannot be read: {unread[0].problem}",
             "save the adapter again from the training",
-            len(unread),
-            0,
-            [layer.name for layer in unread],
+            layers=[layer.name for layer in unread],
         )
     methods = ", ".join(dict.fromkeys(layer.method for layer in facts.layers))
     count = len(facts.layers)
@@ -72,9 +70,7 @@ def check_pairs(facts: AdapterFacts, _: Limits) -> Finding | None:
         return report_error(
             f"{len(alone)} of {len(pairs)} factors have lost their other half, first {alone[0]}",
             "the file is not whole: copy or save it again",
-            len(alone),
-            0,
-            alone,
+            layers=alone,
         )
     return report_ok(f"all {len(pairs) // 2} pairs of factors are whole", len(pairs) // 2)
 
@@ -107,9 +103,7 @@ def check_factor_shapes(facts: AdapterFacts, _: Limits) -> Finding | None:
         return report_error(
             f"{format_share(len(wrong), seen, 'pair')} of factors do not fit each other, first {key}: {A} and {B}",
             "A is (r, in), B (out, r), a magnitude (out,): save the adapter again from the training",
-            len(wrong),
-            0,
-            [key for key, *_ in wrong],
+            layers=[key for key, *_ in wrong],
         )
     return report_ok(f"the factors of all {seen} pairs multiply", seen)
 
@@ -162,9 +156,7 @@ def check_unread(facts: AdapterFacts, _: Limits) -> Finding | None:
         f"{len(unread)} tensors have no known meaning and are used by no reader, first {unread[0].name} "
         f"({unread[0].reason})",
         "see `rankscope inspect -v`; what they change is lost",
-        len(unread),
-        0,
-        [item.name for item in unread],
+        layers=[item.name for item in unread],
     )
 
 
@@ -185,9 +177,9 @@ def check_keys(facts: AdapterFacts, _: Limits) -> Finding | None:
             "carry the name of the adapter",
             f"older versions of PEFT, or PEFT under another name than {DEFAULT_ADAPTER!r}, ignore them",
         )
-        return report_warning(says, advice, len(odd), 0, odd)
+        return report_warning(says, advice, layers=odd)
     reason = f"do not begin with {PEFT_PREFIX}" if bare else f"carry the adapter's name {adapters[odd[0]]!r}"
-    return report_error(says.format(reason, "PEFT ignores them"), advice, len(odd), 0, odd)
+    return report_error(says.format(reason, "PEFT ignores them"), advice, layers=odd)
 
 
 def check_claimed_ranks(facts: AdapterFacts, _: Limits) -> Finding | None:
@@ -230,9 +222,7 @@ def check_targets(facts: AdapterFacts, _: Limits) -> Finding | None:
             f"target_modules reaches {len(modules) - len(out_of_reach)} of {len(modules)} layers in the file; PEFT "
             f"ignores the others without an error, first {out_of_reach[0]}",
             "add the names of these layers to target_modules in adapter_config.json",
-            len(out_of_reach),
-            0,
-            out_of_reach,
+            layers=out_of_reach,
         )
     listed = [] if isinstance(targets, str) else [str(name) for name in targets]
     absent = [name for name in listed if not any(matches_path_end(name, module) for module in modules)]
@@ -241,9 +231,7 @@ def check_targets(facts: AdapterFacts, _: Limits) -> Finding | None:
             f"target_modules names {format_names(absent)}, of which the file has no layer; PEFT makes new ones, which "
             "change nothing",
             "if they were trained, the file is not whole; if not, take them out of target_modules",
-            len(absent),
-            0,
-            absent,
+            layers=absent,
         )
     return report_ok(f"target_modules reaches all {len(modules)} layers in the file", 0)
 
@@ -269,9 +257,7 @@ def check_saved_modules(facts: AdapterFacts, _: Limits) -> Finding | None:
         return report_error(
             f"modules_to_save names {format_names(absent)}, and the file holds nothing of it: a new head is random",
             "save the adapter again with these modules, or take them out of modules_to_save",
-            len(absent),
-            0,
-            absent,
+            layers=absent,
         )
     return report_ok(f"{len(saved) - len(absent)} module trained whole (modules_to_save) is in the file", 0)
 
@@ -285,7 +271,7 @@ def check_magnitudes(facts: AdapterFacts, _: Limits) -> Finding | None:
         return None
     if bool(magnitudes) != is_claimed:
         says = (
-            f"{magnitudes} DoRA magnitudes are in the file, and use_dora is false: PEFT ignore them"
+            f"{magnitudes} DoRA magnitudes are in the file, and use_dora is false: PEFT ignores them"
             if magnitudes
             else "use_dora is true, and the file has no magnitude: PEFT takes new ones from the base, untrained"
         )
@@ -299,113 +285,10 @@ def check_magnitudes(facts: AdapterFacts, _: Limits) -> Finding | None:
             f"the DoRA magnitude is all zero in {format_share(len(zero), magnitudes, 'layer')} (first {zero[0]}): "
             "it makes the weight zero",
             "save the adapter again from the training",
-            len(zero),
-            0,
-            zero,
+            layers=zero,
         )
     return report_ok(
         f"DoRA in {magnitudes} layers: W becomes m·(W + s·B·A)/‖W + s·B·A‖; a reader that drops m (as PEFT's own "
         "convert_to_lora does) applies another update",
         magnitudes,
     )
-
-
-def check_names(facts: AdapterFacts, _: Limits) -> Finding | None:
-    """Whether the layers are layers of the base: a name that matches nothing is ignored without an error."""
-    modules = facts.modules
-    if not modules or (facts.store is None and facts.config.get("target_parameters")):
-        return None
-    # Readers leave torch's wrappers out of the names, loaders do not.
-    stored = [key.rpartition(".lora_")[0] or key for key in facts.ranges if strip_wrappers(key) != key]
-    wrapped = list(dict.fromkeys(stored)) or [name for name in modules if _WRAPPER.search(name)]
-    if wrapped:
-        match = _WRAPPER.search(wrapped[0].removeprefix(PEFT_PREFIX))
-        return report_error(
-            f"{format_share(len(wrapped), len(modules), 'name')} contain {match[0] if match else ''!r}, which the "
-            f"training put there (first {wrapped[0]}): no model has such a layer, and loaders ignore it without an "
-            "error",
-            "take it out of the keys, or save the unwrapped model",
-            len(wrapped),
-            0,
-            wrapped,
-        )
-    base = facts.base
-    if base is None:
-        return report_unchecked(
-            f"whether the {len(modules)} names are layers of the base is not known without it",
-            "give the base with --base",
-        )
-    if base.missing:
-        none = len(base.missing) == len(modules)
-        return report_error(
-            f"{format_share(len(base.missing), len(modules), 'layer')} match nothing in the base {base.path} (first "
-            f"{base.missing[0]}; it has {format_names(base.examples)}): "
-            + ("the adapter does nothing there, without an error" if none else "that part is ignored without an error"),
-            "is this the base that was tuned? If so, rename the keys as the base has them",
-            len(base.missing),
-            0,
-            base.missing,
-        )
-    return _check_prefix(facts) or report_ok(f"all {len(modules)} layers are in the base {base.path}", 0)
-
-
-_WRAPPER = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model|module)(?=\.)"
-)
-
-
-def _check_prefix(facts: AdapterFacts) -> Finding | None:
-    """What stands before the names on one side: loaders compare whole names with those of the model in memory."""
-    base = facts.base
-    if base is None or not base.prefix:
-        return None
-    task = facts.config.get("task_type")
-    if base.doubled:
-        return report_error(
-            f"the names fit the base only without {base.prefix!r} in front, which the base's names begin with already "
-            f"(first {next(iter(base.partners))}): loaders ignore such layers without an error",
-            "take it out of the keys: the adapter was saved from inside a wrapper",
-            len(base.partners),
-            0,
-            base.partners,
-        )
-    if base.prefix_side == "adapter" and not base.is_body:
-        return report_warning(
-            f"the names fit the base only without {base.prefix!r} in front (first {next(iter(base.partners))}), which "
-            "is no part of this kind of model: a loader may ignore them without an error",
-            "compare the keys with the names of the model in memory (model.named_modules())",
-            len(base.partners),
-            0,
-            base.partners,
-        )
-    if base.prefix_side == "base" and task not in (None, "FEATURE_EXTRACTION"):
-        return report_warning(
-            f"the base's names have {base.prefix!r} in front, and the adapter's, for {task}, have not: it was trained "
-            "on the inner model, and a loader of the whole model may ignore it without an error",
-            f"load it onto the model without the head, or put {base.prefix!r} into the keys",
-            len(base.partners),
-            0,
-        )
-    return report_ok(
-        f"all {len(base.partners)} layers are in the base {base.path}, with {base.prefix!r} in front in the "
-        f"{base.prefix_side} only (the model with and without its head)",
-        0,
-    )
-
-
-def check_base_shapes(facts: AdapterFacts, _: Limits) -> Finding | None:
-    """Whether each update has the shape of its weight in the base."""
-    base = facts.base
-    if base is None or not base.partners:
-        return None
-    if base.misfits:
-        name, (shape, other) = next(iter(base.misfits.items()))
-        return report_error(
-            f"{format_share(len(base.misfits), len(base.partners), 'update')} have another shape than their weight, "
-            f"first {name}: {shape[0]} × {shape[1]}, in the base {other[0]} × {other[1]}",
-            "is this the base that was tuned? Look at its size and at its vocabulary",
-            len(base.misfits),
-            0,
-            base.misfits,
-        )
-    return report_ok(f"all {len(base.partners)} updates have the shapes of their weights", 0)

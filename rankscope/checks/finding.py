@@ -43,14 +43,24 @@ def report_warning(
     says: str, advice: str, value: float | None = None, limit: float | None = None, layers: Iterable[str] = ()
 ) -> Finding:
     """Something that may be wrong, or that a reader of the adapter can get wrong."""
-    return Finding(level="warning", says=says, advice=advice, value=value, limit=limit, layers=tuple(layers))
+    return _report("warning", says, advice, value, limit, layers)
 
 
 def report_error(
     says: str, advice: str, value: float | None = None, limit: float | None = None, layers: Iterable[str] = ()
 ) -> Finding:
     """Something that is wrong."""
-    return Finding(level="error", says=says, advice=advice, value=value, limit=limit, layers=tuple(layers))
+    return _report("error", says, advice, value, limit, layers)
+
+
+def _report(
+    level: Level, says: str, advice: str, value: float | None, limit: float | None, layers: Iterable[str]
+) -> Finding:
+    """A finding; without a number of its own it has that of its layers, of which there should be none."""
+    names = tuple(layers)
+    if value is None and names:
+        value, limit = len(names), 0
+    return Finding(level=level, says=says, advice=advice, value=value, limit=limit, layers=names)
 
 
 def format_names(names: Iterable[str], count: int = 2) -> str:

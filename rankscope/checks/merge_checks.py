@@ -31,18 +31,14 @@ def check_merged_names(facts: MergeFacts, _: Limits) -> Finding:
             f"{format_share(len(facts.missing), count, 'layer')} of the adapter match no weight in the checkpoint or "
             f"in the base, first {facts.missing[0]}",
             "are these the base that was tuned, and a checkpoint of it?",
-            len(facts.missing),
-            0,
-            facts.missing,
+            layers=facts.missing,
         )
     unread = [layer for layer in facts.layers if layer.problem]
     if unread:
         return report_error(
             f"{format_share(len(unread), count, 'layer')} cannot be compared: {unread[0].problem}",
             "save that file again",
-            len(unread),
-            0,
-            [layer.name for layer in unread],
+            layers=[layer.name for layer in unread],
         )
     return report_ok(f"all {count} layers of the adapter are in the checkpoint and in the base", count)
 
@@ -156,7 +152,5 @@ def check_merged_others(facts: MergeFacts, _: Limits) -> Finding:
     return report_warning(
         f"{len(facts.changed)} of {facts.others} other tensors differ from the base: {format_names(facts.changed)}",
         "the checkpoint has more than this adapter, or another base",
-        len(facts.changed),
-        0,
-        facts.changed,
+        layers=facts.changed,
     )

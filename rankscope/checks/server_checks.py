@@ -132,7 +132,5 @@ def check_vllm_targets(facts: AdapterFacts, _: Limits) -> Finding | None:
         f"vLLM puts LoRA on linear layers within the model, and on vocabularies of few models; {share} are others "
         f"({first} is {odd[first]})",
         "merge it into the base with rankscope merge, and serve the merged model",
-        len(odd),
-        0,
-        odd,
+        layers=odd,
     )

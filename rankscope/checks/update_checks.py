@@ -41,17 +41,13 @@ def check_trained(facts: AdapterFacts, _: Limits) -> Finding | None:
             f"{reason} in {format_share(len(zero), len(layers), 'layer')}: the adapter is untrained and changes "
             "nothing",
             "save it after training; were its parameters in the optimizer, and on the device that was saved?",
-            len(zero),
-            0,
-            [layer.name for layer in zero],
+            layers=[layer.name for layer in zero],
         )
     return report_warning(
         f"{reason} in {format_share(len(zero), len(layers), 'layer')}, which change nothing: "
         f"{format_names(layer.name for layer in zero)}",
         "were these layers reached in training? If they are not needed, leave them out",
-        len(zero),
-        0,
-        [layer.name for layer in zero],
+        layers=[layer.name for layer in zero],
     )
 
 
@@ -127,9 +123,7 @@ def check_alpha(facts: AdapterFacts, _: Limits) -> Finding | None:
             return report_warning(
                 f"{format_share(len(without), len(facts.layers), 'layer')} have no α; readers take α = r, a scale of 1",
                 "if it was trained with another α, give it with --alpha and convert",
-                len(without),
-                0,
-                [layer.name for layer in without],
+                layers=[layer.name for layer in without],
             )
         return None
     unused = [
