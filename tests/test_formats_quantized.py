@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import linear, write_adapter
 from makers import normal
 from safetensors.torch import load_file, save_file
 from surgery_makers import import_peft, llama, save_model, save_peft
@@ -185,6 +186,19 @@ def test_merge_into_codes_that_the_configuration_does_not_name_is_refused(tmp_pa
     with pytest.raises(FormatError, match="dequantize"):
         rankscope.merge(tmp_path / "fp8", [adapter], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_the_marker_of_scaled_weights_goes_with_the_scales(tmp_path: Path) -> None:
+    """ComfyUI's loader takes a file with the marker for scaled fp8."""
+    weight = normal(5, 7, seed=1).float()
+    stored = {"layer.weight": (weight / 0.5).to(FP8), "layer.scale_weight": torch.tensor(0.5)}
+    base = tmp_path / "base.safetensors"
+    save_file({**stored, "scaled_fp8": torch.zeros(2).to(FP8)}, base)
+    adapter = write_adapter(tmp_path / "adapter", linear("layer"))
+    rankscope.merge(base, [adapter], tmp_path / "merged")
+    merged = load_file(next((tmp_path / "merged").glob("*.safetensors")))
+    assert merged.keys() == {"layer.weight"}
+    assert merged["layer.weight"].dtype is torch.bfloat16
 
 
 def test_extract_over_a_quantised_base(tmp_path: Path) -> None:

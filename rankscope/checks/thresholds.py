@@ -27,14 +27,18 @@ THRESHOLDS: tuple[Threshold, ...] = (
         "scale_low", 1 / 128, "a smaller scale than that of the default α = 1 of kohya's scripts at their largest rank"
     ),
     Threshold("scale_high", 16.0, "twice the largest scale of the founding paper (α = 32 at r = 4 on GPT-2)"),
-    Threshold("size_low", 1e-4, "a sixteenth of what rounding W to bfloat16 changes (‖ΔW‖/‖W‖ = .0016)"),
+    Threshold("size_low", 1e-4, "a sixteenth of what rounding W to bfloat16 changes (.0017 of ‖W‖)"),
     Threshold(
-        "size_high", 0.5, "‖ΔW‖/‖W‖ of published adapters is .005 to .15; at half of W most of it is overwritten"
+        "size_high",
+        0.5,
+        "a convention: an update of half its weight's size overwrites much of what the model knew",
     ),
     Threshold("size_broken", 2.0, "the update is twice its weight, so what the model knew is a third of what is left"),
     Threshold("layer_size_high", 2.0, "the same for a single layer, which others can make good"),
     Threshold(
-        "spike_ratio", 10.0, "σ₁ beside the median σ₁ of the layers; within healthy adapters it varies about 3 ×"
+        "spike_ratio",
+        10.0,
+        "a convention: σ₁ beside the median σ₁ of the layers, of which kinds differ among themselves",
     ),
     Threshold("spike_stable_rank", 1.5, "a stable rank below it: one direction has two thirds of the energy or more"),
     Threshold("unused_sigma", 1e-3, "a direction below a thousandth of σ₁ has a millionth of its energy"),
@@ -45,10 +49,12 @@ THRESHOLDS: tuple[Threshold, ...] = (
         "merge_scale", 0.05, "how far the scale at which a checkpoint has the adapter may be from what it should"
     ),
     Threshold(
-        "merge_precision", 0.01, "a hundredth of ‖ΔW‖: products that a tool forms in bfloat16 differ by a fifth of it"
+        "merge_precision", 0.01, "a hundredth of ‖ΔW‖; products that a tool forms in bfloat16 differ by .0017 of it"
     ),
     Threshold(
-        "merge_residual", 2.0, "‖checkpoint − (W + ΔW)‖ in units of what rounding leaves; other orders reach 1.5"
+        "merge_residual",
+        2.0,
+        "‖checkpoint − (W + ΔW)‖ in units of what rounding leaves; two steps in bfloat16 reach 1.97",
     ),
     Threshold("merge_lost", 0.5, "half of the adapter's update is lost in the rounding of the merged weights"),
 )

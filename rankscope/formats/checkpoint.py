@@ -17,7 +17,13 @@ from rankscope.formats.hub import local_path
 from rankscope.formats.names import WEIGHT_SUFFIX, pair_names
 from rankscope.formats.peft_keys import OLD_WEIGHTS_NAME, WEIGHTS_NAME
 from rankscope.formats.pickle_file import PickledFile, open_tensors
-from rankscope.formats.quantized import QUANTIZATION_CONFIG, QuantizedWeight, find_quantized, find_unread_layout
+from rankscope.formats.quantized import (
+    QUANTIZATION_CONFIG,
+    SCALED_MARKER,
+    QuantizedWeight,
+    find_quantized,
+    find_unread_layout,
+)
 from rankscope.formats.study_layout import UPDATES_NAME
 
 INDEX_SUFFIX = ".index.json"
@@ -64,6 +70,7 @@ class Checkpoint:
         self.unread_layout = find_unread_layout(self.infos)
         self.quantized = self._find_quantized(source.parent)
         self._scales = {part for weight in self.quantized.values() for part in weight.parts}
+        self._scales |= {name for name in self.infos if self.quantized and name.split(".")[-1] == SCALED_MARKER}
         logical = {name: TensorInfo(weight.shape, torch.bfloat16) for name, weight in self.quantized.items()}
         self.infos = {name: info for name, info in (self.infos | logical).items() if name not in self._scales}
         self.conv1d = _stores_conv1d(self.infos, source.parent)

@@ -43,6 +43,7 @@ UNREAD_LAYOUTS = (
 )
 QUANTIZATION_CONFIG = "quantization_config"
 QUANTIZATION_METADATA = "_quantization_metadata"  # ComfyUI's, in the metadata of a file
+SCALED_MARKER = "scaled_fp8"  # ComfyUI's: a tensor that says that there are scales
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 

@@ -11,6 +11,7 @@ import torch
 
 from rankscope.errors import FormatError, prefix_errors
 from rankscope.formats.abstract_store import SkippedItem
+from rankscope.formats.checkpoint import read_model_config
 from rankscope.formats.peft_keys import PEFT_PREFIX, strip_peft_prefix
 from rankscope.formats.peft_write import (
     FactorLayout,
@@ -22,6 +23,7 @@ from rankscope.formats.peft_write import (
 )
 from rankscope.formats.streaming import LazyTensor
 from rankscope.surgery.full_finetune import FullFinetune
+from rankscope.surgery.model_fit import describe_misfits
 from rankscope.surgery.modules_to_save import ModulesToSave, find_modules_to_save
 from rankscope.surgery.operation import Operation
 from rankscope.surgery.output_folder import copy_tokenizer
@@ -93,7 +95,7 @@ def extract(
             base=None if base is None else str(base),
             carried=tuple(saved.tensors),
             skipped=tuple(_list_skipped(source, saved, kept_whole)),
-            notes=(*_notes(source, saved), *truncated.notes),
+            notes=(*_misfits(source, ranks, saved), *_notes(source, saved), *truncated.notes),
         )
 
 
@@ -170,6 +172,13 @@ def _list_skipped(source: FullFinetune, saved: ModulesToSave, kept_whole: Sequen
     if source.infos:
         return saved.skipped
     return saved.skipped + [SkippedItem(item.name, f"{item.reason}; give --base") for item in kept_whole]
+
+
+def _misfits(source: FullFinetune, ranks: Mapping[str, int], saved: ModulesToSave) -> list[str]:
+    """What PEFT cannot place in the base, or would apply to one of two tied weights alone."""
+    config = source.config if source.base is None else read_model_config(source.base.path)
+    modules = dict.fromkeys([*ranks, *(source.model_path(module) for module in saved.modules)])
+    return describe_misfits(config, list(modules))
 
 
 def _notes(source: FullFinetune, saved: ModulesToSave) -> list[str]:

@@ -19,8 +19,9 @@ from rankscope.formats.quantized import QUANTIZATION_CONFIG, QUANTIZATION_FILES
 from rankscope.surgery.adapter import Adapter, AdapterSource
 from rankscope.surgery.algebra import check_weights
 from rankscope.surgery.merge_plan import MergePlan
+from rankscope.surgery.model_fit import find_strangers
 from rankscope.surgery.operation import Operation
-from rankscope.surgery.output_folder import EXCLUDED_PATTERNS, copy_files, copy_tokenizer
+from rankscope.surgery.output_folder import EXCLUDED_PATTERNS, copy_files, copy_parts, copy_tokenizer
 from rankscope.surgery.shards import Shards
 from rankscope.surgery.surgery_result import SurgeryResult
 from rankscope.track import Track
@@ -120,12 +121,19 @@ def _write_checkpoint(
         plan = MergePlan(checkpoint, config, adapters, signed_weights, operation.track)
         if unmerges and plan.added:
             raise FormatError(f"{base}: has no {next(iter(plan.added))}, which the adapter would be subtracted from")
+        if strangers := find_strangers(plan.config, list(plan.added)):
+            raise FormatError(
+                f"{base}: its model has no {strangers[0]}, which the merge would write, so that layer would be random "
+                "on loading; its output layer is tied under another name, and untying that is not supported: leave the "
+                "embedding out of the adapter"
+            )
         metadata = operation.file_metadata()
         tensors = plan.replacement_tensors(), plan.new_tensors()
         Shards(path).write(folder, *tensors, metadata, checkpoint.scales)
         layers = plan.layers(unmerges)
         if path.is_dir():
             copy_files(path, folder, but=(*EXCLUDED_PATTERNS, *QUANTIZATION_FILES))
+            copy_parts(path, folder)
             if len(adapters) == 1:
                 copy_tokenizer(adapters[0].store.path, folder)
             if plan.config != read_model_config(path):

@@ -99,10 +99,20 @@ class MergePlan:
         for adapter, weight in zip(adapters, weights, strict=True):
             with prefix_errors(adapter.label):
                 self._add(adapter, weight)
+        self._note_doras(adapters)
         self._untie_head(all(adapter.config.get("ensure_weight_tying") for adapter in adapters))
         self._update_vocabulary_size()
         changes = [*self.changed.values(), *self.added.values()]
         self._progress = iter(track([change for change in changes if change.updates]))
+
+    def _note_doras(self, adapters: Sequence[Adapter]) -> None:
+        """DoRA's update depends on the weight that it is merged into, so the order of several would count."""
+        doras = [adapter for adapter in adapters if adapter.config.get("use_dora")]
+        if doras and len(adapters) > 1:
+            self.notes.append(
+                f"{len(doras)} of {len(adapters)} adapters are DoRA: what each makes of the base is added, in any "
+                "order; PEFT's merge_and_unload merges one into the result of the others, and its weights differ"
+            )
 
     def _add(self, adapter: Adapter, weight: float) -> None:
         """Plan all that one adapter changes."""

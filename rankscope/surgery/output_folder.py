@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from rankscope.errors import ConfigError, FormatError, RankscopeError
 from rankscope.formats.file_io import umask
 
 RECORD_NAME = "rankscope.json"
+PARTS_NAME = "modules.json"  # of sentence-transformers: the model and what stands after it, each with its folder
 # What goes with a model or an adapter besides weights and configuration.
 TOKENIZER_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
@@ -120,6 +122,30 @@ def copy_files(
                 shutil.copyfile(path, folder / path.name)
     except OSError as error:
         raise FormatError(f"{error.filename or source}: cannot be copied ({error.strerror or error})") from error
+
+
+def copy_parts(source: Path, folder: Path) -> None:
+    """Copy the folders of the parts that sentence-transformers loads beside the model, such as its pooling.
+
+    Raises:
+        FormatError: the list of parts is damaged, or a folder cannot be read or written.
+    """
+    listing = source / PARTS_NAME
+    if not listing.is_file():
+        return
+    try:
+        parts = json.loads(listing.read_text(encoding="utf-8"))
+        paths = [str(part["path"]) for part in parts if part["path"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise FormatError(f"{listing}: is no list of the parts of a sentence-transformers model") from error
+    for name in paths:
+        part = (source / name).resolve()
+        if not part.is_relative_to(source.resolve()) or not part.is_dir():
+            raise FormatError(f"{listing}: names the part {name!r}, and there is no such folder beside it")
+        try:
+            shutil.copytree(part, folder / name)
+        except (OSError, shutil.Error) as error:
+            raise FormatError(f"{part}: cannot be copied ({error})") from error
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
