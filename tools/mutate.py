@@ -266,8 +266,8 @@ MUTATIONS = (
     mutation(
         "kohya's α not read",
         "formats/adapter_file.py",
-        "self._read_alpha(keys[ALPHA_LEAF]) if ALPHA_LEAF in keys else self._scale_alpha(module, rank)",
-        "self._scale_alpha(module, rank)",
+        "self._read_alpha(keys[ALPHA_LEAF]) if ALPHA_LEAF in keys else self._scale_alpha(module, rank, kernel)",
+        "self._scale_alpha(module, rank, kernel)",
         "formats_adapter_file.py::test_kohya",
     ),
     mutation(
