@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from check_makers import Tensors, break_adapter, rename_keys, set_tensor, train_adapter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from surgery_makers import import_peft, llama, logits, quietly, save_model
 from torch import Tensor
 
 from rankscope.checks.check import CheckResult, check
+from rankscope.errors import FormatError
 
 pytest.importorskip("peft")
 FIRST = "layers.0.self_attn.q_proj"
@@ -139,6 +140,9 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, Any], dic
         {"initialisation": "warning", "size": "unchecked"},
     ),
     "no α": (None, {"lora_alpha": None}, {"readable": "error"}),
+    "a pattern that is no expression": (None, {"rank_pattern": {"q_proj(": 4}}, {"readable": "error"}),
+    "a rank in words": (None, {"r": "four"}, {"readable": "error"}),
+    "a configuration that is a list of patterns": (None, {"alpha_pattern": ["q_proj"]}, {"readable": "error"}),
     "a tensor nobody knows": (
         lambda tensors: {**tensors, f"base_model.model.model.{FIRST}.lora_C.weight": torch.ones(2, 2)},
         {},
@@ -158,6 +162,12 @@ def test_each_mistake_is_named(mistake: str, healthy: Path, base: Path, tmp_path
     assert worst.advice
     assert worst.says in result.answer
     assert result.next.startswith("rankscope ")
+
+
+def test_a_base_in_a_layout_that_is_not_read_is_no_base_without_layers(healthy: Path, tmp_path: Path) -> None:
+    save_file({"model.layers.0.q.qweight": torch.zeros(4, 8, dtype=torch.int32)}, tmp_path / "gptq.safetensors")
+    with pytest.raises(FormatError, match="quantised as GPTQ or AWQ, which is not read"):
+        check(healthy, base=tmp_path / "gptq.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from rankscope.formats.file_formats import CHECKPOINT, NoBaseError
 from rankscope.formats.file_io import TensorInfo, read_json
 from rankscope.formats.hub import local_path
 from rankscope.formats.opening import Opening
+from rankscope.formats.peft_config import convert_adapter_config
 from rankscope.formats.peft_folder import PeftFolder, weights_file
 from rankscope.formats.peft_keys import CONFIG_NAME, OLD_WEIGHTS_NAME, WEIGHTS_NAME, parse_key
 from rankscope.formats.pickle_file import open_tensors
@@ -138,7 +139,12 @@ def read_adapter_facts(path: str | os.PathLike[str], opening: Opening, track: Tr
     if base is None:
         return facts
     known = {layer.name: layer.shape for layer in layers}
-    return replace(facts, base=match_base(base, {name: known.get(name) for name in facts.modules}))
+    try:
+        return replace(facts, base=match_base(base, {name: known.get(name) for name in facts.modules}))
+    except FormatError:
+        if opening.base_path is not None:
+            raise
+        return facts  # nobody asked for the base that the configuration names
 
 
 def _open_store(local: Path, opening: Opening) -> tuple[Store | None, str, bool]:
@@ -184,10 +190,14 @@ def _adapter_folder(local: Path) -> Path | None:
 
 
 def _read_config(local: Path) -> dict[str, Any]:
+    """The configuration as it stands; {} where it is none, or has a value that makes no sense: the refusal says so."""
     folder = _adapter_folder(local)
     try:
-        return {} if folder is None else read_json(folder / CONFIG_NAME)
-    except FormatError:  # the store's refusal says it
+        config = {} if folder is None else read_json(folder / CONFIG_NAME)
+        if folder is not None and config.get("peft_type") == "LORA" and config.get("lora_alpha") is not None:
+            convert_adapter_config(folder / CONFIG_NAME, config)
+        return config
+    except FormatError:
         return {}
 
 

@@ -46,9 +46,10 @@ def match_base(path: Path, shapes: Mapping[str, Shape | None]) -> BaseMatch:
     """Pair layers, by their names with their shapes (out, in) where known, with the tensors of a base.
 
     Raises:
-        FormatError: the base cannot be read.
+        FormatError: the base cannot be read, or is quantised in a layout that is not.
     """
     checkpoint = Checkpoint(path)
+    checkpoint.check_readable()
     partners = _find_partners(shapes, checkpoint.infos)
     prefix, side = _common_prefix(partners)
     return BaseMatch(

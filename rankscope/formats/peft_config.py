@@ -102,6 +102,15 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     for key, reason in UNSUPPORTED_SETTINGS.items():
         if raw.get(key):
             raise FormatError(f"{path}: {key} is set: {reason}; this variant is not read")
+    return convert_adapter_config(path, raw)
+
+
+def convert_adapter_config(path: Path, raw: dict[str, Any]) -> AdapterConfig:
+    """What ``adapter_config.json`` of LoRA says, typed, whether or not the variant is read.
+
+    Raises:
+        FormatError: a wrong type, a number that is not finite, a rank below 1, or a pattern that is no expression.
+    """
     config = _convert_config(path, raw, AdapterConfig)
     _check_numbers(path, {"lora_alpha": config.lora_alpha, **(config.alpha_pattern or {})})
     _check_ranks(path, {"r": config.r, **(config.rank_pattern or {})})

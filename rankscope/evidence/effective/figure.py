@@ -149,8 +149,8 @@ def _runs(axes: Axes, name: str, colour: str, marker: str, points: Sequence[RunP
         axes.plot(x, y, marker, color=colour, markerfacecolor=fill, markersize=MARKER)
     means = _means_of_ranks(points)
     axes.plot([x for _, x, _ in means], [y for *_, y in means], color=colour, linewidth=1.2)
-    form = marker if name == FULL_NAME else f"-{marker}"
-    axes.plot([], [], form, color=colour, linewidth=1.2, markersize=MARKER, label=name)
+    form, label = (marker, name) if name == FULL_NAME else (f"-{marker}", f"{name}, mean")
+    axes.plot([], [], form, color=colour, linewidth=1.2, markersize=MARKER, label=label)
 
 
 def _limits(result: EffectiveRanks) -> tuple[float, float]:
