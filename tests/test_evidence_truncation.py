@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from rankscope import lora
 from rankscope.evidence.material import Material
+from rankscope.evidence.truncation.cut_model import CutModel
 from rankscope.evidence.truncation.figure import plot_truncation
 from rankscope.evidence.truncation.measure import (
-    CutModel,
     KindPoint,
     Truncation,
     TruncationCurve,
